@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""How fast images are loaded, beside the official pipeline, webdataset, and JPEG decoding alone.
+
+All give batches of 64 crops of 224 pixels out of the same full-size photographs, in turns, with
+the workers bound to as many cores as there are workers (and the process that takes the batches to
+other cores, where there are any):
+
+- official: ImageFolder, PIL, torchvision's RandomResizedCrop, flip, ToTensor and Normalize, DataLoader
+- webdataset: the same transforms, out of shards, with a shuffle buffer
+- mae-scale: TrainLoader (uint8; the device normalises)
+- decode: JPEGs in memory to pixels, nothing else, one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from sharding import make_source, with_shard_imagenet
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from mae_scale.data.loader import TrainLoader
+from mae_scale.data.shards import open_shards
+from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+BATCH = 64
+WARM_UP = 6  # batches that are not timed: workers start, and fill their queues
+
+OFFICIAL = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(
+            224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+        ),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+)
+
+
+@contextmanager
+def official(tree: Path, workers: int) -> Iterator[Iterator[Any]]:
+    loader = DataLoader(
+        ImageFolder(str(tree), OFFICIAL), BATCH, shuffle=True, num_workers=workers, drop_last=True
+    )
+    yield iter(loader)
+
+
+@contextmanager
+def with_webdataset(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
+    dataset = (
+        webdataset.WebDataset(
+            [str(path) for path in sorted(shards.glob("*.tar"))],
+            shardshuffle=100,
+            resampled=True,
+            nodesplitter=None,
+        )
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(OFFICIAL, lambda label: label)
+        .batched(BATCH)
+    )
+    yield iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
+
+
+@contextmanager
+def mae_scale(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
+    loader = TrainLoader(
+        open_shards(shards), img_size=224, seed=0, lanes=64, window=2048,
+        global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, workers=workers,
+    )  # fmt: skip
+    with closing(loader):
+        yield loader.batches(0)
+
+
+def decode_simplejpeg(data: bytes) -> None:
+    simplejpeg.decode_jpeg(data, strict=False)
+
+
+def decode_pil(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        image.convert("RGB")
+
+
+def loading_rate(
+    start: Callable[[Path, int], Any], source: Path, workers: int, images: int
+) -> tuple[float, float]:
+    """Images per second of the clock, and per second of the workers' CPU time."""
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cores[:workers])
+        with start(source, workers) as batches:
+            for _ in range(WARM_UP):
+                next(batches)
+            os.sched_setaffinity(0, cores[workers:] or cores)
+            children = psutil.Process().children()
+            cpu, clock = cpu_seconds(children), time.perf_counter()
+            for _ in range(images // BATCH):
+                next(batches)
+            clock, cpu = time.perf_counter() - clock, cpu_seconds(children) - cpu
+            del batches
+    finally:
+        os.sched_setaffinity(0, cores)
+    count = images // BATCH * BATCH
+    return count / clock, count / cpu
+
+
+def decoding_rate(decode: Callable[[bytes], None], files: list[bytes]) -> tuple[float, float]:
+    """The same for decoding alone."""
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cores[:1])
+        for data in files[:50]:
+            decode(data)
+        cpu, clock = time.process_time(), time.perf_counter()
+        for data in files:
+            decode(data)
+        clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    finally:
+        os.sched_setaffinity(0, cores)
+    return len(files) / clock, len(files) / cpu
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", type=Path, help="folder of class folders of photographs")
+    parser.add_argument("--gigabytes", type=float, default=2, help="to which they are repeated")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=3000, help="images that are timed")
+    parser.add_argument("--scratch", type=Path, help="folder with room for twice the gigabytes")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cores = len(os.sched_getaffinity(0))
+
+    originals = sorted(path for path in args.images.rglob("*") if path.is_file())
+    mean_bytes = statistics.mean(path.stat().st_size for path in originals)
+    count = int(args.gigabytes * 1e9 / mean_bytes)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        tree, shards = Path(scratch) / "tree", Path(scratch) / "shards"
+        total = make_source(args.images, tree, count)
+        with_shard_imagenet(cores)(tree, shards)
+        sample = [path.read_bytes() for path in originals]
+        in_memory = sample * -(-args.count // len(sample))
+
+        ways: dict[tuple[str, int], Callable[[], tuple[float, float]]] = {
+            ("decode, simplejpeg", 1): lambda: decoding_rate(decode_simplejpeg, in_memory),
+            ("decode, PIL", 1): lambda: decoding_rate(decode_pil, in_memory),
+        }
+        for n in args.workers:
+            for name, start, source in (
+                ("official", official, tree),
+                ("webdataset", with_webdataset, shards),
+                ("mae-scale", mae_scale, shards),
+            ):
+                ways[name, n] = lambda start=start, source=source, n=n: loading_rate(
+                    start, source, n, args.count
+                )
+        rates: dict[tuple[str, int], list[tuple[float, float]]] = {way: [] for way in ways}
+        for number in range(args.rounds):
+            for way, measure in ways.items():
+                rates[way].append(measure())
+                print(f"round {number + 1}: {way[0]}, {way[1]}: {rates[way][-1][0]:.0f}/s",
+                      file=sys.stderr)  # fmt: skip
+
+    print(
+        f"{datetime.date.today()}  {cpu_name()}, {cores} cores, Python {sys.version.split()[0]}, "
+        f"torch {torch.__version__}, simplejpeg {simplejpeg.__version__}, Pillow {Image.__version__}"
+    )
+    print(
+        f"{count:,} JPEGs, {total / 1e9:.2f} GB, {args.count:,} timed, {args.rounds} rounds, medians; "
+        "ratios are medians of the rounds' ratios"
+    )
+    print(
+        f"{'':22}{'workers':>8}{'img/s':>8}{'per core':>10}{'per CPU s':>11}"
+        f"{'x official':>12}{'x webdataset':>14}{'x decode':>10}"
+    )
+
+    def ratio(
+        way: tuple[str, int], other: tuple[str, int], cores_of: int, cores_of_other: int
+    ) -> str:
+        pairs = zip(rates[way], rates[other], strict=True)
+        return (
+            f"{statistics.median(a[0] / cores_of / (b[0] / cores_of_other) for a, b in pairs):.2f}"
+        )
+
+    for way, measured in rates.items():
+        name, n = way
+        clock = statistics.median(rate for rate, _ in measured)
+        cpu = statistics.median(rate for _, rate in measured)
+        same = n if ("official", n) in rates else args.workers[0]
+        print(
+            f"{name:22}{n if 'decode' not in name else '-':>8}{clock:8.0f}{clock / n:10.0f}{cpu:11.0f}"
+            f"{ratio(way, ('official', same), n, same):>12}"
+            f"{ratio(way, ('webdataset', same), n, same):>14}"
+            f"{ratio(way, ('decode, simplejpeg', 1), n, 1):>10}"
+        )
+
+
+def cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

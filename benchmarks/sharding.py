@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""How fast shards are written, beside webdataset.ShardWriter in one process and plain tar.
+
+All read the same files in the same random order (tar: as it finds them) and write to the same
+disk, in turns. ShardWriter and tar don't look into the images, compute no checksums, and don't
+wait until data is on the disk; shard_imagenet.py does all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import webdataset
+
+from mae_scale.data.shard_plan import Options
+from mae_scale.data.sharding import shard
+from mae_scale.randomness import Purpose, permutation
+
+
+def make_source(images: Path, src: Path, count: int) -> int:
+    """A tree of `count` files, copies of the images; the bytes in all."""
+    files = sorted(path for path in images.rglob("*") if path.is_file())
+    total = 0
+    for i in range(count):
+        path = files[i % len(files)]
+        target = src / path.parent.name / f"{path.stem}_{i // len(files)}{path.suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        total += target.stat().st_size
+    return total
+
+
+def with_tar(src: Path, out: Path) -> None:
+    subprocess.run(["tar", "cf", out / "all.tar", "-C", src, "."], check=True)
+
+
+def with_shard_writer(src: Path, out: Path) -> None:
+    files = sorted(src.glob("*/*"))
+    classes = {name: i for i, name in enumerate(sorted({path.parent.name for path in files}))}
+    with webdataset.ShardWriter(f"{out}/train-%06d.tar", maxsize=256e6, verbose=0) as writer:
+        for i in permutation(len(files), Purpose.WRITE_ORDER, 0):
+            path = files[i]
+            sample = {"__key__": path.stem, "jpg": path.read_bytes()}
+            writer.write({**sample, "cls": classes[path.parent.name]})
+
+
+def with_shard_imagenet(workers: int) -> Callable[[Path, Path], None]:
+    def run(src: Path, out: Path) -> None:
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):  # noqa: PTH123
+            assert shard(src, out, Options("train"), workers=workers) == 0
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", type=Path, help="folder of photographs, repeated to --count")
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    ways = {
+        "tar cf": with_tar,
+        "webdataset.ShardWriter": with_shard_writer,
+        "shard_imagenet, 1 worker": with_shard_imagenet(1),
+        f"shard_imagenet, {cores} workers": with_shard_imagenet(cores),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        src = Path(scratch) / "src"
+        total = make_source(args.images, src, args.count)
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                out = Path(scratch) / "out"
+                out.mkdir()
+                os.sync()
+                start = time.perf_counter()
+                way(src, out)
+                seconds[name].append(time.perf_counter() - start)
+                shutil.rmtree(out)
+    reference = seconds["webdataset.ShardWriter"]
+    python = sys.version.split()[0]
+    print(f"{datetime.date.today()}  {platform.machine()}, {cores} cores, Python {python}")
+    print(f"{args.count:,} JPEGs, {total / 1e9:.2f} GB, {args.rounds} rounds, medians")
+    print(f"{'':30}{'seconds':>8}{'images/s':>10}{'MB/s':>7}{'x ShardWriter':>15}{'x tar':>7}")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        ratio = statistics.median(a / b for a, b in zip(reference, times, strict=True))
+        tar = statistics.median(a / b for a, b in zip(seconds["tar cf"], times, strict=True))
+        print(
+            f"{name:30}{median:8.2f}{args.count / median:10,.0f}{total / median / 1e6:7.0f}"
+            f"{ratio:15.2f}{tar:7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The main job from one command: shard photographs, pre-train, be stopped, go on, look.
+
+    python examples/demo.py [FOLDER]
+
+FOLDER holds your own photographs; without it, those that packages ship (photographs.py). Everything
+goes to demo/, and what is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from photographs import write_own_photographs, write_sample_photographs
+
+from mae_scale.data.shards import open_shards
+from mae_scale.errors import UserError
+from mae_scale.figures import save_loss_curve
+from mae_scale.train.metrics import read_metrics
+from mae_scale.train.run_dir import read_history
+from mae_scale.train.stopping import STOPPED
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+STEPS = 700  # about four minutes on two cores
+BATCH = 64
+
+
+def demo(own: Path | None) -> None:
+    """Run all parts, each said aloud with the command that does it."""
+    name = "sample-photographs" if own is None else re.sub(r"\W+", "-", own.resolve().name)
+    out = REPOSITORY / "demo" / name
+    say(1, "Photographs")
+    tree = out / "photographs"
+    if not tree.exists():
+        write_sample_photographs(tree) if own is None else write_own_photographs(own, tree)
+    count = len(list((tree / "train").rglob("*.jpg")))
+    print(f"{count} pieces of photographs in {shown(tree)}")
+
+    say(2, "Shards: WebDataset tars, a manifest and an index")
+    shards, run = out / "shards", out / "run"
+    script = REPOSITORY / "data_prep" / "shard_imagenet.py"
+    command([sys.executable, script, tree / "train", shards, "--split", "train",
+             "--samples-per-shard", 100])  # fmt: skip
+
+    say(3, "Pre-training on two processes with DeepSpeed ZeRO-2, stopped half-way by SIGTERM")
+    epochs = max(1, round(STEPS * BATCH / len(open_shards(shards))))
+    pretrain = [
+        BIN / "deepspeed", "--quiet", "--num_gpus", 2, "--master_port", free_port(),
+        "--no_python", BIN / "mae-scale", "pretrain", "--config", "demo",
+        "--data.train", shards, "--run_dir", run, "--train.epochs", epochs,
+    ]  # fmt: skip
+    code = command(pretrain, {0, STOPPED}, until=lambda: half_way(run))
+    if code == STOPPED:
+        say(4, "The same command again: it goes on where it stopped")
+        pretrain[5] = free_port()
+        command(pretrain)
+
+    say(5, "Pictures")
+    reconstructions, loss = out / "reconstructions.png", out / "loss.png"
+    samples = sorted((tree / "train").glob("*/"))
+    seen = [sorted(folder.glob("*.jpg"))[0] for folder in samples][:8]
+    unseen = sorted((tree / "val").rglob("*.jpg"))[::3][:4]
+    command([BIN / "mae-scale", "reconstruct", run, *seen, *unseen, "--out", reconstructions])
+    rows = read_metrics(run / "metrics.jsonl")
+    stops = [event["step"] for event in read_history(run) if event["event"] == "resumed"]
+    save_loss_curve(loss, [r["step"] for r in rows], [r["loss"] for r in rows], stops)
+    print(f"""
+Done. Loss {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {rows[-1]["step"]} steps.
+
+  {shown(reconstructions)}   what the model sees (a quarter) and what it makes of it;
+  {" " * len(shown(reconstructions))}   the last {len(unseen)} are of photographs it never saw
+  {shown(loss)}   one curve; the dashed line marks where it was stopped
+  {shown(run)}   config.yaml, metrics.jsonl, checkpoints/, tensorboard/
+
+Try next:
+  make demo DATA=folder                     the same with your own photographs
+  .venv/bin/mae-scale pretrain --help       every config key
+  .venv/bin/tensorboard --logdir {shown(run)}
+""")
+
+
+def say(number: int, what: str) -> None:
+    """Head a part of the demo."""
+    print(f"\n== {number}. {what}", flush=True)
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it from the repository."""
+    return shlex.quote(os.path.relpath(path, Path.cwd()))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def half_way(run: Path) -> bool:
+    """Whether a run that was never stopped has done half of its steps."""
+    rows = read_metrics(run / "metrics.jsonl")
+    fresh = all(event["event"] == "started" for event in read_history(run))
+    return fresh and bool(rows) and rows[-1]["step"] >= STEPS // 2
+
+
+def command(words: list[object], good: set[int] | None = None, until=None) -> int:  # type: ignore[no-untyped-def]
+    """Run a command; when `until()` is true, send SIGTERM to one of its processes.
+
+    Ctrl-C reaches the command too: wait until it has saved.
+    """
+    texts = [str(word) for word in words]
+    print("$", " ".join(shown(Path(t)) if t.startswith("/") else t for t in texts), flush=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(texts, env=environment)
+    family: list[psutil.Process] = []
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            family = psutil.Process(process.pid).children(recursive=True) or family
+            if until is not None and until():
+                until = None
+                ranks = [p for p in family if "pretrain" in p.cmdline() and "CROSS_RANK" in p.environ()]
+                print(f"-- kill -TERM {ranks[0].pid}", flush=True)
+                ranks[0].send_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        psutil.wait_procs(family, timeout=60)
+        raise UserError("interrupted; make demo goes on from here") from None
+    if process.returncode not in (good or {0}):
+        raise UserError(f"the command above failed with exit code {process.returncode}")
+    return process.returncode
+
+
+if __name__ == "__main__":
+    try:
+        demo(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    except UserError as error:
+        sys.exit(f"demo: {error}")

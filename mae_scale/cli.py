@@ -1,0 +1,58 @@
+"""The command line: `mae-scale COMMAND …`, also `python -m mae_scale COMMAND …`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from mae_scale.errors import RunError, UserError
+
+# Command: (module with a `main(argv, prog) -> exit code`, what it does). Modules are imported when
+# called for: --help and a mistyped key must not wait for torch and DeepSpeed.
+COMMANDS = {
+    "pretrain": ("mae_scale.tasks.pretrain", "train a masked autoencoder on shards"),
+    "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
+}
+TRAINING = {"pretrain"}
+
+
+def usage() -> str:
+    """The text of `mae-scale --help`."""
+    lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mae-scale COMMAND [options]",
+            "",
+            "Masked Autoencoders from ViT-B to ViT-H on clusters.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "mae-scale COMMAND --help explains every option and config key.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0 (done), 85 (stopped early), 2 (bad input) or 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    # DeepSpeed's launcher adds --local_rank=N; the rank is read from the environment instead.
+    argv = [token for token in argv if not token.startswith(("--local_rank=", "--local-rank="))]
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}'; commands: {', '.join(COMMANDS)}")
+        if name in TRAINING:
+            from mae_scale.train.stopping import stop_request
+
+            stop_request.install()
+        module = importlib.import_module(COMMANDS[name][0])
+        return module.main(argv[1:], f"mae-scale {name}")
+    except (UserError, RunError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line, not one per process
+            print(f"mae-scale: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1

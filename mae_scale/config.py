@@ -1,0 +1,289 @@
+"""Typed configuration: dataclasses, read from YAML, every key overridable on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from mae_scale.errors import UserError
+
+T = TypeVar("T")
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# The attribute docstrings below are what `--help` prints.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class ModelConfig:
+    """The masked autoencoder (paper section 3)."""
+
+    name: str = "mae_vit_base_patch16"
+    """Architecture: mae_vit_{base,large}_patch16, mae_vit_huge_patch14 or mae_vit_tiny_patch16."""
+    img_size: int = 224
+    """Side of the square input image, in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels; null takes the one in the model's name."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is removed, between 0 and 1 (paper Figure 5)."""
+    norm_pix_loss: bool = True
+    """Whether the target is each patch's pixels normalised by their own mean and deviation."""
+    decoder_embed_dim: int | None = None
+    """Width of the decoder, in channels; null takes the architecture's (paper Table 1b)."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder; null takes the architecture's (paper Table 1a)."""
+
+    def build_kwargs(self) -> dict[str, Any]:
+        """What `build_mae` gets: the architecture's own values where a key is null."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass
+class DataConfig:
+    """Shards and how they are read."""
+
+    train: str
+    """Folder of training shards, as written by data_prep/shard_imagenet.py."""
+    val: str | None = None
+    """Folder of validation shards; not used by pre-training."""
+    workers: int = 8
+    """Data-loading processes per rank; 0 loads in the training process itself."""
+    lanes: int = 256
+    """Number of places in the dataset that are read at the same time; part of the sample order."""
+    window: int = 2048
+    """Samples of a lane that are shuffled together; part of the sample order."""
+    cache_dir: str | None = None
+    """Folder on a local disk into which remote shards are staged; needed for those only."""
+    cache_gb: float = 200.0
+    """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shard goes."""
+    max_bad_fraction: float = 1e-4
+    """Share of samples that may be damaged, each replaced by another one, before the run ends."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision, memory."""
+
+    epochs: int = 1600
+    """Epochs of the whole schedule; the learning rate follows it."""
+    max_steps: int | None = None
+    """Ends the run after this many optimiser steps, without changing the learning rate."""
+    global_batch_size: int = 4096
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: int = 64
+    """Images per rank and forward pass; accumulation steps follow from the global batch."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on CPUs."""
+    activation_checkpointing: Literal["none", "full"] | int = "none"
+    """Blocks whose activations are recomputed in the backward pass: none, full, or every k-th."""
+    compile: bool = False
+    """Whether the blocks are compiled with torch.compile."""
+    log_every: int = 20
+    """Optimiser steps between two rows of metrics.jsonl."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and the learning-rate rule (paper Table 8)."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the half-cycle cosine."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved and what is kept."""
+
+    every_steps: int | None = None
+    """Optimiser steps between two checkpoints; null: by time only."""
+    every_minutes: float | None = 30.0
+    """Minutes between two checkpoints; null: by steps only."""
+    keep: int = 3
+    """Number of newest checkpoints kept."""
+    milestone_epochs: int | None = None
+    """Also save at, and keep for good, the end of every so many epochs; null: none."""
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-training of a masked autoencoder (paper section 3, Table 8)."""
+
+    run_dir: str
+    """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: str = "zero1"
+    """DeepSpeed config: zero0, zero1, zero2, zero3, zero3_offload, or the path of a JSON file."""
+    seed: int = 0
+    """Decides sample order, crops, masks and initial weights."""
+
+
+# What a run may change when it goes on: none of it changes which samples a step sees or the
+# learning rate. `data.train` may move as long as its manifest stays the same (checked apart).
+MAY_CHANGE = (
+    "run_dir",
+    "deepspeed",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.max_bad_fraction",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.log_every",
+    "checkpoint",
+)
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with one-line errors that the command line turns into exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split()).replace("Parser key", "config key")
+        text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
+        raise UserError(text)
+
+
+def recipe_names() -> list[str]:
+    """Names that `--config` takes besides paths."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def parse(config_class: type[T], argv: list[str], prog: str) -> T:
+    """Build a config from `--config FILE_OR_RECIPE` and `--section.key value` arguments.
+
+    What stands on the command line wins over the file, wherever `--config` stands.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a value of the wrong type, a
+            missing required key, a file that is not there or not YAML.
+    """
+    parser = _Parser(prog=prog, description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file, or the name of a recipe: {', '.join(recipe_names())}.",
+    )
+    parser.add_class_arguments(config_class)
+    known = _keys(config_class)
+    files, rest = _split_config_arguments(argv)
+    for file in files:
+        _check_known(_yaml_keys(file), known, f" in {file}")
+    options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
+    _check_known(options, [*known, "help", "print_config"], "")
+    namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
+    namespace.pop("config")
+    return config_class(**vars(parser.instantiate(namespace)))
+
+
+def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """Take the `--config` arguments out of argv, recipe names resolved to their files."""
+    files, rest, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token == "--config" or token.startswith("--config="):
+            value = token[9:] if "=" in token else next(tokens, "")
+            files.append(_find_config(value))
+        else:
+            rest.append(token)
+    return files, rest
+
+
+def _find_config(value: str) -> Path:
+    for path in (Path(value), RECIPES / f"{value}.yaml"):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(value, recipe_names(), 1)
+    hint = f"; did you mean '{near[0]}'?" if near else f"; recipes: {', '.join(recipe_names())}"
+    raise UserError(f"--config {value!r} is neither a file nor a recipe{hint}")
+
+
+def _keys(config_class: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all keys of a config class, sections included."""
+    keys = []
+    for name, hint in get_type_hints(config_class).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += _keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def _yaml_keys(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no config keys; expected lines such as 'seed: 1'")
+    return list(flatten(content))
+
+
+def _check_known(keys: Iterable[str], known: list[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else "; --help lists the known ones"
+            raise UserError(f"unknown config key '{key}'{where}{hint}")
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 1}} as {"train.epochs": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_yaml(config: Any) -> str:
+    """The resolved config as YAML, tuples as lists."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys that a run may not change, as lines `key: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and not _may_change(key)
+    ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
+def identity_hash(config: Any) -> str:
+    """SHA-256 over the keys that a run may not change: what makes it this run."""
+    flat = flatten(yaml.safe_load(as_yaml(config)))
+    identity = {key: value for key, value in flat.items() if not _may_change(key)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

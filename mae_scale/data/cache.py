@@ -1,0 +1,223 @@
+"""Remote shards, staged whole into a folder of limited size on a local disk.
+
+However many processes of a node ask for a shard, it is fetched once: they agree through file
+locks, so they need not know each other. A shard is in the folder whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import select
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mae_scale.errors import UserError
+
+_TRIES = 5
+_WAIT_S = 1.0  # before the second try; doubles
+_STALL_S = 60.0  # without a byte, and a transfer is given up
+_CHUNK = 1 << 20
+_ROOM_POLL_S = 0.2
+
+
+class FetchError(OSError):
+    """A remote file could not be fetched, after several tries; the message names it."""
+
+
+class ShardCache:
+    """A folder with copies of remote shards; the least recently used goes when it is full.
+
+    Args:
+        folder: on a local disk; made if it is not there. Runs may share it.
+        max_bytes: that the copies may take together; None for no limit.
+        version: of the dataset (its fingerprint): copies of another version are not used.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int | None = None, version: str = "") -> None:
+        self._folder = Path(folder)
+        self._max_bytes = max_bytes
+        self._version = version
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir {folder} cannot be made: {error.strerror}") from None
+
+    def open(self, url: str, size: int) -> int:
+        """A descriptor of the local copy of a shard, open for reading; fetches it if need be.
+
+        The descriptor stays good when the copy goes.
+
+        Args:
+            url: of the shard, as `open_remote` takes it.
+            size: of the shard in bytes.
+
+        Raises:
+            UserError: the shard is larger than the folder may be.
+            FetchError: it could not be fetched after several tries.
+        """
+        if self._max_bytes is not None and size > self._max_bytes:
+            raise UserError(
+                f"{url} has {size:,} bytes and does not fit into {self._folder}, "
+                f"which may take {self._max_bytes:,}; raise the limit"
+            )
+        path = self._folder / f"{_digest(self._version, url)}.tar"
+        with suppress(FileNotFoundError):
+            return self._open_copy(path)
+        with _locked(path.with_suffix(".lock")):
+            with suppress(FileNotFoundError):  # another process has fetched it meanwhile
+                return self._open_copy(path)
+            part = path.with_suffix(".part")
+            try:
+                with part.open("wb") as stream:
+                    self._make_room(part, size)
+                    _with_retries(url, lambda: _download(url, stream, size))
+                descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+                part.rename(path)
+                return descriptor
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+
+    def used(self, descriptor: int) -> None:
+        """Note that a copy is in use, so that it is not the next to go."""
+        os.utime(descriptor)
+
+    def _open_copy(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.used(descriptor)
+        return descriptor
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Wait until `part` may grow to `size`, and take that room."""
+        while True:
+            with _locked(self._folder / "room.lock"):
+                if self._max_bytes is None or self._evict(self._max_bytes - size, part):
+                    os.truncate(part, size)  # counts from now on
+                    return
+            time.sleep(_ROOM_POLL_S)  # others are fetching; what they have fetched may go
+
+    def _evict(self, limit: int, part: Path) -> bool:
+        """Remove the least recently used until the rest takes no more than `limit`."""
+        used, copies = 0, []
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):
+                if path.suffix == ".part" and path != part:
+                    if not _remove_abandoned(path):
+                        used += path.stat().st_size
+                elif path.suffix == ".tar":
+                    stat = path.stat()
+                    used += stat.st_size
+                    copies.append((stat.st_mtime_ns, stat.st_size, path))
+        for _, size, path in sorted(copies):
+            if used <= limit:
+                break
+            path.unlink(missing_ok=True)
+            used -= size
+        return used <= limit
+
+
+def open_remote(url: str) -> Any:
+    """Open a URL through webdataset's opener, as a process that writes to a pipe.
+
+    ``https:`` goes through curl, ``s3:`` through the AWS command line, ``pipe:`` is any command.
+    """
+    from webdataset import gopen
+
+    return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url, "rb")
+
+
+def read_remote(url: str) -> bytes:
+    """The content of a small remote file.
+
+    Raises:
+        FetchError: it could not be fetched after several tries.
+    """
+    return _with_retries(url, lambda: b"".join(_chunks(url)))
+
+
+def _with_retries(url: str, attempt: Callable[[], Any]) -> Any:
+    for number in range(_TRIES):
+        try:
+            return attempt()
+        except (OSError, ValueError) as error:
+            if number + 1 == _TRIES:
+                raise FetchError(f"{url} cannot be fetched ({_TRIES} tries): {error}") from error
+            time.sleep(_WAIT_S * 2**number)
+
+
+def _download(url: str, stream: Any, size: int) -> None:
+    stream.seek(0)
+    got = 0
+    for chunk in _chunks(url):
+        got += len(chunk)
+        if got > size:
+            break
+        stream.write(chunk)
+    stream.flush()
+    if got != size:
+        raise OSError(f"{'more than ' if got > size else ''}{min(got, size)} bytes came of {size}")
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """What comes from a URL; raises when it fails, stalls, or ends before its time."""
+    source = open_remote(url)
+    process: subprocess.Popen[bytes] = source.proc
+    pipe = source.stream.fileno()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    try:
+        while True:
+            if not poll.poll(_STALL_S * 1000):
+                raise TimeoutError(f"nothing came for {_STALL_S:g} s")
+            chunk = os.read(pipe, _CHUNK)
+            if not chunk:
+                break
+            yield chunk
+        status = process.wait(_STALL_S)
+        if status:
+            raise OSError(f"the transfer failed with status {status}")
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError("the transfer does not end") from error
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.kill()
+            process.wait()
+        source.stream.close()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of that name; it goes with the process, however that ends."""
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_abandoned(part: Path) -> bool:
+    """Remove what a process that is gone has left of its fetching; False if it is at work."""
+    with part.with_suffix(".lock").open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        part.unlink(missing_ok=True)
+        return True
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

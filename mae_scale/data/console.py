@@ -1,0 +1,64 @@
+"""What the data tools show a person: lines, sizes, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar with images/s and the time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, unit: str = "images") -> None:
+        self.bar = tqdm(
+            total=total,
+            unit=f" {unit}",
+            unit_scale=unit == "bytes",
+            smoothing=0.05,
+            disable=None,
+            dynamic_ncols=True,
+        )
+        self.total, self.unit = total, unit
+        self.start = self.last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, done: int) -> None:
+        if not self.bar.disable:
+            self.bar.update(done - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.last >= 30 and done:
+            self.last = now
+            rate = done / (now - self.start)
+            say(
+                f"{done:,} of {self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, "
+                f"{tqdm.format_interval((self.total - done) / rate)} left"
+            )
+
+
+def size_text(size: float) -> str:
+    """Bytes as people write them, in powers of 1000."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def say(line: str) -> None:
+    """A line on stdout, beside a progress bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """A line on stderr."""
+    tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,297 @@
+"""Batches of decoded, cropped pixels out of shards, read by offset.
+
+This is what runs in a data worker. It holds no state that matters: a batch follows from the
+positions that it is asked for, whichever worker makes it and whenever.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mae_scale.data.cache import FetchError, ShardCache
+from mae_scale.data.order import SampleOrder
+from mae_scale.data.shards import ShardSet, is_remote
+from mae_scale.data.transforms import (
+    TRAIN_UNIFORMS,
+    Scratch,
+    decode_image,
+    decode_train_crop,
+    eval_crop,
+)
+from mae_scale.errors import UserError
+from mae_scale.randomness import Purpose, uniform
+
+_BLOCK = 512  # of a tar: a member's header is the block before its data
+_OPEN_SHARDS = 512  # kept open by a worker; the usual limit of a process is 1024 files
+_READ_TRIES = 4
+_READ_WAIT_S = 0.5  # before the second try; doubles
+_REPLACEMENT_TRIES = 10
+_FETCHES = 8  # remote shards that a worker fetches at a time
+
+
+class Member(NamedTuple):
+    """An image as it lies in its shard."""
+
+    name: str
+    data: bytearray
+
+
+class ShardReader:
+    """Reads the image of any sample: one `preadv` of header and data on a kept-open file.
+
+    Args:
+        shards: to read from.
+        cache: stages remote shards; None for local ones.
+    """
+
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
+        self._shards = shards
+        self._cache = cache
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, last used last
+
+    def prepare(self, samples: npt.NDArray[np.int64]) -> None:
+        """Fetch the remote shards that these samples lie in, several at a time.
+
+        Raises:
+            FetchError: a shard cannot be fetched, after several tries; the message names it.
+        """
+        if self._cache is None:
+            return
+        shards = np.unique(self._shard_of(samples)).tolist()
+        missing = [shard for shard in shards if shard not in self._open]
+        if not missing:
+            return
+        for shard in set(self._open) - set(shards):
+            if os.fstat(self._open[shard]).st_nlink == 0:
+                self._close(shard)  # it has left the cache, and takes room until it is closed
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            for shard, descriptor in zip(missing, pool.map(self._open_file, missing), strict=True):
+                self._keep(shard, descriptor)
+
+    def read(self, sample: int) -> Member:
+        """The image file of a global sample id.
+
+        Raises:
+            UserError: the shard is not what was indexed.
+            OSError: the shard cannot be read, after several tries; the message names it.
+        """
+        shard = int(self._shard_of(sample))
+        offset, size, _ = self._shards.index[sample].item()
+        header, data = bytearray(_BLOCK), bytearray(size)
+        for attempt in range(_READ_TRIES):
+            try:
+                got = os.preadv(self._descriptor(shard), [header, data], offset - _BLOCK)
+                break
+            except FetchError:
+                raise
+            except OSError as error:
+                self._close(shard)  # a stale handle does not heal
+                if attempt + 1 == _READ_TRIES:
+                    raise OSError(
+                        f"{self._shards.files[shard]} cannot be read ({_READ_TRIES} tries): {error}"
+                    ) from error
+                time.sleep(_READ_WAIT_S * 2**attempt)
+        # A size that a ustar header cannot hold does not come up: it is an image.
+        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        if got < _BLOCK + size or checksum != _octal(header[148:156]):
+            raise self._changed(shard, f"no member lies at offset {offset}")
+        if size != _octal(header[124:136]):
+            raise self._changed(shard, f"{_name(header)} is not of the indexed {size} bytes")
+        return Member(_name(header), data)
+
+    def _shard_of(self, samples: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.searchsorted(self._shards.starts, samples, side="right") - 1
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            self._keep(shard, self._open_file(shard))
+        self._open.move_to_end(shard)
+        descriptor = self._open[shard]
+        if self._cache is not None and is_remote(self._shards.files[shard]):
+            self._cache.used(descriptor)
+        return descriptor
+
+    def _open_file(self, shard: int) -> int:
+        file, size = self._shards.files[shard], int(self._shards.bytes[shard])
+        if self._cache is not None and is_remote(file):
+            descriptor = self._cache.open(file, size)
+        else:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(descriptor).st_size
+        if found != size:
+            os.close(descriptor)
+            raise self._changed(shard, f"it has {found} bytes, indexed {size}")
+        return descriptor
+
+    def _keep(self, shard: int, descriptor: int) -> None:
+        self._open[shard] = descriptor
+        while len(self._open) > _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+
+    def _changed(self, shard: int, what: str) -> UserError:
+        return UserError(
+            f"{self._shards.files[shard]} has changed since it was indexed: {what}; "
+            "check it with data_prep/verify_shards.py, or index it again"
+        )
+
+    def _close(self, shard: int) -> None:
+        if shard in self._open:
+            os.close(self._open.pop(shard))
+
+    def close(self) -> None:
+        """Close all files."""
+        for shard in list(self._open):
+            self._close(shard)
+
+
+def _octal(field: bytearray) -> int:
+    """A number in a tar header; -1 for what is none."""
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _name(header: bytearray) -> str:
+    return header[:100].rstrip(b"\0").decode("utf-8", "replace")
+
+
+class BatchKey(NamedTuple):
+    """What the loader asks a worker for."""
+
+    slot: int  # of `BatchDataset.slots` to put the pixels into
+    epoch: int
+    positions: npt.NDArray[np.int64]  # of the epoch (training), or global sample ids (evaluation)
+
+
+@dataclass
+class Batch:
+    """What a worker answers. The pixels lie in the slot where there is one."""
+
+    images: torch.Tensor | None  # uint8 [b, 3, S, S], or None: in the slot
+    slot: int
+    labels: npt.NDArray[np.int64]  # [b]
+    epoch: int
+    samples: npt.NDArray[np.int64]  # [b], global ids of what was really used
+    damaged: dict[int, str] = field(default_factory=dict)  # sample id -> what and why, replaced
+
+
+class _BatchDataset(torch.utils.data.Dataset):
+    """Map-style dataset whose items are whole batches, keyed by `BatchKey`.
+
+    Attributes:
+        slots: uint8 [b, 3, S, S] each, in memory shared with the main process. A worker writes
+            its pixels there, so that they cross between processes without a copy, a file
+            descriptor or a byte in /dev/shm. Empty without workers.
+    """
+
+    def __init__(self, shards: ShardSet, img_size: int, cache: ShardCache | None) -> None:
+        self.shards, self.img_size = shards, img_size
+        self.reader = ShardReader(shards, cache)
+        self.slots: Sequence[torch.Tensor] = ()
+
+    def __getitem__(self, key: BatchKey) -> Batch | Exception:
+        # An exception travels as a value: the loader raises it as it is, not wrapped in the
+        # worker's traceback.
+        try:
+            return self.batch(key)
+        except Exception as error:
+            return error
+
+    def batch(self, key: BatchKey) -> Batch:
+        raise NotImplementedError
+
+    def _fill(
+        self, key: BatchKey, samples: npt.NDArray[np.int64], pixels: Callable[[int], torch.Tensor]
+    ) -> Batch:
+        """Make the batch; `pixels(i)` gives image i and may put another id into `samples[i]`."""
+        if self.slots:
+            images = self.slots[key.slot][: len(samples)]
+        else:
+            images = empty_images(len(samples), self.img_size)
+        self.reader.prepare(samples)
+        for i in np.argsort(samples):  # in the order of the shards
+            images[i] = pixels(int(i))
+        labels = self.shards.index["label"][samples].astype(np.int64)
+        return Batch(None if self.slots else images, key.slot, labels, key.epoch, samples)
+
+
+class TrainDataset(_BatchDataset):
+    """RandomResizedCrop and flip of samples in training order; damaged ones are replaced.
+
+    A sample that cannot be decoded gives its place to another one, which follows from
+    (seed, epoch, sample) alone.
+    """
+
+    def __init__(
+        self, shards: ShardSet, img_size: int, order: SampleOrder, cache: ShardCache | None = None
+    ) -> None:
+        super().__init__(shards, img_size, cache)
+        self.order = order
+        self._scratch = Scratch()
+
+    def batch(self, key: BatchKey) -> Batch:
+        samples = self.order.samples(key.epoch, key.positions)
+        uniforms = self._uniforms(key.epoch, samples)
+        damaged: dict[int, str] = {}
+
+        def pixels(i: int) -> torch.Tensor:
+            wanted = int(samples[i])
+            u = uniforms[i]
+            for attempt in range(_REPLACEMENT_TRIES):
+                member = self.reader.read(int(samples[i]))
+                try:
+                    return decode_train_crop(member.data, self.img_size, u, self._scratch)
+                except ValueError as error:
+                    damaged[int(samples[i])] = f"{member.name} {error}"
+                samples[i] = self.order.replacement(key.epoch, wanted, attempt)
+                u = self._uniforms(key.epoch, samples[i : i + 1])[0]
+            raise UserError(
+                f"{self.shards.root}: sample {wanted} and {_REPLACEMENT_TRIES - 1} others drawn "
+                f"in its place cannot be decoded, the last is {damaged.popitem()[1]}; "
+                "check the shards with data_prep/verify_shards.py"
+            )
+
+        batch = self._fill(key, samples, pixels)
+        batch.damaged = damaged
+        return batch
+
+    def _uniforms(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        draws = np.arange(TRAIN_UNIFORMS)
+        return uniform(Purpose.AUGMENT, self.order.seed, epoch, samples[:, None], draws)
+
+
+class EvalDataset(_BatchDataset):
+    """Centre crops. A damaged sample is an error: leaving it out would change the accuracy."""
+
+    def __init__(
+        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None = None
+    ) -> None:
+        super().__init__(shards, img_size, cache)
+        self.crop_ratio = crop_ratio
+
+    def batch(self, key: BatchKey) -> Batch:
+        def pixels(i: int) -> torch.Tensor:
+            member = self.reader.read(int(key.positions[i]))
+            try:
+                return eval_crop(decode_image(member.data), self.img_size, self.crop_ratio)
+            except ValueError as error:
+                raise UserError(f"{self.shards.root}: {member.name} {error}") from None
+
+        return self._fill(key, key.positions, pixels)
+
+
+def empty_images(count: int, size: int) -> torch.Tensor:
+    """uint8 [count, 3, size, size], uninitialised, laid out as the decoder and resize write."""
+    shape = (count, 3, size, size)
+    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)

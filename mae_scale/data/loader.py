@@ -1,0 +1,342 @@
+"""Loaders: batches in the order of the run, made ahead by worker processes.
+
+The training stream is endless and starts at any step. What a step reads follows from its number
+(`mae_scale.data.order`), so nothing here is saved or restored.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader
+
+from mae_scale.data.cache import ShardCache
+from mae_scale.data.dataset import (
+    Batch,
+    BatchKey,
+    EvalDataset,
+    TrainDataset,
+)
+from mae_scale.data.order import SampleOrder, step_positions
+from mae_scale.data.shards import ShardSet, is_remote
+from mae_scale.errors import UserError
+
+logger = logging.getLogger("mae_scale")
+
+_PREFETCH = 2  # batches that a worker has under way
+_GRACE_S = 2.0  # for a worker to finish its batch when the loader is closed
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class _Loader:
+    """Runs a dataset over a stream of keys, in this process or in forked workers."""
+
+    def __init__(
+        self,
+        dataset: TrainDataset | EvalDataset,
+        batch_size: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._running: tuple[Any, mmap.mmap] | None = None
+
+    def _batches(self, keys: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        """The batches of (epoch, positions), in order."""
+        self.close()
+        size = self._dataset.img_size
+        # One slot more than there are batches under way: a slot comes up again only after the
+        # batch in it was handed out and copied.
+        slots = self._workers * _PREFETCH + 1
+        if self._workers:
+            self._dataset.slots = [_shared_images(self._batch_size, size) for _ in range(slots)]
+        stop = mmap.mmap(-1, 1)
+        loader: DataLoader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=(BatchKey(i % slots, *key) for i, key in enumerate(keys)),
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            prefetch_factor=_PREFETCH if self._workers else None,
+            worker_init_fn=_Worker(os.getpid(), stop),
+            multiprocessing_context="fork" if self._workers else None,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        # A signal to the whole process group must not meet a worker before it ignores it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            running = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._running = running, stop
+        # Before torch's own exit handler, which would wait for the workers and not end them.
+        atexit.register(self.close)
+        try:
+            for batch in running:
+                if isinstance(batch, Exception):
+                    raise batch
+                if self._workers:
+                    shared = self._dataset.slots[batch.slot][: len(batch.labels)]
+                    images = torch.empty_like(shared, pin_memory=self._pin_memory)
+                    batch.images = images.copy_(shared)
+                yield batch
+        finally:
+            if self._running is not None and self._running[0] is running:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers and free what they share. The loader can be iterated again."""
+        if self._running is not None and self._workers:
+            running, stop = self._running
+            stop[0] = 1
+            running._shutdown_workers()
+        self._running = None
+        self._dataset.slots = ()
+        self._dataset.reader.close()
+        atexit.unregister(self.close)
+
+
+class TrainLoader(_Loader):
+    """The training stream of one rank: micro-batches, from any step on, without end.
+
+    Which samples a step reads depends neither on the number of ranks and workers nor on the
+    micro-batch. A damaged sample is named in the log once and replaced by another one.
+
+    Args:
+        shards: of the split.
+        img_size: pixels of a side.
+        seed, lanes, window: of the order, see `SampleOrder`.
+        global_batch_size: samples of a step over all ranks; a multiple of
+            `micro_batch_size` x `world_size`.
+        micro_batch_size: samples of a batch that this loader yields.
+        rank, world_size: which part of each step this process reads.
+        workers: processes that decode; 0 decodes in this one.
+        start_step: the first step to yield, from 0.
+        pin_memory: put images into page-locked memory.
+        cache_dir, cache_bytes: where remote shards are staged, and how many bytes may lie there.
+        max_bad_fraction: of the dataset's samples that may be damaged before the run ends.
+
+    Raises:
+        UserError: fewer samples than a batch, or a batch that does not divide.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        img_size: int,
+        seed: int,
+        lanes: int,
+        window: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        start_step: int = 0,
+        pin_memory: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        max_bad_fraction: float = 1e-4,
+    ) -> None:
+        order = SampleOrder(shards.samples, seed, lanes, window)
+        if global_batch_size % (micro_batch_size * world_size):
+            raise UserError(
+                f"a global batch of {global_batch_size} does not divide into micro-batches of "
+                f"{micro_batch_size} on {world_size} ranks"
+            )
+        self.steps_per_epoch = len(shards) // global_batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{shards.root} holds {len(shards)} samples, fewer than one global batch of "
+                f"{global_batch_size}"
+            )
+        cache = _cache(shards, cache_dir, cache_bytes)
+        super().__init__(
+            TrainDataset(shards, img_size, order, cache), micro_batch_size, workers, pin_memory
+        )
+        self._shards = shards
+        self._global_batch_size = global_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._start_step = start_step
+        self._max_bad_fraction = max_bad_fraction
+        self._bad: set[int] = set()
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The stream from `start_step` on, see `batches`."""
+        return self.batches(self._start_step)
+
+    def batches(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield dicts, one for each micro-batch, from a step on (counted from 0), without end.
+
+        "image" uint8 [b, 3, S, S] (channels_last), "label", "epoch" and "sample" int64 [b].
+        "sample" is the global id (manifest order) of what was really used.
+
+        Raises:
+            UserError: a shard has changed since it was indexed.
+            OSError: a shard cannot be read or fetched.
+            RuntimeError: too many damaged samples.
+        """
+        for batch in self._batches(self._keys(start_step)):
+            self._count_damaged(batch.damaged)
+            yield _as_tensors(batch)
+
+    @property
+    def bad_samples(self) -> int:
+        """Different damaged samples that this rank has met."""
+        return len(self._bad)
+
+    def _keys(self, start_step: int) -> Iterator[tuple[int, np.ndarray]]:
+        for step in count(start_step):
+            epoch, positions = step_positions(
+                step, self.steps_per_epoch, self._global_batch_size, self._rank, self._world_size
+            )
+            for start in range(0, len(positions), self._batch_size):
+                yield epoch, positions[start : start + self._batch_size]
+
+    def _count_damaged(self, damaged: dict[int, str]) -> None:
+        for sample, what in damaged.items():
+            if sample not in self._bad:
+                self._bad.add(sample)
+                logger.warning(
+                    "%s: sample %d: %s; another one takes its place",
+                    self._shards.root,
+                    sample,
+                    what,
+                )
+        if len(self._bad) > self._max_bad_fraction * len(self._shards):
+            self.close()
+            raise RuntimeError(
+                f"{self._shards.root}: {len(self._bad)} of {len(self._shards)} samples are "
+                f"damaged, more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; "
+                "data_prep/verify_shards.py names them all"
+            )
+
+
+class EvalLoader(_Loader):
+    """One pass over all samples, each on exactly one rank, the last batch included.
+
+    A rank reads a contiguous part of the manifest's order. Parts differ by one sample at most;
+    so ranks may have different numbers of batches.
+
+    Args:
+        shards: of the split.
+        img_size: pixels of a side.
+        batch_size: samples of a batch; the last one of a rank may be smaller.
+        rank, world_size: which part this process reads.
+        workers: processes that decode; 0 decodes in this one.
+        crop_ratio: see `eval_crop`; by default 0.875 up to 224 pixels, 1.0 above (official).
+        pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        img_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        crop_ratio: float | None = None,
+        pin_memory: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        if crop_ratio is None:
+            crop_ratio = 0.875 if img_size <= 224 else 1.0
+        cache = _cache(shards, cache_dir, cache_bytes)
+        super().__init__(
+            EvalDataset(shards, img_size, crop_ratio, cache), batch_size, workers, pin_memory
+        )
+        n = len(shards)
+        self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self._samples) // self._batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield dicts as `TrainLoader` does; "epoch" is 0.
+
+        Raises:
+            UserError: a sample is damaged, or a shard has changed since it was indexed.
+            OSError: a shard cannot be read or fetched.
+        """
+        starts = range(0, len(self._samples), self._batch_size)
+        keys = ((0, self._samples[start : start + self._batch_size]) for start in starts)
+        for batch in self._batches(keys):
+            yield _as_tensors(batch)
+
+
+class _Worker:
+    """What a worker does first: it ignores what stops a run, and sees to its own end.
+
+    It ends with its parent, however that ends, and when the loader is closed: then within
+    seconds, also in the middle of a read that hangs.
+    """
+
+    def __init__(self, parent: int, stop: mmap.mmap) -> None:
+        self._parent, self._stop = parent, stop
+
+    def __call__(self, worker_id: int) -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self._parent and not self._stop[0]:
+            time.sleep(0.5)
+        if self._stop[0]:
+            time.sleep(_GRACE_S)
+        for child in psutil.Process().children(recursive=True):  # that fetch a shard
+            child.kill()
+        os._exit(0)
+
+
+def _shared_images(batch_size: int, size: int) -> torch.Tensor:
+    """uint8 [batch_size, 3, size, size] (channels_last), in memory that forked processes share."""
+    memory = mmap.mmap(-1, batch_size * 3 * size * size)
+    images = torch.frombuffer(memory, dtype=torch.uint8).view(batch_size, size, size, 3)
+    return images.permute(0, 3, 1, 2)
+
+
+def _cache(shards: ShardSet, folder: str | Path | None, max_bytes: int | None) -> ShardCache | None:
+    if not any(is_remote(file) for file in shards.files):
+        return None
+    if folder is None:
+        raise UserError(
+            f"{shards.root}: remote shards need a folder to be staged in, data.cache_dir"
+        )
+    return ShardCache(folder, max_bytes, shards.fingerprint)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    assert batch.images is not None
+    return {
+        "image": batch.images,
+        "label": torch.from_numpy(batch.labels),
+        "epoch": torch.full((len(batch.labels),), batch.epoch, dtype=torch.int64),
+        "sample": torch.from_numpy(batch.samples),
+    }

@@ -1,0 +1,265 @@
+"""From the bytes of an image to uint8 pixels of the model's size, and on the device to floats.
+
+Pixels stay uint8 until they are on the device: a quarter of the memory traffic of floats, and the
+resize of uint8 tensors is several times as fast. Images are [3, H, W] tensors whose memory is laid
+out row, column, channel (`torch.channels_last`), as the JPEG decoder writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from simplejpeg import decode_jpeg
+from torch.nn.functional import interpolate
+
+# Per channel, of pixels in [0, 1] (the official pipeline's values).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
+TRAIN_UNIFORMS = 2 * _TRIES + 3  # that `train_crop` takes: area and ratio per try, x, y, flip
+
+
+def decode_image(data: bytes | bytearray) -> torch.Tensor:
+    """Decode an image file to the RGB pixels of PIL's ``convert("RGB")``.
+
+    Anything PIL opens will do, whatever its name says: PNG, CMYK or grayscale JPEG, broken EXIF.
+    The orientation that EXIF asks for is not applied (as in the official pipeline).
+
+    Returns:
+        uint8 [3, H, W].
+
+    Raises:
+        ValueError: not an image, or a damaged one.
+    """
+    if _jpeg_frame(data) is not None:
+        try:
+            return _from_rows(decode_jpeg(data, strict=False))
+        except ValueError:
+            pass  # PIL names what is wrong
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _from_rows(np.array(image.convert("RGB")))
+    except Exception as error:  # PIL raises whatever its decoders meet in a damaged file
+        raise ValueError(f"cannot be decoded ({error})") from error
+
+
+def _from_rows(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class _Frame(NamedTuple):
+    """What the frame header of a JPEG says."""
+
+    at: int  # where it begins in the file
+    baseline: bool
+    height: int
+    width: int
+
+
+def _jpeg_frame(data: bytes | bytearray) -> _Frame | None:
+    """The frame header of a whole gray or colour JPEG; None for anything else.
+
+    A file without an end marker is cut off, and not whole. CMYK is left to PIL, whose conversion
+    is the reference.
+    """
+    at = 2
+    if data[:at] != b"\xff\xd8":
+        return None
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker in (0xC0, 0xC1, 0xC2):
+            height, width = (data[at + i] << 8 | data[at + i + 1] for i in (5, 7))
+            if data[at + 9] not in (1, 3) or not height or not width:
+                return None
+            if data.rfind(b"\xff\xd9", at) < 0:
+                return None
+            return _Frame(at, marker != 0xC2, height, width)
+        else:
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+def crop_box(
+    height: int,
+    width: int,
+    u: npt.NDArray[np.float64],
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """The box of a RandomResizedCrop, distributed as torchvision's, from given uniforms.
+
+    Up to ten times: an area uniform in `scale` of the image's and an aspect ratio log-uniform in
+    `ratio`; the first box that fits is placed uniformly. Else the largest centred box of an
+    allowed ratio.
+
+    Args:
+        u: float64 [TRAIN_UNIFORMS] in [0, 1).
+
+    Returns:
+        top, left, height, width.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    draws = u.tolist()
+    for i in range(_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
+        aspect = math.exp(log_low + (log_high - log_low) * draws[_TRIES + i])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(draws[2 * _TRIES] * (height - h + 1))
+            left = int(draws[2 * _TRIES + 1] * (width - w + 1))
+            return top, left, h, w
+    if width < ratio[0] * height:
+        w, h = width, round(width / ratio[0])
+    elif width > ratio[1] * height:
+        w, h = round(height * ratio[1]), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def train_crop(
+    image: torch.Tensor,
+    size: int,
+    u: npt.NDArray[np.float64],
+    scale: tuple[float, float] = (0.2, 1.0),
+    hflip: bool = True,
+) -> torch.Tensor:
+    """RandomResizedCrop (antialiased bicubic) and horizontal flip (paper Appendix A.1).
+
+    Args:
+        image: uint8 [3, H, W].
+        size: pixels of a side of the result.
+        u: float64 [TRAIN_UNIFORMS] in [0, 1); all that is random.
+        scale: area of the crop as a part of the image's.
+        hflip: flip half of the images.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    box = crop_box(image.shape[1], image.shape[2], u, scale)
+    return _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
+
+
+class Scratch:
+    """Memory to decode into that a caller keeps from image to image.
+
+    Fresh memory for each image would cost a tenth of the time that decoding it takes.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def at_least(self, size: int) -> npt.NDArray[np.uint8]:
+        """uint8 [>= size]; what it held before is lost."""
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)  # aligned, unlike a bytearray
+        return self._memory.numpy()
+
+
+def decode_train_crop(
+    data: bytearray,
+    size: int,
+    u: npt.NDArray[np.float64],
+    scratch: Scratch,
+    scale: tuple[float, float] = (0.2, 1.0),
+    hflip: bool = True,
+) -> torch.Tensor:
+    """`train_crop` of `decode_image`, the same pixels, decoding no row below the crop.
+
+    Args:
+        data: an image file.
+
+    Raises:
+        ValueError: not an image, or a damaged one.
+    """
+    frame = _jpeg_frame(data)
+    if frame is not None:
+        box = crop_box(frame.height, frame.width, u, scale)
+        try:
+            image = _decode_rows(data, frame, box[0] + box[2], scratch)
+        except ValueError:
+            pass  # PIL names what is wrong
+        else:
+            return _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
+    return train_crop(decode_image(data), size, u, scale, hflip)
+
+
+def _decode_rows(data: bytearray, frame: _Frame, rows: int, scratch: Scratch) -> torch.Tensor:
+    """Decode at least the first `rows` rows: uint8 [3, >= rows, W], in `scratch`.
+
+    The decoder is told that the image is no higher than that, and stops there. Two rows more
+    are what it needs to interpolate the colours of the last one.
+    """
+    height = min(rows + 2, frame.height) if frame.baseline else frame.height
+    buffer = scratch.at_least(height * frame.width * 3)
+    field = slice(frame.at + 5, frame.at + 7)
+    original = data[field]
+    data[field] = height.to_bytes(2, "big")
+    try:
+        return _from_rows(decode_jpeg(data, strict=False, buffer=buffer))
+    finally:
+        data[field] = original
+
+
+def _crop(
+    image: torch.Tensor, box: tuple[int, int, int, int], size: int, flip: bool
+) -> torch.Tensor:
+    top, left, h, w = box
+    crop = _resize(image[:, top : top + h, left : left + w], size, size)
+    return crop.flip(-1) if flip else crop
+
+
+def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = 0.875) -> torch.Tensor:
+    """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: pixels of a side of the result.
+        crop_ratio: 0.875 up to 224 pixels, 1.0 above, in the official evaluation.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    short = int(size / crop_ratio)
+    height, width = image.shape[1:]
+    if width <= height:
+        new_h, new_w = int(short * height / width), short
+    else:
+        new_h, new_w = short, int(short * width / height)
+    resized = _resize(image, new_h, new_w)
+    top, left = round((new_h - size) / 2), round((new_w - size) / 2)
+    return resized[:, top : top + size, left : left + size]
+
+
+def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    # Contiguous channels_last takes the vectorised kernel; a view of a crop does not.
+    batch = image[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] in 0..255 to float32 with ImageNet's mean and std, on its device."""
+    mean, std = _mean_std(images.device)
+    return (images.to(torch.float32) / 255 - mean) / std
+
+
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """Back from `normalize`: float32 [..., 3, H, W] in [0, 1] (clipped)."""
+    mean, std = _mean_std(images.device)
+    return (images.to(torch.float32) * std + mean).clamp(0, 1)
+
+
+@lru_cache  # a copy to a GPU waits for the work that is queued there
+def _mean_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+    return mean, torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)

@@ -1,0 +1,184 @@
+"""The pictures of a run, as PNG: reconstructions (in the manner of paper Figure 2), loss curve.
+
+Files appear whole or not at all. matplotlib is used through its objects, without a display and
+without state shared with the caller's own figures.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+_DPI = 100
+_MIN_TILE = 160  # pixels; smaller images are enlarged by a whole factor, so that pixels stay square
+_GREY = 0.5
+_TEXT = "#222222"
+_BLUE = "#1f5fa8"
+_RED = "#b3261e"
+
+
+def save_reconstruction_grid(
+    path: str | Path,
+    images: torch.Tensor,
+    mask: torch.Tensor,
+    reconstruction: torch.Tensor,
+    *,
+    title: str = "",
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Write a PNG with four tiles per image: the columns of `COLUMNS`.
+
+    Many images stand in several groups of four columns side by side, so that the picture stays
+    near a page's proportions.
+
+    Args:
+        path: PNG to write or replace.
+        images: float [N, 3, H, W] in [0, 1] (values outside are clipped), on any device.
+        mask: [N, 1, H, W], 1 on removed pixels.
+        reconstruction: as images.
+        title: one line above everything.
+        captions: a line for each image, such as its file name.
+    """
+    originals, removed, predicted = (_pixels(x) for x in (images, mask, reconstruction))
+    masked = np.where(removed > 0.5, _GREY, originals)
+    pasted = np.where(removed > 0.5, predicted, originals)
+    tiles = np.stack([originals, masked, predicted, pasted], axis=1)  # [N, 4, H, W, 3]
+    zoom = math.ceil(_MIN_TILE / tiles.shape[-2])
+    tiles = np.round(tiles * 255).astype(np.uint8).repeat(zoom, axis=2).repeat(zoom, axis=3)
+
+    n, _, height, width, _ = tiles.shape
+    groups = math.ceil(math.sqrt(n / 8))
+    rows = math.ceil(n / groups)
+    gap, margin = 6, 16
+    group_gap = 4 * gap
+    caption_height = 20 if captions else 0
+    header = 30 + (32 if title else 0)
+    group_width = 4 * width + 3 * gap
+    row_height = height + gap + caption_height
+    canvas_height = header + rows * row_height + margin - gap
+    canvas_width = 2 * margin + groups * group_width + (groups - 1) * group_gap
+    canvas = np.full((canvas_height, canvas_width, 3), 255, np.uint8)
+    figure = Figure(figsize=(canvas_width / _DPI, canvas_height / _DPI), dpi=_DPI)
+
+    def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
+        x, y = x / canvas_width, 1 - y / canvas_height
+        figure.text(x, y, text, fontsize=size, color=_TEXT, parse_math=False, **style)
+
+    if title:
+        write(margin, 26, title, 12, ha="left", va="baseline", weight="bold")
+    for i, four in enumerate(tiles):
+        group, row = divmod(i, rows)
+        left = margin + group * (group_width + group_gap)
+        top = header + row * row_height
+        for column, tile in enumerate(four):
+            x = left + column * (width + gap)
+            canvas[top : top + height, x : x + width] = tile
+            if row == 0:
+                write(x + width / 2, header - 10, COLUMNS[column], 10, ha="center", va="baseline")
+        if captions:
+            longest = group_width // 7
+            text = captions[i]
+            text = text if len(text) <= longest else "…" + text[1 - longest :]
+            write(left, top + height + 14, text, 8, ha="left", va="baseline")
+    figure.figimage(canvas)
+    _save(figure, path)
+
+
+def save_loss_curve(
+    path: str | Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    interruptions: Sequence[int] = (),
+    *,
+    title: str = "Pre-training loss",
+    interruption_label: str = "stopped, resumed",
+) -> None:
+    """Write a PNG with the loss against the optimiser step as one curve.
+
+    The loss axis is logarithmic when the finite losses are positive and span a factor over 5.
+    Losses that are not finite leave a gap.
+
+    Args:
+        path: PNG to write or replace.
+        steps, losses: of equal length, in order of step.
+        interruptions: last steps done before each stop; a vertical line marks each.
+        title: one line above the plot.
+        interruption_label: what the lines mean; each is labelled so, with its step, while there
+            are at most four, and by one legend entry beyond.
+    """
+    x, y = np.asarray(steps, float), np.asarray(losses, float)
+    finite = y[np.isfinite(y)]
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(x, y, color=_BLUE, linewidth=1.4, marker="o" if len(x) == 1 else None)
+    if finite.size and finite.min() > 0 and finite.max() > 5 * finite.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _mark_interruptions(axes, interruptions, interruption_label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (mean squared error on removed patches)")
+    axes.set_title(title, loc="left", fontweight="bold", color=_TEXT, parse_math=False)
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _mark_interruptions(axes: Axes, interruptions: Sequence[int], label: str) -> None:
+    for i, step in enumerate(interruptions):
+        few = len(interruptions) <= 4
+        axes.axvline(
+            step,
+            color=_RED,
+            linestyle="--",
+            linewidth=1.1,
+            label=f"{label} ({len(interruptions)} times)" if not few and i == 0 else None,
+        )
+        if few:
+            axes.annotate(
+                f"{label} (step {step:,})",
+                (step, 0.97),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                rotation=90,
+                ha="left",
+                va="top",
+                fontsize=8,
+                color=_RED,
+                parse_math=False,
+            )
+    if len(interruptions) > 4:
+        axes.legend(loc="upper right", frameon=False)
+
+
+def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
+    """[N, C, H, W] on any device -> [N, H, W, C] in [0, 1]."""
+    return x.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure).print_png(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""Masked autoencoder with a Vision Transformer backbone (paper section 3), of timm's blocks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mae_scale.errors import UserError
+from mae_scale.models.masking import num_kept, random_masking
+from mae_scale.models.pos_embed import sincos_pos_embed
+from mae_scale.models.targets import patch_statistics, patchify, reconstruction_loss, unpatchify
+
+# Base, large and huge: the authors' models, their decoder being 512 wide and 8 blocks deep (paper
+# Table 1). The small two are ours, for tests, CIFAR and the demo: DeiT's widths, a decoder of the
+# same proportion to the encoder (2/3 of its width) but only 4 blocks, because on so small an
+# encoder the decoder, which sees all patches, would be most of the cost.
+MODELS: dict[str, dict[str, int]] = {
+    "mae_vit_tiny_patch16": {
+        "embed_dim": 192,
+        "depth": 12,
+        "num_heads": 3,
+        "decoder_embed_dim": 128,
+        "decoder_depth": 4,
+        "decoder_num_heads": 4,
+    },
+    "mae_vit_small_patch16": {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "decoder_embed_dim": 256,
+        "decoder_depth": 4,
+        "decoder_num_heads": 8,
+    },
+    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+def build_mae(name: str, **overrides: Any) -> MaskedAutoencoderViT:
+    """Build a masked autoencoder with fresh weights, drawn from torch's global generator.
+
+    Args:
+        name: one of `MODELS`; the name's patch size is a default like the others.
+        overrides: keyword arguments of `MaskedAutoencoderViT` that replace the model's own.
+
+    Raises:
+        UserError: unknown name, or sizes or a mask ratio that do not fit each other.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
+        raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
+    return MaskedAutoencoderViT(**{**MODELS[name], **overrides})
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Asymmetric autoencoder: the encoder sees the visible patches, a small decoder all of them.
+
+    State-dict keys are those of the published weights. `pos_embed` and `decoder_pos_embed` are
+    parameters that are not trained.
+
+    Args:
+        img_size, patch_size: sides of the square image and its patches, in pixels.
+        embed_dim, depth, num_heads: of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+        mask_ratio: share of patches removed; `int(L * (1 - mask_ratio))` stay.
+        norm_pix_loss: predict pixels normalised within their patch (paper section 3).
+
+    Raises:
+        UserError: sizes or a mask ratio that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_image(img_size, patch_size)
+        _check_transformer("", embed_dim, depth, num_heads)
+        _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
+        num_kept((img_size // patch_size) ** 2, mask_ratio)
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self._checkpoint_every = 0
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = layer_norm(embed_dim)
+
+        width = decoder_embed_dim
+        self.decoder_embed = nn.Linear(embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            block(width, decoder_num_heads) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = layer_norm(width)
+        self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
+
+        self.initialize_weights()
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
+    @property
+    def num_patches(self) -> int:
+        """L, patches per image."""
+        return self.patch_embed.num_patches
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Set every parameter as the authors do; also fills a model made on the meta device."""
+        grid_size = self.patch_embed.grid_size[0]
+        self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], grid_size))
+        self.decoder_pos_embed.copy_(sincos_pos_embed(self.decoder_pos_embed.shape[-1], grid_size))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        # The projection of patches is a Linear in disguise, but keeps the convolution's own bias.
+        self.patch_embed.proj.reset_parameters()
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.norm.weight.numel(), -1))
+
+    def set_activation_checkpointing(self, every: Literal["none", "full"] | int) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
+
+        Raises:
+            UserError: anything else.
+        """
+        blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
+        if blocks is None or (blocks < 1 and every != "none"):
+            raise UserError(
+                f"activation_checkpointing {every!r} must be none, full, or a number k of at "
+                "least 1 for every k-th block"
+            )
+        self._checkpoint_every = blocks
+
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask, encode, decode, compare.
+
+        Args:
+            images: float [B, 3, H, W], normalised; cast to the weights' dtype for the encoder
+                only, so pass float32 whatever that dtype is.
+            noise: float32 [B, L]; of each image the patches with the smallest values stay.
+            mask_ratio: for this call, instead of the model's own.
+
+        Returns:
+            loss: float32 scalar.
+            pred: [B, L, p*p*3], for kept patches too, normalised by patch under `norm_pix_loss`.
+            mask: float32 [B, L], 0 kept, 1 removed.
+        """
+        if noise.shape != (len(images), self.num_patches):
+            raise ValueError(
+                f"noise must be {[len(images), self.num_patches]}, not {list(noise.shape)}"
+            )
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        ids_keep, mask, ids_restore = random_masking(noise, ratio)
+        latent = self.forward_encoder(images, ids_keep)
+        pred = self.forward_decoder(latent, ids_restore)
+        loss = reconstruction_loss(images, pred, mask, self.patch_size, self.norm_pix_loss)
+        return loss, pred, mask
+
+    def forward_encoder(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        """Encode the class token and the visible patches.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            ids_keep: int64 [B, K].
+
+        Returns:
+            [B, 1 + K, embed_dim].
+        """
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
+        x = x + self.pos_embed[:, 1:]
+        x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        return self.norm(self._run(self.blocks, x))
+
+    def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """Predict all patches from the visible ones.
+
+        Args:
+            latent: [B, 1 + K, embed_dim], from `forward_encoder`.
+            ids_restore: int64 [B, L].
+
+        Returns:
+            [B, L, p*p*3].
+        """
+        x = self.decoder_embed(latent)
+        cls_token, visible = x[:, :1], x[:, 1:]
+        removed = ids_restore.shape[1] - visible.shape[1]
+        patches = torch.cat([visible, self.mask_token.expand(len(x), removed, -1)], dim=1)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[-1]))
+        x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed
+        x = self.decoder_norm(self._run(self.decoder_blocks, x))
+        return self.decoder_pred(x)[:, 1:]
+
+    def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(blocks):
+            if self._checkpoint_every and i % self._checkpoint_every == 0:
+                # Nothing in a block is random, so there is no generator to put back.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction as an image; arguments as for `forward`.
+
+        Under `norm_pix_loss` each predicted patch gets the true patch's mean and deviation, as in
+        the authors' figures.
+
+        Returns:
+            reconstruction: float32 [B, 3, H, W], normalised like `images`, all patches predicted.
+            mask: float32 [B, 1, H, W], 0 kept, 1 removed.
+        """
+        _, pred, mask = self(images, noise, mask_ratio)
+        pred = pred.float()
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patchify(images.float(), self.patch_size))
+            pred = pred * std + mean
+        mask_pixels = mask[..., None].expand(-1, -1, self.patch_size**2)
+        return unpatchify(pred, self.patch_size), unpatchify(mask_pixels, self.patch_size)
+
+
+def _multiples_near(size: int, step: int) -> str:
+    below = size // step * step
+    return ", ".join(str(n) for n in (below, below + step) if n > 0)
+
+
+def _check_image(img_size: int, patch_size: int) -> None:
+    if patch_size < 1:
+        raise UserError(f"patch_size {patch_size} must be at least 1 pixel")
+    if img_size < 1 or img_size % patch_size:
+        raise UserError(
+            f"img_size {img_size} is no multiple of patch_size {patch_size}; "
+            f"nearest: {_multiples_near(max(img_size, 1), patch_size)}"
+        )
+
+
+def _check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
+    if min(width, depth, heads) < 1:
+        raise UserError(
+            f"{prefix}embed_dim {width}, {prefix}depth {depth} and {prefix}num_heads {heads} "
+            "must each be at least 1"
+        )
+    if width % 4:
+        raise UserError(
+            f"{prefix}embed_dim {width} must be divisible by 4 for the sine-cosine position "
+            f"embedding; nearest: {_multiples_near(width, 4)}"
+        )
+    if width % heads:
+        fitting = [n for n in range(1, width + 1) if width % n == 0]
+        nearest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:2])
+        raise UserError(
+            f"{prefix}embed_dim {width} does not divide among {prefix}num_heads {heads}; "
+            f"nearest numbers of heads that fit: {', '.join(map(str, nearest))}"
+        )

@@ -1,0 +1,1 @@
+"""What `mae-scale COMMAND` does, one short file each."""

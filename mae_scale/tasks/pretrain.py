@@ -1,0 +1,146 @@
+"""`mae-scale pretrain`: train a masked autoencoder (paper section 3, Table 8)."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import closing
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from mae_scale.config import PretrainConfig, identity_hash, parse
+from mae_scale.data.loader import TrainLoader
+from mae_scale.data.shards import open_shards
+from mae_scale.data.transforms import normalize
+from mae_scale.errors import UserError
+from mae_scale.models import build_mae
+from mae_scale.models.masking import mask_noise
+from mae_scale.train import checkpoint
+from mae_scale.train.distributed import World, on_rank0, process_group
+from mae_scale.train.engine import (
+    accumulation_steps,
+    build_engine,
+    compile_blocks,
+    fill_deepspeed_config,
+    resolve_precision,
+    zero_stage,
+)
+from mae_scale.train.logs import set_up_logging
+from mae_scale.train.loop import Batch, Loop, total_steps
+from mae_scale.train.run_dir import add_history, open_run
+from mae_scale.train.stopping import STOPPED, stop_request
+
+log = logging.getLogger("mae_scale")
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the config, train, and give the exit code: 0 finished, 85 stopped early."""
+    config = parse(PretrainConfig, argv, prog)
+    world = World.from_environment()
+    set_up_logging(world)
+    return pretrain(config, world)
+
+
+def pretrain(config: PretrainConfig, world: World) -> int:
+    """Train until the end or a signal. What can be wrong is looked at before anything is made."""
+    precision = resolve_precision(config.train.precision, world.device)
+    ds_config = fill_deepspeed_config(config.deepspeed, config.train, world, precision)
+    shards = open_shards(config.data.train)
+    loader = TrainLoader(
+        shards,
+        img_size=config.model.img_size,
+        seed=config.seed,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    model = build_mae(**config.model.build_kwargs())
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    if config.train.compile:
+        compile_blocks(model)
+
+    run_dir = Path(config.run_dir)
+    total = total_steps(config.train, loader.steps_per_epoch)
+    with process_group(world):
+        locks: list[IO[str]] = []  # held by rank 0 until the end
+        on_rank0(lambda: locks.append(open_run(run_dir, config)))
+        run_hash = identity_hash(config)
+        resume = on_rank0(lambda: _resume_point(run_dir, run_hash, shards.fingerprint))
+        step = 0 if resume is None else checkpoint.Commit.read(resume).step
+        if step >= total:
+            log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
+            return 0
+        engine = build_engine(model, config.optim, ds_config)
+        if resume is not None:
+            checkpoint.load(engine, resume)
+
+        def loss_of(batch: Batch) -> torch.Tensor:
+            image, epoch, sample = (
+                batch[key].to(engine.device, non_blocking=True)
+                for key in ("image", "epoch", "sample")
+            )
+            noise = mask_noise(config.seed, epoch, sample, model.num_patches)
+            loss, _, _ = engine(normalize(image), noise)
+            return loss
+
+        facts = {
+            "world_size": world.size,
+            "zero_stage": zero_stage(ds_config),
+            "precision": precision,
+        }
+        loop = Loop(
+            engine=engine,
+            loss_of=loss_of,
+            world=world,
+            run_dir=run_dir,
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            checkpoint=config.checkpoint,
+            steps_per_epoch=loader.steps_per_epoch,
+            accumulation=accumulation_steps(config.train, world.size),
+            commit={**facts, "config_hash": run_hash, "data": shards.fingerprint},
+        )
+        if world.rank == 0:
+            add_history(run_dir, "started" if resume is None else "resumed", step, **facts)
+        log.info(
+            "%s step %d of %d: %s on %d images, %d processes, ZeRO-%d, %s",
+            "starting at" if resume is None else f"going on from {resume.name},",
+            *(step, total, config.model.name, len(shards), *facts.values()),
+        )
+        with closing(loader):
+            step, finished = loop.run(loader.batches(step), step)
+        if world.rank == 0:
+            add_history(run_dir, "finished" if finished else "stopped", step)
+        if finished:
+            log.info("finished: %d steps; everything is in %s", step, run_dir)
+        else:
+            reason = stop_request.reason or "a signal to another rank"
+            log.info("stopped by %s after step %d; the same command goes on", reason, step)
+        return 0 if finished else STOPPED
+
+
+def _resume_point(run_dir: Path, run_hash: str, data: str) -> Path | None:
+    """The checkpoint to go on from; damaged ones after it no longer count.
+
+    Raises:
+        UserError: the checkpoint was trained on other shards.
+    """
+    newest = checkpoint.newest_intact(run_dir, run_hash)
+    if newest is not None and checkpoint.Commit.read(newest).data != data:
+        raise UserError(
+            f"data.train holds other shards than those {run_dir} was trained on "
+            "(its manifest.json differs); use the same ones or another run_dir"
+        )
+    checkpoint.discard_newer(run_dir, newest)
+    return newest

@@ -1,0 +1,116 @@
+"""`mae-scale reconstruct`: a picture of what a pre-trained model makes of masked images."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import yaml
+
+from mae_scale.config import flatten
+from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
+from mae_scale.errors import UserError
+from mae_scale.figures import save_reconstruction_grid
+from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models.masking import mask_noise
+from mae_scale.train import checkpoint
+from mae_scale.train.distributed import World
+from mae_scale.train.logs import set_up_logging
+
+log = logging.getLogger("mae_scale")
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments and write the picture."""
+    parser = _Parser(prog=prog, description=__doc__)
+    parser.add_argument("weights", type=Path, help="run folder, or a step-… folder in it")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--out", type=Path, default="reconstructions.png", help="PNG to write")
+    parser.add_argument("--most", type=int, default=16, help="number of images at the most")
+    parser.add_argument("--mask_ratio", type=float, help="share of patches removed, in (0, 1)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the masks")
+    arguments = parser.parse_args(argv)
+    set_up_logging(World())
+    reconstruct(**vars(arguments))
+    return 0
+
+
+def reconstruct(
+    weights: Path, images: list[Path], out: Path, most: int, mask_ratio: float | None, seed: int
+) -> None:
+    """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
+
+    Raises:
+        UserError: no checkpoint, no images, an image that cannot be decoded, a bad mask ratio.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
+    if most < 1:
+        raise UserError(f"--most {most} must be at least 1")
+    files = _evenly(_find_images(images), most)
+    folder = checkpoint.find_checkpoint(weights)
+    model = load_mae(folder)
+    size = model.patch_embed.img_size[0]
+    pixels = torch.stack([_read(file, size) for file in files])
+    number = torch.arange(len(files))
+    noise = mask_noise(seed, torch.zeros_like(number), number, model.num_patches)
+    inputs = normalize(pixels)
+    reconstruction, mask = model.reconstruct(inputs, noise, mask_ratio)
+    ratio = model.mask_ratio if mask_ratio is None else mask_ratio
+    save_reconstruction_grid(
+        out,
+        denormalize(inputs),
+        mask,
+        denormalize(reconstruction),
+        title=f"{weights} at step {checkpoint.Commit.read(folder).step}: {ratio:.0%} masked",
+        captions=[file.name for file in files],
+    )
+    log.info("wrote %s: %d images", out, len(files))
+
+
+def load_mae(folder: Path) -> MaskedAutoencoderViT:
+    """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
+    config = yaml.safe_load((folder.parents[1] / "config.yaml").read_text())
+    model = build_mae(**{k: v for k, v in flatten(config["model"]).items() if v is not None})
+    model.load_state_dict(checkpoint.load_weights(folder))
+    return model.eval()
+
+
+def _find_images(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            if not found:
+                raise UserError(f"{path} holds no images ({', '.join(IMAGES)})")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"there is no image or folder {path}")
+    return files
+
+
+def _evenly(files: list[Path], most: int) -> list[Path]:
+    """At most so many of them, spread over the whole list."""
+    if len(files) <= most:
+        return files
+    return [files[i * len(files) // most] for i in range(most)]
+
+
+def _read(file: Path, size: int) -> torch.Tensor:
+    """The centre of an image as uint8 [3, size, size], its short side resized to fit."""
+    try:
+        return eval_crop(decode_image(file.read_bytes()), size, crop_ratio=1.0)
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from None

@@ -1,0 +1,1 @@
+"""Training: DeepSpeed engine, loop, schedule, checkpoints, stopping, metrics."""

@@ -1,0 +1,237 @@
+"""Checkpoints: DeepSpeed's files, and a COMMITTED.json written last that makes them exist.
+
+`RUN/checkpoints/step-00001234/` without a COMMITTED.json does not exist for a reader: a save that
+was cut short at any moment leaves nothing behind that could be mistaken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_scale.errors import UserError
+from mae_scale.files import sync_folder, write_atomically
+from mae_scale.train.distributed import World, gather_to_all, on_rank0
+from mae_scale.train.ds import DeepSpeedEngine, get_fp32_state_dict_from_zero_checkpoint
+
+log = logging.getLogger("mae_scale")
+
+COMMITTED = "COMMITTED.json"
+
+
+@dataclass
+class Commit:
+    """The content of COMMITTED.json."""
+
+    step: int
+    """Optimiser steps done."""
+    samples: int
+    """Images seen."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    config_hash: str
+    """`config.identity_hash`: a checkpoint of another run is none of ours."""
+    data: str
+    """Fingerprint of the training shards' manifest."""
+    milestone: bool
+    """Kept for good."""
+    files: dict[str, dict[str, Any]]
+    """Size in bytes and SHA-256 of each file."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Commit:
+        """Read it.
+
+        Raises:
+            ValueError: it is no such file.
+        """
+        try:
+            return cls(**json.loads((folder / COMMITTED).read_text()))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """`RUN/checkpoints/step-00001234`."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """All step folders, newest first, committed or not."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), reverse=True)
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def damage(folder: Path, config_hash: str | None = None) -> str | None:
+    """What is wrong with a committed checkpoint, or None if it is intact.
+
+    Args:
+        folder: step folder with a COMMITTED.json.
+        config_hash: of the run it must belong to; None accepts any run's.
+    """
+    try:
+        commit = Commit.read(folder)
+    except (OSError, ValueError) as error:
+        return f"{COMMITTED} cannot be read ({error})"
+    if config_hash is not None and commit.config_hash != config_hash:
+        return f"{COMMITTED} belongs to another run"
+    if folder.name != f"step-{commit.step:08d}":
+        return f"{COMMITTED} is of step {commit.step}"
+    for name, expected in commit.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _file_facts(path) != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def newest_intact(run_dir: Path, config_hash: str | None = None) -> Path | None:
+    """The newest committed checkpoint whose files are whole; a warning names damaged ones."""
+    for folder in _folders(run_dir):
+        if not (folder / COMMITTED).exists():
+            continue
+        wrong = damage(folder, config_hash)
+        if wrong is None:
+            return folder
+        log.warning("checkpoint %s is damaged and passed over: %s", folder, wrong)
+    return None
+
+
+def discard_newer(run_dir: Path, newest: Path | None) -> None:
+    """Take back the commits of the damaged checkpoints after `newest`, so that none is counted.
+
+    Their files stay until the next save, for a look.
+    """
+    for folder in _folders(run_dir):
+        if folder == newest:
+            break
+        if (folder / COMMITTED).exists():
+            (folder / COMMITTED).replace(folder / "DAMAGED.json")
+
+
+def save(engine: DeepSpeedEngine, run_dir: Path, world: World, commit: Commit, keep: int) -> None:
+    """Save the state of all ranks and commit it; then remove what need not be kept.
+
+    Args:
+        commit: what to write into COMMITTED.json; its `files` are filled in here.
+        keep: number of newest checkpoints that stay, besides milestones.
+    """
+    folder = folder_of(run_dir, commit.step)
+    # What an interrupted save of the same step left must not meet this one's files.
+    on_rank0(lambda: shutil.rmtree(folder) if folder.exists() else None)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    files: dict[str, dict[str, Any]] = {}
+    for part in gather_to_all(_seal(folder, world.rank)):
+        files |= part
+    commit.files = dict(sorted(files.items()))
+
+    def finish() -> None:
+        sync_folder(folder)
+        write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
+        sync_folder(folder.parent)
+        _prune(run_dir, keep)
+
+    on_rank0(finish)
+
+
+def _seal(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Sync and hash the files that this rank wrote; rank 0 also takes those that name no rank."""
+    facts = {}
+    for path in sorted(folder.iterdir()):
+        match = re.search(r"zero_pp_rank_(\d+)_", path.name)
+        if (int(match[1]) if match else 0) == rank:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            facts[path.name] = _file_facts(path)
+    return facts
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    """Remove the checkpoints that need not be kept and the leftovers of interrupted saves."""
+    kept = 0
+    for folder in _folders(run_dir):
+        committed = (folder / COMMITTED).exists()
+        if committed and (kept < keep or Commit.read(folder).milestone):
+            kept += 1
+            continue
+        # The commit goes first: a removal that is cut short must not look like a checkpoint.
+        (folder / COMMITTED).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def load(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Load a checkpoint of the same world size and ZeRO stage into the engine, on all ranks.
+
+    Raises:
+        UserError: it was saved at another world size or ZeRO stage.
+    """
+    commit = Commit.read(folder)
+    saved = (commit.world_size, commit.zero_stage)
+    now = (engine.world_size, engine.zero_optimization_stage())
+    if saved != now:
+        raise UserError(
+            f"{folder.name} was saved by {saved[0]} processes under ZeRO-{saved[1]}, and these are "
+            f"{now[0]} under ZeRO-{now[1]}; a change of either is not supported yet"
+        )
+    loaded, _ = engine.load_checkpoint(
+        str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
+    )
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed could not load {folder}")
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of the module, in fp32, of a checkpoint of any world size and ZeRO stage.
+
+    Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used.
+    """
+    if Commit.read(folder).zero_stage == 3:
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports each of its steps
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    path = folder / "mp_rank_00_model_states.pt"
+    # DeepSpeed's file holds its own Python objects; it is the run's own and checksummed.
+    state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+    return {key: value.float() for key, value in state.items()}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a run folder (its newest intact one) or by a step folder.
+
+    Raises:
+        UserError: there is none, or the step folder is damaged.
+    """
+    if (path / COMMITTED).exists():
+        wrong = damage(path)
+        if wrong is not None:
+            raise UserError(f"checkpoint {path} is damaged: {wrong}")
+        return path
+    if not (path / "config.yaml").exists():
+        raise UserError(f"{path} is neither a run folder nor a committed checkpoint of one")
+    newest = newest_intact(path)
+    if newest is None:
+        raise UserError(f"{path} holds no committed checkpoint yet")
+    return newest

@@ -1,0 +1,23 @@
+"""DeepSpeed, imported the way this project needs it. Everything else imports it from here."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # its own guess is the same, with a warning
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+import deepspeed
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+# On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
+# inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
+# its segments in /dev/shm.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+__all__ = ["DeepSpeedEngine", "deepspeed", "get_fp32_state_dict_from_zero_checkpoint"]

@@ -1,0 +1,73 @@
+"""The run folder: made once with one config, gone on with by the same command."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from mae_scale import __version__
+from mae_scale.config import as_yaml, differences
+from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
+
+log = logging.getLogger("mae_scale")
+
+
+def open_run(run_dir: Path, config: Any) -> IO[str]:
+    """Make the folder with its config.yaml, or check that it was made with the same config.
+
+    Gives the lock of the folder, held until it is closed or the process ends. Only rank 0 calls.
+
+    Raises:
+        UserError: another config made the folder (the message shows the difference), it is no run
+            folder, or another process is training in it.
+    """
+    path = run_dir / "config.yaml"
+    text = as_yaml(config)
+    if path.exists():
+        changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
+        if changed:
+            raise UserError(
+                f"{run_dir} was made with another config ({'; '.join(changed)}); "
+                "use its values or another run_dir"
+            )
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run_dir} right now") from None
+    except OSError as error:  # a file system without locks
+        log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
+    write_atomically(path, text)
+    return lock
+
+
+def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
+    """Add a line to `RUN/history.jsonl`: each start, stop and end of the run.
+
+    Args:
+        event: started, resumed, stopped or finished.
+        step: optimiser steps done at that moment.
+        facts: what else is worth knowing, such as the world size.
+    """
+    row = {"event": event, "step": step, "time": time.time(), "host": platform.node()}
+    with (run_dir / "history.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `RUN/history.jsonl`; a last line that a kill cut short is left out."""
+    path = run_dir / "history.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]

@@ -1,0 +1,54 @@
+"""Being stopped: signals raise a flag, the loop saves and exits with 85."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from types import FrameType
+
+import psutil
+
+STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Remembers why the run is to stop: a signal, or a launcher that has died.
+
+    Slurm, a launcher and a person may each send a signal, and often two of them do: more signals
+    change nothing, so that none can break the save that the first one asked for.
+    """
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._launcher: psutil.Process | None = None
+
+    def install(self) -> None:
+        """Take over SIGTERM, SIGUSR1, SIGINT and, unless under nohup, SIGHUP; watch the launcher.
+
+        A launcher that is killed cannot pass a signal on, and its ranks would train on as orphans.
+        torchrun's ranks are its children; those of `deepspeed` are its grandchildren.
+        """
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
+        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launch.py, child of `deepspeed`
+            self._launcher = psutil.Process(os.getppid()).parent()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is None:
+            self._reason = signal.Signals(number).name
+
+    @property
+    def reason(self) -> str | None:
+        """The name of the first signal, "the end of the launcher", or None: train on."""
+        if self._reason is None and self._launcher is not None and not self._launcher.is_running():
+            self._reason = "the end of the launcher"
+        return self._reason
+
+
+stop_request = StopRequest()

@@ -1,0 +1,224 @@
+"""`mae-scale pretrain` as users start and stop it: real processes, real DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Run, ranks, send
+
+from mae_scale.train.run_dir import read_history
+from mae_scale.train.stopping import STOPPED
+
+TOTAL = 20  # steps of two epochs of 250 // 24
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Run:
+    """A run on one process that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", shards)
+    run.finish()
+    return run
+
+
+def test_leaves_what_the_contract_promises(undisturbed: Run) -> None:
+    rows = undisturbed.rows()
+    assert [row["step"] for row in rows] == list(range(1, TOTAL + 1))
+    assert [row["samples"] for row in rows] == [24 * step for step in range(1, TOTAL + 1)]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["lr"] == 0 and rows[10]["lr"] == pytest.approx(1.5e-4 * 24 / 256)
+    assert rows[-1]["epoch"] == 2 and rows[-1]["mfu"] is None
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    folder = undisturbed.run_dir
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["train"]["epochs"] == 2 and config["data"]["lanes"] == 4
+    assert list((folder / "tensorboard").iterdir())
+    commit = json.loads((folder / "checkpoints/step-00000020/COMMITTED.json").read_text())
+    assert (commit["step"], commit["samples"], commit["world_size"]) == (20, 480, 1)
+
+
+def test_a_finished_run_says_so(undisturbed: Run) -> None:
+    before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
+    assert "is finished: 20 of 20 steps" in undisturbed.finish()
+    assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_stream_does_not_depend_on_the_world_size(
+    run: Run, undisturbed: Run, processes: int
+) -> None:
+    """With another micro-batch and no data workers, too: only the order of sums differs."""
+    settings = {"data.workers": 0, "train.micro_batch_size": 24 // processes, "train.max_steps": 5}
+    run = replace(run, launcher="torchrun", processes=processes, settings=settings)
+    run.finish()
+    for row, expected in zip(run.rows(), undisturbed.rows()[:5], strict=True):
+        assert row["samples"] == expected["samples"] and row["lr"] == expected["lr"]
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "launcher", "code"),
+    [
+        (0, "torchrun", 1),  # torchrun itself exits with 1, whatever its ranks exited with
+        (1, "torchrun", 1),
+        (2, "deepspeed", STOPPED),
+        (3, "torchrun", 1),
+    ],
+)
+def test_an_interrupted_run_equals_an_undisturbed_one(
+    run: Run, tmp_path: Path, stage: int, launcher: str, code: int
+) -> None:
+    settings = {"deepspeed": f"zero{stage}", "data.workers": 2, "train.max_steps": 12}
+    run = replace(run, launcher=launcher, processes=2, settings=settings)
+
+    def terminate_one_rank(process: subprocess.Popen[str]) -> None:
+        ranks(process)[stage % 2].terminate()
+
+    output = run.stop(4, terminate_one_rank, code)
+    assert "the same command goes on" in output
+    stopped_at = len(run.rows())
+    assert 4 <= stopped_at < 12
+    assert f"going on from step-{stopped_at:08d}" in run.finish()
+    whole = replace(run, run_dir=tmp_path / "whole")
+    whole.finish()
+    assert run.rows() == whole.rows()
+    events = [(e["event"], e["step"]) for e in read_history(run.run_dir)]
+    assert events == [("started", 0), ("stopped", stopped_at), ("resumed", stopped_at),
+                      ("finished", 12)]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_saves_and_goes_on(
+    run: Run, undisturbed: Run, number: signal.Signals
+) -> None:
+    """As Ctrl-C does: data workers get the signal, too, and it comes twice."""
+
+    def twice(process: subprocess.Popen[str]) -> None:
+        os.killpg(process.pid, number)
+        os.killpg(process.pid, number)
+
+    run.settings = {"data.workers": 2}
+    output = run.stop(3, twice, STOPPED)
+    assert f"stopped by {number.name}" in output and "Traceback" not in output
+    run.finish()
+    assert run.rows() == undisturbed.rows()
+
+
+def test_a_signal_before_the_first_step_stops_it(run: Run) -> None:
+    process = run.start()
+    while not _handles_sigterm(process.pid):
+        assert process.poll() is None
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, output
+    assert "Traceback" not in output
+    run.settings = {"train.max_steps": 2}
+    run.finish()
+
+
+def _handles_sigterm(pid: int) -> bool:
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_sigkill_loses_no_more_than_the_steps_since_the_last_save(
+    run: Run, undisturbed: Run
+) -> None:
+    run.settings = {"checkpoint.every_steps": 3, "data.workers": 2}
+    run.stop(8, send(signal.SIGKILL), -signal.SIGKILL)
+    output = run.finish()
+    assert "going on from step-00000006" in output or "going on from step-00000009" in output
+    assert run.rows() == undisturbed.rows()
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: Run, undisturbed: Run) -> None:
+    run.settings = {"checkpoint.every_steps": 2, "train.max_steps": 6}
+    run.finish()
+    checkpoints = run.run_dir / "checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == [
+        "step-00000002", "step-00000004", "step-00000006",
+    ]  # fmt: skip
+    damaged = checkpoints / "step-00000006" / "mp_rank_00_model_states.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    unfinished = checkpoints / "step-00000008"  # as a kill during the save leaves it
+    unfinished.mkdir()
+    (unfinished / "mp_rank_00_model_states.pt").write_bytes(b"half of it")
+    run.settings["train.max_steps"] = TOTAL
+    output = run.finish()
+    assert "step-00000006 is damaged and passed over" in output
+    assert "mp_rank_00_model_states.pt does not match its checksum" in output
+    assert "going on from step-00000004" in output
+    assert run.rows() == undisturbed.rows()
+    kept = sorted(p.name for p in checkpoints.glob("step-*"))
+    assert kept == ["step-00000016", "step-00000018", "step-00000020"]
+
+
+def test_milestones_are_kept(run: Run) -> None:
+    run.settings = {"checkpoint.milestone_epochs": 1, "checkpoint.keep": 1, "train.epochs": 3}
+    run.finish()
+    kept = sorted(p.name for p in (run.run_dir / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_two_jobs_cannot_train_in_one_folder(run: Run) -> None:
+    first = run.start()
+    while not run.rows():
+        assert first.poll() is None
+    assert "another process is training in" in run.finish(2)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == STOPPED
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(run: Run) -> None:
+    run.settings = {"optim.base_lr": 1e30}
+    output = run.finish(1)
+    assert "the loss of step" in output and "Traceback" not in output
+    assert not list((run.run_dir / "checkpoints").glob("step-*"))
+
+
+def test_bf16_and_activation_checkpointing_and_offload(run: Run) -> None:
+    settings = {"train.precision": "bf16", "train.max_steps": 2, "deepspeed": "zero3_offload",
+                "train.activation_checkpointing": "full"}  # fmt: skip
+    run.settings = settings
+    run.finish()
+    losses = [row["loss"] for row in run.rows()]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_other_shards_under_an_old_run_are_refused(
+    run: Run, tmp_path: Path, undisturbed: Run
+) -> None:
+    other = tmp_path / "other shards"
+    other.mkdir()
+    for file in undisturbed.shards.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "manifest.json").unlink()
+    manifest = json.loads((undisturbed.shards / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "split": "other"}))
+    moved = replace(undisturbed, shards=other)
+    assert "data.train holds other shards" in moved.finish(2)
+
+
+@pytest.mark.timeout(900)
+def test_a_finished_run_exits_0_every_time(run: Run) -> None:
+    """Ranks must leave together: one that leaves early used to make the other abort."""
+    for attempt in range(6):
+        again = replace(
+            run,
+            run_dir=run.run_dir.with_name(f"run {attempt}"),
+            launcher="deepspeed",
+            processes=2,
+            settings={"train.max_steps": 2, "deepspeed": "zero2", "data.workers": attempt % 3},
+        )
+        again.finish()

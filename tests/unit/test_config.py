@@ -1,0 +1,152 @@
+"""Config files, recipes, the command line, and what they say to mistakes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mae_scale.cli import main
+from mae_scale.config import (
+    PretrainConfig,
+    as_yaml,
+    differences,
+    identity_hash,
+    parse,
+    recipe_names,
+)
+from mae_scale.errors import UserError
+
+NEEDED = ["--run_dir=r", "--data.train=d"]
+
+
+def read(*argv: str) -> PretrainConfig:
+    return parse(PretrainConfig, [*NEEDED, *argv], "mae-scale pretrain")
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The command takes signals over; give them back to the tests."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_recipes_are_table_8(size: str) -> None:
+    config = read("--config", f"pretrain_vit_{size}")
+    patch = 14 if size == "huge" else 16
+    assert config.model.name == f"mae_vit_{size}_patch{patch}"
+    assert (config.model.img_size, config.model.mask_ratio) == (224, 0.75)
+    assert config.model.norm_pix_loss
+    assert (config.train.epochs, config.train.global_batch_size) == (1600, 4096)
+    assert config.optim.base_lr == 1.5e-4 and config.optim.min_lr == 0
+    assert config.optim.warmup_epochs == 40 and config.optim.weight_decay == 0.05
+    assert tuple(config.optim.betas) == (0.9, 0.95)
+
+
+def test_every_recipe_reads_and_is_headed_by_what_it_reproduces() -> None:
+    assert {"demo", "pretrain_vit_base"} <= set(recipe_names())
+    for name in recipe_names():
+        config = read("--config", name)
+        path = Path(__file__).parents[2] / "mae_scale" / "recipes" / f"{name}.yaml"
+        head = path.read_text().split("\nmodel:")[0]
+        assert head.startswith("#") and "eproduces" in head
+        assert read("--config", name, "--seed", "3").seed == 3 != config.seed
+
+
+def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "my config.yaml"
+    file.write_text("train: {epochs: 7, global_batch_size: 32}\nmodel: {img_size: 64}\n")
+    argv = ["--train.epochs", "9", f"--config={file}", "--train.activation_checkpointing", "2"]
+    config = read(*argv)
+    assert (config.train.epochs, config.train.global_batch_size) == (9, 32)
+    assert config.model.img_size == 64 and config.train.activation_checkpointing == 2
+
+
+def test_what_is_printed_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read("--config", "demo", "--optim.betas", "[0.8, 0.99]")
+    file = tmp_path / "config.yaml"
+    file.write_text(as_yaml(config))
+    again = parse(PretrainConfig, ["--config", str(file)], "mae-scale pretrain")
+    assert again == config
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", *NEEDED, "--config", "demo", "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["img_size"] == 64
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for explained in ("--data.window WINDOW Samples of a lane", "in pixels", "in gigabytes",
+                      "--checkpoint.every_minutes EVERY_MINUTES Minutes between"):  # fmt: skip
+        assert explained in text
+    assert text.count("(type:") + text.count("(required, type:") >= 35
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--trian.epochs", "3"], "unknown config key 'trian.epochs'; did you mean 'train.epochs'?"),
+        (["--epochs", "3"], "unknown config key 'epochs'"),
+        (["--train.epochs", "three"], '"train.epochs": Expected a int. Got value: three'),
+        (["--train.precision", "fp16"], "['auto', 'bf16', 'fp32']"),
+        (["--config", "pretrain_vit_bse"], "did you mean 'pretrain_vit_base'?"),
+        (["--config", "nowhere.yaml"], "neither a file nor a recipe"),
+        (["--config"], "neither a file nor a recipe"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_mistakes_get_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", *NEEDED, *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("modle: {name: x}", "unknown config key 'modle.name' in {file}; did you mean 'model.name'?"),
+        ("model: [", "{file} is not valid YAML"),
+        ("just words", "{file} holds no config keys"),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        read("--config", str(file))
+    assert message.format(file=file) in str(error.value)
+
+
+def test_a_missing_key_and_command_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--run_dir", "x"]) == 2
+    assert "data.train" in capsys.readouterr().err
+    assert main(["pretrian"]) == 2
+    assert "unknown command 'pretrian'; commands: pretrain" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "pretrain" in capsys.readouterr().out
+
+
+def test_what_a_run_may_change() -> None:
+    old = yaml.safe_load(as_yaml(read()))
+    free = ["--train.max_steps=5", "--deepspeed=zero3", "--data.workers=0", "--checkpoint.keep=9"]
+    same = read(*free)
+    assert differences(old, yaml.safe_load(as_yaml(same))) == []
+    assert identity_hash(same) == identity_hash(read())
+    other = read("--seed=1", "--optim.base_lr=1e-3")
+    assert differences(old, yaml.safe_load(as_yaml(other))) == [
+        "optim.base_lr: 0.00015 -> 0.001",
+        "seed: 0 -> 1",
+    ]
+    assert identity_hash(other) != identity_hash(read())

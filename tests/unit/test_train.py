@@ -1,0 +1,175 @@
+"""The parts of training that need no process group: schedule, batch, DeepSpeed config, records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_scale.config import TrainConfig
+from mae_scale.errors import UserError
+from mae_scale.train.checkpoint import Commit, damage, newest_intact
+from mae_scale.train.distributed import World
+from mae_scale.train.engine import (
+    DS_CONFIGS,
+    accumulation_steps,
+    fill_deepspeed_config,
+    load_deepspeed_config,
+    resolve_precision,
+    zero_stage,
+)
+from mae_scale.train.metrics import MetricsLog, read_metrics
+from mae_scale.train.schedule import learning_rate
+
+TABLE_8 = {"peak": 2.4e-3, "floor": 0.0, "warmup": 40.0, "epochs": 1600.0}
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, 0), (10, 6e-4), (20, 1.2e-3), (40, 2.4e-3), (820, 1.2e-3), (1600, 0)],
+)
+def test_learning_rate_of_table_8(epoch: float, expected: float) -> None:
+    assert learning_rate(epoch, **TABLE_8) == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_follows_the_rule_of_the_reference() -> None:
+    for epoch in (41.5, 333.3, 1234.5):
+        e, w, n, lr, low = epoch, 5, 1600, 1e-3, 1e-6
+        expected = low + (lr - low) * 0.5 * (1 + math.cos(math.pi * (e - w) / (n - w)))
+        got = learning_rate(e, peak=lr, floor=low, warmup=w, epochs=n)
+        assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    assert learning_rate(0, peak=1.0, floor=0.0, warmup=0, epochs=10) == 1.0
+
+
+def test_accumulation_makes_up_the_global_batch() -> None:
+    train = TrainConfig(global_batch_size=4096, micro_batch_size=64)
+    assert [accumulation_steps(train, world) for world in (1, 8, 64)] == [64, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "would"),
+    [
+        (100, 16, 2, "train.micro_batch_size 10 would"),
+        (4096, 64, 3, "train.global_batch_size 4032 would"),
+        (7, 8, 1, "train.micro_batch_size 7 would"),
+        (0, 8, 1, "must be positive"),
+    ],
+)
+def test_a_batch_that_does_not_divide_says_what_would(
+    batch: int, micro: int, world: int, would: str
+) -> None:
+    train = TrainConfig(global_batch_size=batch, micro_batch_size=micro)
+    with pytest.raises(UserError, match=would):
+        accumulation_steps(train, world)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DS_CONFIGS.glob("*.json")))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_deepspeed_config_is_filled_in(name: str, precision: str) -> None:
+    train = TrainConfig(global_batch_size=64, micro_batch_size=8)
+    config = fill_deepspeed_config(name, train, World(size=2), precision)
+    assert "auto" not in json.dumps(config)
+    assert config["train_batch_size"] == 64
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["bf16"]["enabled"] is (precision == "bf16")
+    assert zero_stage(config) == int(name[4])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 512}, "train_batch_size 512 .* train.global_batch_size"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled true .* train.precision fp32"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled .* fp16 is not offered"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' .* remove it"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size .* no recipe"),
+    ],
+)
+def test_a_deepspeed_config_that_contradicts_the_recipe(
+    tmp_path: Path, content: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        fill_deepspeed_config(str(file), TrainConfig(), World(), "fp32")
+
+
+def test_a_missing_deepspeed_config_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'zero2'"):
+        load_deepspeed_config("zero_2")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load_deepspeed_config(str(broken))
+
+
+def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu() -> None:
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 8):
+        log.write({"step": step, "loss": 1 / step})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # a kill in the middle of a write
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7]
+    again = MetricsLog(tmp_path, 5)  # goes on from a checkpoint of step 5
+    again.write({"step": 6, "loss": 0.5})
+    again.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
+    """A step folder as `save` leaves it."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.pt").write_bytes(content)
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    commit = Commit(
+        step=step, samples=step, world_size=1, zero_stage=0, precision="fp32",
+        config_hash="ours", data="", milestone=False, files={"state.pt": facts},
+    )  # fmt: skip
+    (folder / "COMMITTED.json").write_text(json.dumps(asdict(commit)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda f: (f / "state.pt").unlink(), "state.pt is missing"),
+        (lambda f: (f / "state.pt").write_bytes(b""), "has 0 bytes instead of 7"),
+        (lambda f: (f / "state.pt").write_bytes(b"wEights"), "does not match its checksum"),
+        (lambda f: (f / "COMMITTED.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "COMMITTED.json").write_text('{"step": 3}'), "cannot be read"),
+        (lambda f: f.rename(f.with_name("step-00000009")), "is of step 3"),
+    ],
+)
+def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, harm, says: str) -> None:  # type: ignore[no-untyped-def]
+    before, newest = committed(tmp_path, 2), committed(tmp_path, 3)
+    assert damage(newest) is None and newest_intact(tmp_path, "ours") == newest
+    harm(newest)
+    found = next(f for f in (newest, newest.with_name("step-00000009")) if f.exists())
+    assert says in (damage(found) or "")
+    assert newest_intact(tmp_path, "ours") == before
+
+
+def test_a_commit_of_another_run_and_an_unfinished_save_do_not_count(tmp_path: Path) -> None:
+    folder = committed(tmp_path, 2)
+    assert damage(folder, "another") == "COMMITTED.json belongs to another run"
+    (tmp_path / "checkpoints" / "step-00000005").mkdir()
+    assert newest_intact(tmp_path) == folder
+    assert newest_intact(tmp_path, "another") is None
