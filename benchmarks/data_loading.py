@@ -5,7 +5,7 @@ All give batches of 64 crops of 224 pixels out of the same full-size photographs
 the workers bound to as many cores as there are workers (and the process that takes the batches to
 other cores, where there are any):
 
-- official: ImageFolder, PIL, torchvision's RandomResizedCrop, flip, ToTensor and Normalize, DataLoader
+- official: ImageFolder, PIL, torchvision's RandomResizedCrop, flip, ToTensor, Normalize; DataLoader
 - webdataset: the same transforms, out of shards, with a shuffle buffer
 - mae-scale: TrainLoader (uint8; the device normalises)
 - decode: JPEGs in memory to pixels, nothing else, one process
@@ -41,6 +41,7 @@ from torchvision.datasets import ImageFolder
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale.randomness import Purpose, permutation
 
 BATCH = 64
 WARM_UP = 6  # batches that are not timed: workers start, and fill their queues
@@ -165,8 +166,9 @@ def main() -> None:
         tree, shards = Path(scratch) / "tree", Path(scratch) / "shards"
         total = make_source(args.images, tree, count)
         with_shard_imagenet(cores)(tree, shards)
-        sample = [path.read_bytes() for path in originals]
-        in_memory = sample * -(-args.count // len(sample))
+        files = sorted(path for path in tree.rglob("*") if path.is_file())
+        some = permutation(len(files), Purpose.WRITE_ORDER, 0)[: args.count]
+        in_memory = [files[i].read_bytes() for i in some]
 
         ways: dict[tuple[str, int], Callable[[], tuple[float, float]]] = {
             ("decode, simplejpeg", 1): lambda: decoding_rate(decode_simplejpeg, in_memory),
@@ -190,35 +192,35 @@ def main() -> None:
 
     print(
         f"{datetime.date.today()}  {cpu_name()}, {cores} cores, Python {sys.version.split()[0]}, "
-        f"torch {torch.__version__}, simplejpeg {simplejpeg.__version__}, Pillow {Image.__version__}"
+        f"torch {torch.__version__},\n            simplejpeg {simplejpeg.__version__}, "
+        f"Pillow {Image.__version__}, webdataset {webdataset.__version__}"
     )
     print(
-        f"{count:,} JPEGs, {total / 1e9:.2f} GB, {args.count:,} timed, {args.rounds} rounds, medians; "
-        "ratios are medians of the rounds' ratios"
+        f"{count:,} JPEGs, {total / 1e9:.2f} GB, {args.count:,} timed, {args.rounds} rounds; "
+        "medians of the rounds and of their ratios;\nimages/s, also for each core and for each "
+        "second of the workers' CPU time; ratios are per core"
     )
     print(
-        f"{'':22}{'workers':>8}{'img/s':>8}{'per core':>10}{'per CPU s':>11}"
+        f"{'':20}{'workers':>8}{'img/s':>8}{'per core':>10}{'per CPU s':>11}"
         f"{'x official':>12}{'x webdataset':>14}{'x decode':>10}"
     )
 
-    def ratio(
-        way: tuple[str, int], other: tuple[str, int], cores_of: int, cores_of_other: int
-    ) -> str:
-        pairs = zip(rates[way], rates[other], strict=True)
-        return (
-            f"{statistics.median(a[0] / cores_of / (b[0] / cores_of_other) for a, b in pairs):.2f}"
-        )
+    def per_core(way: tuple[str, int]) -> list[float]:
+        return [rate / way[1] for rate, _ in rates[way]]
 
     for way, measured in rates.items():
         name, n = way
+        beside = [("official", n), ("webdataset", n), ("decode, simplejpeg", 1)]
+        ratios = [
+            statistics.median(a / b for a, b in zip(per_core(way), per_core(other), strict=True))
+            if other in rates else float("nan")
+            for other in beside
+        ]  # fmt: skip
         clock = statistics.median(rate for rate, _ in measured)
         cpu = statistics.median(rate for _, rate in measured)
-        same = n if ("official", n) in rates else args.workers[0]
         print(
-            f"{name:22}{n if 'decode' not in name else '-':>8}{clock:8.0f}{clock / n:10.0f}{cpu:11.0f}"
-            f"{ratio(way, ('official', same), n, same):>12}"
-            f"{ratio(way, ('webdataset', same), n, same):>14}"
-            f"{ratio(way, ('decode, simplejpeg', 1), n, 1):>10}"
+            f"{name:20}{'' if 'decode' in name else n:>8}{clock:8.0f}{clock / n:10.0f}{cpu:11.0f}"
+            f"{ratios[0]:12.2f}{ratios[1]:14.2f}{ratios[2]:10.2f}"
         )
 
 

@@ -128,9 +128,9 @@ def command(words: list[object], good: set[int] | None = None, until=None) -> in
             family = psutil.Process(process.pid).children(recursive=True) or family
             if until is not None and until():
                 until = None
-                ranks = [p for p in family if "pretrain" in p.cmdline() and "CROSS_RANK" in p.environ()]
-                print(f"-- kill -TERM {ranks[0].pid}", flush=True)
-                ranks[0].send_signal(signal.SIGTERM)
+                rank = next(p for p in family if "RANK" in p.environ())
+                print(f"$ kill -TERM {rank.pid}", flush=True)
+                rank.send_signal(signal.SIGTERM)
     except KeyboardInterrupt:
         psutil.wait_procs(family, timeout=60)
         raise UserError("interrupted; make demo goes on from here") from None

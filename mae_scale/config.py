@@ -141,6 +141,20 @@ class PretrainConfig:
     """Decides sample order, crops, masks and initial weights."""
 
 
+AT_LEAST = {
+    "seed": 0,
+    "data.workers": 0,
+    "data.lanes": 1,
+    "data.window": 1,
+    "train.epochs": 1,
+    "train.max_steps": 1,
+    "train.log_every": 1,
+    "optim.warmup_epochs": 0,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "checkpoint.milestone_epochs": 1,
+}
+
 # What a run may change when it goes on: none of it changes which samples a step sees or the
 # learning rate. `data.train` may move as long as its manifest stays the same (checked apart).
 MAY_CHANGE = (
@@ -199,7 +213,12 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     _check_known(options, [*known, "help", "print_config"], "")
     namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     namespace.pop("config")
-    return config_class(**vars(parser.instantiate(namespace)))
+    config = config_class(**vars(parser.instantiate(namespace)))
+    flat = flatten(dataclasses.asdict(config))  # type: ignore[call-overload]
+    for key, least in AT_LEAST.items():
+        if flat.get(key) is not None and flat[key] < least:
+            raise UserError(f"{key} is {flat[key]}; it must be at least {least}")
+    return config
 
 
 def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:

@@ -21,6 +21,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def sync_tree(folder: Path) -> None:
+    """Put all files below a folder on disk, and their names."""
+    for path in folder.rglob("*"):
+        sync_folder(path) if path.is_dir() else _sync_file(path)
+    sync_folder(folder)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk."""
     descriptor = os.open(folder, os.O_RDONLY)

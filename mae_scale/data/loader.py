@@ -32,7 +32,7 @@ from mae_scale.data.dataset import (
 )
 from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.shards import ShardSet, is_remote
-from mae_scale.errors import UserError
+from mae_scale.errors import RunError, UserError
 
 logger = logging.getLogger("mae_scale")
 
@@ -168,6 +168,16 @@ class TrainLoader(_Loader):
                 f"{global_batch_size}"
             )
         cache = _cache(shards, cache_dir, cache_bytes)
+        if cache is not None and cache_bytes is not None:
+            # A window of a lane lies in two shards as a rule; all lanes are read at a time.
+            need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
+            if cache_bytes < need:
+                logger.warning(
+                    "data.cache_dir may take %.3g GB, but %d lanes of %s are read at a time out of "
+                    "up to %.3g GB: shards will be fetched again and again; raise data.cache_gb or "
+                    "lower data.lanes",
+                    cache_bytes / 1e9, lanes, shards.root, need / 1e9,
+                )  # fmt: skip
         super().__init__(
             TrainDataset(shards, img_size, order, cache), micro_batch_size, workers, pin_memory
         )
@@ -191,7 +201,7 @@ class TrainLoader(_Loader):
         Raises:
             UserError: a shard has changed since it was indexed.
             OSError: a shard cannot be read or fetched.
-            RuntimeError: too many damaged samples.
+            RunError: too many damaged samples.
         """
         for batch in self._batches(self._keys(start_step)):
             self._count_damaged(batch.damaged)
@@ -222,7 +232,7 @@ class TrainLoader(_Loader):
                 )
         if len(self._bad) > self._max_bad_fraction * len(self._shards):
             self.close()
-            raise RuntimeError(
+            raise RunError(
                 f"{self._shards.root}: {len(self._bad)} of {len(self._shards)} samples are "
                 f"damaged, more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; "
                 "data_prep/verify_shards.py names them all"

@@ -5,22 +5,31 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
+import re
 import shutil
+import socket
 import tarfile
 import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mae_scale.data.console import size_text
 from mae_scale.data.images import damage, shrink
 from mae_scale.data.processes import shared
 from mae_scale.data.shard_plan import Plan
-from mae_scale.data.shards import sync_folder, write_atomically
+from mae_scale.data.shards import write_atomically
 
 WORK = ".sharding"  # subfolder for what is under way
+_THREADS = 2  # of each process, that read ahead
+_CHUNK = 16  # images that a thread takes at a time
 
 
 class ShardingError(Exception):
@@ -64,12 +73,11 @@ def write_shard(shard: int) -> dict[str, Any]:
     try:
         with temporary.open("wb", buffering=1 << 20) as stream:
             record = _fill(job, shard, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
         if record["samples"]:
-            record["mtime_ns"] = temporary.stat().st_mtime_ns
+            # Waiting until the tar is on the disk would take as long as writing it; after a
+            # restart of the machine its checksum tells (see read_record).
+            record |= {"mtime_ns": temporary.stat().st_mtime_ns, "host": host(), "boot": boot()}
             temporary.replace(job.out / name)
-            sync_folder(job.out)
         write_atomically(record_path(job.out, job.plan, shard), json.dumps(record).encode())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -85,42 +93,40 @@ def write_shard(shard: int) -> dict[str, Any]:
     return record
 
 
+@dataclass
+class _Sample:
+    """An image on its way into the shard."""
+
+    place: int  # in the source
+    data: bytes
+    checksum: int
+    damage: str | None
+
+
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
-    plan, options = job.plan, job.plan.options
+    plan = job.plan
     digest = hashlib.sha256()
     index, checksums, damaged = [], [], []
     at = 0
-    for done, place in enumerate(plan.images(shard)):
-        i = int(place)
-        try:
-            data = plan.source.read(i)
-        except OSError as error:
-            raise ShardingError(f"cannot read {plan.source.title(i)}: {error}") from error
-        reason = damage(data)
-        if reason is None and options.resize_short:
-            try:
-                data = shrink(data, options.resize_short, options.quality)
-            except Exception as error:  # what PIL raises on damaged images has no common class
-                reason = str(error) or type(error).__name__
-        if reason is None:
-            label = int(plan.source.labels[i])
-            cls = b"%d" % label
-            index.append((at + tarfile.BLOCKSIZE, len(data), label))
-            checksums.append(zlib.crc32(data))
+    for done, sample in enumerate(_read_ahead(plan, plan.images(shard)), 1):
+        if sample.damage is None:
+            key, label = plan.keys[sample.place], int(plan.source.labels[sample.place])
+            size, cls = len(sample.data), b"%d" % label
+            index.append((at + tarfile.BLOCKSIZE, size, label))
+            checksums.append(sample.checksum)
+            label_file = tar_header(key + ".cls", len(cls)) + cls.ljust(tarfile.BLOCKSIZE, b"\0")
             parts = (
-                tar_header(plan.keys[i] + ".jpg", len(data)),
-                data,
-                bytes(-len(data) % tarfile.BLOCKSIZE),
-                tar_header(plan.keys[i] + ".cls", len(cls)),
-                cls.ljust(tarfile.BLOCKSIZE, b"\0"),
+                tar_header(key + ".jpg", size),
+                sample.data,
+                bytes(-size % tarfile.BLOCKSIZE) + label_file,
             )
             for part in parts:
                 digest.update(part)
                 stream.write(part)
                 at += len(part)
         else:
-            damaged.append((plan.source.title(i), reason))
-        job.written[shard] = done + 1
+            damaged.append((plan.source.title(sample.place), sample.damage))
+        job.written[shard] = done
     end = bytes(2 * tarfile.BLOCKSIZE)
     end += bytes(-(at + len(end)) % tarfile.RECORDSIZE)
     digest.update(end)
@@ -134,6 +140,38 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         "checksums": checksums,
         "damaged": damaged,
     }
+
+
+def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Sample]:
+    """Samples in order; threads read, check and shrink the next ones.
+
+    They hide the latency of network file systems, and share the work: reading, checksums and
+    decoding leave the interpreter to other threads.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pending: deque[Future[list[_Sample]]] = deque()
+        for first in range(0, len(places), _CHUNK):
+            chunk = places[first : first + _CHUNK].tolist()
+            pending.append(pool.submit(lambda chunk: [_sample(plan, i) for i in chunk], chunk))
+            if len(pending) > _THREADS:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _sample(plan: Plan, place: int) -> _Sample:
+    try:
+        data = plan.source.read(place)
+    except OSError as error:
+        raise ShardingError(f"cannot read {plan.source.title(place)}: {error}") from error
+    reason = damage(data)
+    options = plan.options
+    if reason is None and options.resize_short:
+        try:
+            data = shrink(data, options.resize_short, options.quality)
+        except Exception as error:  # what PIL raises on damaged images has no common class
+            reason = str(error) or type(error).__name__
+    return _Sample(place, data, zlib.crc32(data), reason)
 
 
 def record_path(out: Path, plan: Plan, shard: int) -> Path:
@@ -150,11 +188,25 @@ def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
         state = tar.stat()
         if state.st_size != record["bytes"]:
             return None
-        if state.st_mtime_ns != record["mtime_ns"] and sha256_of(tar) != record["sha256"]:
+        touched = state.st_mtime_ns != record["mtime_ns"]
+        restarted = record["host"] == host() and record["boot"] != boot()
+        if (touched or restarted) and sha256_of(tar) != record["sha256"]:
             return None
     except (OSError, ValueError, KeyError):
         return None
     return record
+
+
+def host() -> str:
+    """This machine, as part of a file name."""
+    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
+
+
+def boot() -> str:
+    """Another value after each start of the machine; empty where the kernel has none."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def sha256_of(path: Path) -> str:

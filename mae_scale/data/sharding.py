@@ -1,9 +1,9 @@
 """Writing shards: in parallel, the same bytes every time, and going on after any interruption.
 
 Until all shards are there the folder has a subfolder ``.sharding`` with the plan, a record of
-each finished shard, and the unfinished ones. A tar gets its name only when it is whole and on the
-disk, its record follows, and the manifest comes last. No step needs a lock: two runs of one plan
-write the same bytes.
+each finished shard, and the unfinished ones. A tar gets its name only when it is whole, its record
+follows, and the manifest comes last. No step needs a lock: two runs of one plan write the same
+bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +30,7 @@ from mae_scale.data.shard_writer import (
     WORK,
     Job,
     ShardingError,
+    host,
     read_record,
     sha256_of,
     write_shard,
@@ -216,9 +216,8 @@ def _start_work(plan: Plan, out: Path) -> None:
             shutil.copyfile(mine, work / "plan.json")
     mine.unlink()
     _check_plan(plan, out)
-    host, _ = _owner().rsplit("-", 1)
     for path in [*work.glob("*.tmp"), *out.glob(".*.tmp")]:
-        match = re.fullmatch(rf".*\.{re.escape(host)}-(\d+)\.tmp", path.name)
+        match = re.fullmatch(rf".*\.{host()}-(\d+)\.tmp", path.name)
         with suppress(OSError):
             gone = match is not None and not _alive(int(match[1]))
             if gone or time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -226,7 +225,7 @@ def _start_work(plan: Plan, out: Path) -> None:
 
 
 def _owner() -> str:
-    return f"{re.sub('[^A-Za-z0-9]', '_', socket.gethostname())}-{os.getpid()}"
+    return f"{host()}-{os.getpid()}"
 
 
 def _alive(process: int) -> bool:

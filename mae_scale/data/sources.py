@@ -261,7 +261,7 @@ def _class_names(entries: list[Entry]) -> list[str]:
     """
     if all("/" not in e.name for e in entries):
         return ["images"] * len(entries)
-    parts = [PurePosixPath(e.name).parent.parts for e in entries]
+    parts = [e.name.split("/")[:-1] for e in entries]
     if any(len(p) == 1 for p in parts):
         return [p[0] for p in parts]
     if len({p[-1] for p in parts}) == 1:

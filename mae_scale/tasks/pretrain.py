@@ -23,6 +23,7 @@ from mae_scale.train.engine import (
     build_engine,
     compile_blocks,
     fill_deepspeed_config,
+    optimizer_order,
     resolve_precision,
     zero_stage,
 )
@@ -80,9 +81,10 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         if step >= total:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
         if resume is not None:
-            checkpoint.load(engine, resume)
+            checkpoint.load(engine, resume, order)
 
         def loss_of(batch: Batch) -> torch.Tensor:
             image, epoch, sample = (

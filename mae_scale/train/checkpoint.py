@@ -22,6 +22,7 @@ import torch
 
 from mae_scale.errors import UserError
 from mae_scale.files import sync_folder, write_atomically
+from mae_scale.train import elastic
 from mae_scale.train.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.ds import DeepSpeedEngine, get_fp32_state_dict_from_zero_checkpoint
 
@@ -183,20 +184,29 @@ def _prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def load(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Load a checkpoint of the same world size and ZeRO stage into the engine, on all ranks.
+def load(engine: DeepSpeedEngine, folder: Path, order: list[str]) -> None:
+    """Load a checkpoint into the engine, on all ranks.
 
-    Raises:
-        UserError: it was saved at another world size or ZeRO stage.
+    The same world size, ZeRO stage and precision go on bit for bit. Another one is read through a
+    neutral form, which rank 0 makes first.
+
+    Args:
+        order: names of the trained parameters in the order of the optimiser's groups.
     """
     commit = Commit.read(folder)
-    saved = (commit.world_size, commit.zero_stage)
-    now = (engine.world_size, engine.zero_optimization_stage())
-    if saved != now:
-        raise UserError(
-            f"{folder.name} was saved by {saved[0]} processes under ZeRO-{saved[1]}, and these are "
-            f"{now[0]} under ZeRO-{now[1]}; a change of either is not supported yet"
+    stage = engine.zero_optimization_stage()
+    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    if (commit.world_size, commit.zero_stage, commit.precision) != (
+        engine.world_size,
+        stage,
+        precision,
+    ):
+        log.info(
+            "%s was saved by %d processes under ZeRO-%d; converting it for %d under ZeRO-%d",
+            *(folder.name, commit.world_size, commit.zero_stage, engine.world_size, stage),
         )
+        elastic.load(engine, on_rank0(lambda: elastic.convert(folder, commit.zero_stage, order)))
+        return
     loaded, _ = engine.load_checkpoint(
         str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
     )

@@ -99,9 +99,9 @@ def on_rank0(function: Callable[[], T]) -> T:
         except Exception as error:
             outcome = [(None, error)]
     dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome[0]
-    if error is not None:
-        raise error
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
 
 

@@ -13,11 +13,18 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
 # inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
-# its segments in /dev/shm.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# its segments in /dev/shm. This list, which DeepSpeed looks that op up in, would otherwise be made
+# by trying the compiler on every op.
+deepspeed.ops.__compatible_ops__ = {}
 
-__all__ = ["DeepSpeedEngine", "deepspeed", "get_fp32_state_dict_from_zero_checkpoint"]
+__all__ = [
+    "DeepSpeedEngine",
+    "deepspeed",
+    "ds_to_universal",
+    "get_fp32_state_dict_from_zero_checkpoint",
+]

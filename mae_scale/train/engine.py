@@ -98,7 +98,7 @@ def fill_deepspeed_config(
             "fp16 is not offered (it overflows with MAE), bf16 is"
         )
     accumulation = accumulation_steps(train, world.size)
-    decided = {
+    decided: dict[str, tuple[object, str]] = {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "the accumulation that follows from it"),
@@ -128,6 +128,13 @@ def fill_deepspeed_config(
 def zero_stage(config: dict[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed config, 0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def optimizer_order(model: nn.Module, optim: OptimConfig) -> list[str]:
+    """Names of the trained parameters in the order of `build_engine`'s optimiser groups."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_weight_decay(model, optim.weight_decay)
+    return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
 
 
 def build_engine(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
 from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
-from mae_scale.errors import RunError
+from mae_scale.errors import RunError, UserError
 from mae_scale.randomness import Purpose, hash64
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import World
@@ -134,7 +134,10 @@ class Loop:
         wait, stop, grad_norm = 0.0, False, None
         for micro in range(self.accumulation):
             began = time.monotonic()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (UserError, OSError) as error:
+                raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
             loss = self.loss_of(batch)
             loss_sum += loss.detach()

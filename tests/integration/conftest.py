@@ -44,11 +44,8 @@ def shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The 250 photographs as shards of 40, at 128 pixels so that decoding takes little time."""
     out = tmp_path_factory.mktemp("shards") / "with a space" / "train"
     script = REPOSITORY / "data_prep" / "shard_imagenet.py"
-    subprocess.run(
-        [sys.executable, script, imagenet_tree, out, "--split", "train", "--samples-per-shard", "40"]
-        + ["--resize-short", "128", "--workers", "2"],
-        check=True,
-    )
+    options = "--split train --samples-per-shard 40 --resize-short 128 --workers 2"
+    subprocess.run([sys.executable, script, imagenet_tree, out, *options.split()], check=True)
     return out
 
 
@@ -73,15 +70,13 @@ class Run:
         """The command as a user types it."""
         settings = {**SMALL, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
         arguments = [f"--{key}={value}" for key, value in settings.items()]
-        n = str(self.processes)
+        n = self.processes
         launch = {
-            "": [str(BIN / "mae-scale")],
-            "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", n]
-            + ["-m", "mae_scale"],
-            "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", n]
-            + ["--master_port", str(free_port()), "--module", "mae_scale"],
-        }[self.launcher]
-        return [*launch, "pretrain", *arguments]
+            "": "mae-scale",
+            "torchrun": f"torchrun --standalone --nproc_per_node {n} -m mae_scale",
+            "deepspeed": f"deepspeed --num_gpus {n} --master_port {free_port()} --module mae_scale",
+        }[self.launcher].split()
+        return [str(BIN / launch[0]), *launch[1:], "pretrain", *arguments]
 
     def start(self) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a shell does."""
@@ -102,9 +97,7 @@ class Run:
         assert process.returncode == code, output
         return output
 
-    def stop(
-        self, at_step: int, how: Callable[[subprocess.Popen[str]], None], code: int
-    ) -> str:
+    def stop(self, at_step: int, how: Callable[[subprocess.Popen[str]], None], code: int) -> str:
         """Start it, call `how` once the metrics have `at_step`, and wait for its end."""
         process = self.start()
         family = psutil.Process(process.pid)

@@ -222,3 +222,23 @@ def test_a_finished_run_exits_0_every_time(run: Run) -> None:
             settings={"train.max_steps": 2, "deepspeed": "zero2", "data.workers": attempt % 3},
         )
         again.finish()
+
+
+def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undisturbed: Run) -> None:
+    """From each stage into the next, growing and shrinking; the stream and the state carry over."""
+    legs = [(2, 0), (1, 1), (3, 2), (2, 3), (1, 0)]
+    for number, (processes, stage) in enumerate(legs):
+        settings = {
+            "deepspeed": f"zero{stage}",
+            "train.max_steps": 3 * (number + 1),
+            "train.micro_batch_size": 4,
+        }
+        leg = replace(run, launcher="torchrun", processes=processes, settings=settings)
+        output = leg.finish()
+        assert ("converting it for" in output) is (number > 0)
+    rows = run.rows()
+    assert [row["step"] for row in rows] == list(range(1, 16))
+    for row, expected in zip(rows, undisturbed.rows()[:15], strict=True):
+        assert (row["samples"], row["lr"]) == (expected["samples"], expected["lr"])
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)

@@ -338,7 +338,7 @@ def remote(shards: ShardSet, server: Server) -> ShardSet:
 
 
 def test_the_loader_reads_remote_shards_as_local_ones(
-    server: Server, folder: Path, tmp_path: Path
+    server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With room for two of four shards that are all read at the same time."""
     local = open_shards(folder)
@@ -346,6 +346,8 @@ def test_the_loader_reads_remote_shards_as_local_ones(
     server.trouble = {NAME: ["cut", "stall"], "train-000003.tar": ["short", "fail"]}
     limit = int(2.5 * local.bytes.max())
     loader = train_loader(remote(local, server), cache_dir=tmp_path, cache_bytes=limit)
+    assert "4 lanes of" in caplog.text
+    assert "shards will be fetched again and again" in caplog.text
     assert torch.equal(stream(loader, 10), expected)
     assert sum(path.stat().st_size for path in files_in(tmp_path, ".tar")) <= limit
     # With room for all, each is fetched once by the workers of two ranks and two runs.

@@ -95,7 +95,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--trian.epochs", "3"], "unknown config key 'trian.epochs'; did you mean 'train.epochs'?"),
+        (
+            ["--trian.epochs", "3"],
+            "unknown config key 'trian.epochs'; did you mean 'train.epochs'?",
+        ),
         (["--epochs", "3"], "unknown config key 'epochs'"),
         (["--train.epochs", "three"], '"train.epochs": Expected a int. Got value: three'),
         (["--train.precision", "fp16"], "['auto', 'bf16', 'fp32']"),
@@ -116,7 +119,10 @@ def test_mistakes_get_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("modle: {name: x}", "unknown config key 'modle.name' in {file}; did you mean 'model.name'?"),
+        (
+            "modle: {name: x}",
+            "unknown config key 'modle.name' in {file}; did you mean 'model.name'?",
+        ),
         ("model: [", "{file} is not valid YAML"),
         ("just words", "{file} holds no config keys"),
     ],

@@ -26,7 +26,7 @@ from mae_scale.data.loader import EvalLoader, TrainLoader
 from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop, train_crop
-from mae_scale.errors import UserError
+from mae_scale.errors import RunError, UserError
 from mae_scale.randomness import Purpose, uniform
 
 SAMPLES = [40, 1, 30, 9, 0, 17]  # 97 in all: prime
@@ -256,7 +256,7 @@ def test_too_many_damaged_samples_end_the_run(
     damaged: Callable[[list[int]], ShardSet], workers: int
 ) -> None:
     loader = train_loader(damaged([10, 20, 30]), workers=workers, max_bad_fraction=2 / 97)
-    with pytest.raises(RuntimeError, match=r"3 of 97 samples are damaged.*max_bad_fraction"):
+    with pytest.raises(RunError, match=r"3 of 97 samples are damaged.*max_bad_fraction"):
         stream(loader, 20)
     assert not psutil.Process().children()
 

@@ -253,9 +253,19 @@ def test_a_finished_shard_that_changed_is_not_trusted(
     spoilt[2].unlink()
     os.utime(spoilt[3])  # only touched
     kept = spoilt[3].stat().st_ino
+    whole = spoilt[5].stat().st_ino
+    for path, change in ((spoilt[4], b"\1"), (spoilt[5], b"")):  # after a crash of the machine
+        state = path.stat()
+        with path.open("r+b") as stream:
+            stream.seek(9000)
+            stream.write(change)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        record = out / ".sharding" / f"{path.name}.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "boot": "before"}))
     assert shard(imagenet_tree, out, OPTIONS, workers=2) == 0
     assert contents(out) == contents(reference)
     assert spoilt[3].stat().st_ino == kept
+    assert spoilt[5].stat().st_ino == whole
 
 
 def test_workers_end_with_a_killed_run(imagenet_tree: Path, tmp_path: Path) -> None:

@@ -10,12 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from simplejpeg import encode_jpeg
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
 from mae_scale.data.transforms import (
     TRAIN_UNIFORMS,
+    Scratch,
+    _decode_rows,
+    _jpeg_frame,
     crop_box,
     decode_image,
+    decode_train_crop,
     denormalize,
     eval_crop,
     normalize,
@@ -92,6 +97,42 @@ def test_odd_files_decode_as_pil_does(kind: str, photographs: list[bytes]) -> No
     assert np.array_equal(as_hwc(decode_image(data)), pil_pixels(data))
 
 
+@pytest.mark.parametrize("kind", ODD)
+def test_a_crop_decoded_in_part_has_the_pixels_of_the_whole(
+    kind: str, photographs: list[bytes]
+) -> None:
+    data = ODD[kind](Image.open(io.BytesIO(photographs[6])))
+    scratch = Scratch()
+    for i in range(40):
+        kept = bytearray(data)
+        got = decode_train_crop(kept, 64, uniforms(i), scratch)
+        assert torch.equal(got, train_crop(decode_image(data), 64, uniforms(i)))
+        assert kept == data
+
+
+def test_photographs_decoded_in_part_have_the_pixels_of_the_whole(
+    photographs: list[bytes],
+) -> None:
+    scratch = Scratch()
+    for i, data in enumerate(photographs[1::2]):
+        got = decode_train_crop(bytearray(data), 224, uniforms(i), scratch)
+        assert torch.equal(got, train_crop(decode_image(data), 224, uniforms(i)))
+
+
+def test_the_last_row_of_a_crop_is_decoded_with_its_colours(photographs: list[bytes]) -> None:
+    """Whole rows, resized to nothing: every bottom edge, at each chroma subsampling."""
+    image = Image.open(io.BytesIO(photographs[6])).convert("RGB").resize((48, 64))
+    for subsampling in ("444", "422", "420", "411", "440"):
+        data = encode_jpeg(np.array(image), colorsubsampling=subsampling)
+        whole = decode_image(data)
+        frame = _jpeg_frame(data)
+        assert frame is not None
+        for rows in range(1, 65):
+            part = _decode_rows(bytearray(data), frame, rows, Scratch())
+            assert part.shape[1] <= rows + 2
+            assert torch.equal(part[:, :rows], whole[:, :rows])
+
+
 @pytest.mark.parametrize("damage", ["cut", "cut near the end", "empty", "zeros", "text", "PNG cut"])
 def test_damaged_files_are_refused(damage: str, photographs: list[bytes]) -> None:
     data = photographs[3]
@@ -106,6 +147,9 @@ def test_damaged_files_are_refused(damage: str, photographs: list[bytes]) -> Non
     }[damage]
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_image(bad)
+    for i in range(10):  # wherever the crop lies
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            decode_train_crop(bytearray(bad), 64, uniforms(i), Scratch())
 
 
 SIZES = [(375, 500), (500, 333), (224, 224), (100, 900), (900, 60), (8, 8)]
