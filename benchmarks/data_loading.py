@@ -200,28 +200,27 @@ def main() -> None:
         "medians of the rounds and of their ratios;\nimages/s, also for each core and for each "
         "second of the workers' CPU time; ratios are per core"
     )
-    print(
-        f"{'':20}{'workers':>8}{'img/s':>8}{'per core':>10}{'per CPU s':>11}"
-        f"{'x official':>12}{'x webdataset':>14}{'x decode':>10}"
-    )
+    columns = f"{'x official':>12}{'x webdataset':>14}{'x decode':>10}"
+    print(f"{'':20}{'workers':>8}{'img/s':>8}{'per core':>10}{columns}{'per CPU s':>12}{columns}")
 
     def per_core(way: tuple[str, int]) -> list[float]:
-        return [rate / way[1] for rate, _ in rates[way]]
+        return [clock / way[1] for clock, _ in rates[way]]
 
-    for way, measured in rates.items():
-        name, n = way
-        beside = [("official", n), ("webdataset", n), ("decode, simplejpeg", 1)]
-        ratios = [
-            statistics.median(a / b for a, b in zip(per_core(way), per_core(other), strict=True))
-            if other in rates else float("nan")
-            for other in beside
-        ]  # fmt: skip
-        clock = statistics.median(rate for rate, _ in measured)
-        cpu = statistics.median(rate for _, rate in measured)
-        print(
-            f"{name:20}{'' if 'decode' in name else n:>8}{clock:8.0f}{clock / n:10.0f}{cpu:11.0f}"
-            f"{ratios[0]:12.2f}{ratios[1]:14.2f}{ratios[2]:10.2f}"
-        )
+    def per_cpu_second(way: tuple[str, int]) -> list[float]:
+        return [cpu for _, cpu in rates[way]]
+
+    for name, n in ways:
+        line = f"{name:20}{'' if 'decode' in name else n:>8}"
+        line += f"{statistics.median(per_core((name, n))) * n:8.0f}"
+        for of, width in ((per_core, 10), (per_cpu_second, 12)):
+            line += f"{statistics.median(of((name, n))):{width}.0f}"
+            beside = [("official", n), ("webdataset", n), ("decode, simplejpeg", 1)]
+            for other, width in zip(beside, (12, 14, 10), strict=True):
+                pairs = zip(of((name, n)), of(other), strict=True) if other in ways else []
+                line += (
+                    f"{statistics.median([a / b for a, b in pairs] or [float('nan')]):{width}.2f}"
+                )
+        print(line)
 
 
 def cpu_name() -> str:

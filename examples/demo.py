@@ -1,15 +1,15 @@
 """The main job from one command: shard photographs, pre-train, be stopped, go on, look.
 
-    python examples/demo.py [FOLDER]
+    python examples/demo.py [FOLDER] [--steps N] [--out DIR]
 
-FOLDER holds your own photographs; without it, those that packages ship (photographs.py). Everything
-goes to demo/, and what is there already is not done again.
+FOLDER holds your own photographs; without it, those that packages ship (photographs.py). What is
+there already is not done again: stopped by Ctrl-C, the same command goes on.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import re
 import shlex
 import signal
 import socket
@@ -30,14 +30,12 @@ from mae_scale.train.stopping import STOPPED
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-STEPS = 700  # about four minutes on two cores
-BATCH = 64
+BATCH = 32  # of the recipe
 
 
-def demo(own: Path | None) -> None:
+def demo(own: Path | None, steps: int, out: Path) -> None:
     """Run all parts, each said aloud with the command that does it."""
-    name = "sample-photographs" if own is None else re.sub(r"\W+", "-", own.resolve().name)
-    out = REPOSITORY / "demo" / name
+    out = out / ("sample-photographs" if own is None else own.resolve().name)
     say(1, "Photographs")
     tree = out / "photographs"
     if not tree.exists():
@@ -52,13 +50,13 @@ def demo(own: Path | None) -> None:
              "--samples-per-shard", 100])  # fmt: skip
 
     say(3, "Pre-training on two processes with DeepSpeed ZeRO-2, stopped half-way by SIGTERM")
-    epochs = max(1, round(STEPS * BATCH / len(open_shards(shards))))
+    epochs = max(1, round(steps * BATCH / len(open_shards(shards))))
     pretrain = [
         BIN / "deepspeed", "--quiet", "--num_gpus", 2, "--master_port", free_port(),
         "--no_python", BIN / "mae-scale", "pretrain", "--config", "demo",
         "--data.train", shards, "--run_dir", run, "--train.epochs", epochs,
     ]  # fmt: skip
-    code = command(pretrain, {0, STOPPED}, until=lambda: half_way(run))
+    code = command(pretrain, {0, STOPPED}, until=lambda: half_way(run, steps))
     if code == STOPPED:
         say(4, "The same command again: it goes on where it stopped")
         pretrain[5] = free_port()
@@ -66,9 +64,8 @@ def demo(own: Path | None) -> None:
 
     say(5, "Pictures")
     reconstructions, loss = out / "reconstructions.png", out / "loss.png"
-    samples = sorted((tree / "train").glob("*/"))
-    seen = [sorted(folder.glob("*.jpg"))[0] for folder in samples][:8]
-    unseen = sorted((tree / "val").rglob("*.jpg"))[::3][:4]
+    seen = [middle(folder) for folder in sorted((tree / "train").iterdir())][:10]
+    unseen = [middle(folder) for folder in sorted((tree / "val").iterdir())][:2]
     command([BIN / "mae-scale", "reconstruct", run, *seen, *unseen, "--out", reconstructions])
     rows = read_metrics(run / "metrics.jsonl")
     stops = [event["step"] for event in read_history(run) if event["event"] == "resumed"]
@@ -88,6 +85,12 @@ Try next:
 """)
 
 
+def middle(folder: Path) -> Path:
+    """The middle piece of a photograph."""
+    files = sorted(folder.iterdir())
+    return files[len(files) // 2]
+
+
 def say(number: int, what: str) -> None:
     """Head a part of the demo."""
     print(f"\n== {number}. {what}", flush=True)
@@ -105,11 +108,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def half_way(run: Path) -> bool:
+def half_way(run: Path, steps: int) -> bool:
     """Whether a run that was never stopped has done half of its steps."""
     rows = read_metrics(run / "metrics.jsonl")
     fresh = all(event["event"] == "started" for event in read_history(run))
-    return fresh and bool(rows) and rows[-1]["step"] >= STEPS // 2
+    return fresh and bool(rows) and rows[-1]["step"] >= steps // 2
 
 
 def command(words: list[object], good: set[int] | None = None, until=None) -> int:  # type: ignore[no-untyped-def]
@@ -140,7 +143,13 @@ def command(words: list[object], good: set[int] | None = None, until=None) -> in
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="photographs of your own")
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps, about")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "demo", help="where all goes")
+    arguments = parser.parse_args()
     try:
-        demo(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+        demo(arguments.folder, arguments.steps, arguments.out)
     except UserError as error:
-        sys.exit(f"demo: {error}")
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(2)

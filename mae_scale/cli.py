@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from mae_scale.errors import RunError, UserError
 
@@ -56,3 +59,25 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line, not one per process
             print(f"mae-scale: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+
+
+def entry() -> NoReturn:
+    """The program: run `main` and end the process with its exit code.
+
+    After training the process ends without finalising Python. A thread of gloo may still hold the
+    tensors of a collective that is long done; to drop them it needs the GIL, and asking a
+    finalising interpreter for that ends the thread inside a C++ destructor, which aborts the
+    process ("terminate called without an active exception"). Destroying the process group does
+    not end those threads, since DeepSpeed keeps references to it.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if "mae_scale.train.distributed" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -39,6 +39,8 @@ class ModelConfig:
     """Share of the patches that is removed, between 0 and 1 (paper Figure 5)."""
     norm_pix_loss: bool = True
     """Whether the target is each patch's pixels normalised by their own mean and deviation."""
+    depth: int | None = None
+    """Blocks of the encoder; null takes the architecture's."""
     decoder_embed_dim: int | None = None
     """Width of the decoder, in channels; null takes the architecture's (paper Table 1b)."""
     decoder_depth: int | None = None

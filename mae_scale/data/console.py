@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from tqdm import tqdm
+
+# tqdm's own lock is shared with forked processes, and stays locked when one is killed holding it.
+tqdm.set_lock(threading.RLock())
 
 
 class Progress:

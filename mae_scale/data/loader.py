@@ -174,8 +174,8 @@ class TrainLoader(_Loader):
             if cache_bytes < need:
                 logger.warning(
                     "data.cache_dir may take %.3g GB, but %d lanes of %s are read at a time out of "
-                    "up to %.3g GB: shards will be fetched again and again; raise data.cache_gb or "
-                    "lower data.lanes",
+                    "up to %.3g GB: it will take more, or shards will be fetched again and again; "
+                    "raise data.cache_gb or lower data.lanes",
                     cache_bytes / 1e9, lanes, shards.root, need / 1e9,
                 )  # fmt: skip
         super().__init__(

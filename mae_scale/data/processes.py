@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,7 +36,16 @@ def _start(parent: int, value: Any) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _keep_freed_memory()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the buffers of images: getting pages anew takes a fifth of the time."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in ((-3, 32 << 20), (-1, 256 << 20)):  # mmap and trim thresholds
+            mallopt(option, size)
 
 
 def _end_with_parent(parent: int) -> None:

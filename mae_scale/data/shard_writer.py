@@ -25,11 +25,11 @@ from mae_scale.data.console import size_text
 from mae_scale.data.images import damage, shrink
 from mae_scale.data.processes import shared
 from mae_scale.data.shard_plan import Plan
-from mae_scale.data.shards import write_atomically
+from mae_scale.files import write_atomically
 
 WORK = ".sharding"  # subfolder for what is under way
 _THREADS = 2  # of each process, that read ahead
-_CHUNK = 16  # images that a thread takes at a time
+_PIECE_BYTES = 2_000_000  # of images that a thread takes at a time
 
 
 class ShardingError(Exception):
@@ -71,7 +71,7 @@ def write_shard(shard: int) -> dict[str, Any]:
     name = job.plan.file(shard)
     temporary = job.out / WORK / f"{name}.{job.owner}.tmp"
     try:
-        with temporary.open("wb", buffering=1 << 20) as stream:
+        with temporary.open("wb") as stream:
             record = _fill(job, shard, stream)
         if record["samples"]:
             # Waiting until the tar is on the disk would take as long as writing it; after a
@@ -94,45 +94,33 @@ def write_shard(shard: int) -> dict[str, Any]:
 
 
 @dataclass
-class _Sample:
-    """An image on its way into the shard."""
+class _Piece:
+    """Some samples that follow each other, as they lie in the tar."""
 
-    place: int  # in the source
     data: bytes
-    checksum: int
-    damage: str | None
+    index: list[tuple[int, int, int]]  # offset in the piece, size, label
+    checksums: list[int]
+    damaged: list[tuple[str, str]]  # name, reason
 
 
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
-    plan = job.plan
     digest = hashlib.sha256()
     index, checksums, damaged = [], [], []
     at = 0
-    for done, sample in enumerate(_read_ahead(plan, plan.images(shard)), 1):
-        if sample.damage is None:
-            key, label = plan.keys[sample.place], int(plan.source.labels[sample.place])
-            size, cls = len(sample.data), b"%d" % label
-            index.append((at + tarfile.BLOCKSIZE, size, label))
-            checksums.append(sample.checksum)
-            label_file = tar_header(key + ".cls", len(cls)) + cls.ljust(tarfile.BLOCKSIZE, b"\0")
-            parts = (
-                tar_header(key + ".jpg", size),
-                sample.data,
-                bytes(-size % tarfile.BLOCKSIZE) + label_file,
-            )
-            for part in parts:
-                digest.update(part)
-                stream.write(part)
-                at += len(part)
-        else:
-            damaged.append((plan.source.title(sample.place), sample.damage))
-        job.written[shard] = done
+    for piece in _read_ahead(job.plan, job.plan.images(shard)):
+        digest.update(piece.data)
+        stream.write(piece.data)
+        index += [(at + offset, size, label) for offset, size, label in piece.index]
+        at += len(piece.data)
+        checksums += piece.checksums
+        damaged += piece.damaged
+        job.written[shard] = len(index) + len(damaged)
     end = bytes(2 * tarfile.BLOCKSIZE)
     end += bytes(-(at + len(end)) % tarfile.RECORDSIZE)
     digest.update(end)
     stream.write(end)
     return {
-        "file": plan.file(shard),
+        "file": job.plan.file(shard),
         "samples": len(index),
         "bytes": at + len(end),
         "sha256": digest.hexdigest(),
@@ -142,36 +130,63 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
     }
 
 
-def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Sample]:
-    """Samples in order; threads read, check and shrink the next ones.
+def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Piece]:
+    """The samples at these places of the source, in order; threads prepare the next ones.
 
-    They hide the latency of network file systems, and share the work: reading, checksums and
-    decoding leave the interpreter to other threads.
+    That hides the latency of network file systems, and shares the work: reading, checksums,
+    hashing, writing and decoding all leave the interpreter to other threads.
     """
+    ends = np.cumsum(plan.source.sizes[places]) // _PIECE_BYTES
+    pieces = np.split(places, np.flatnonzero(np.diff(ends)) + 1)
     with ThreadPoolExecutor(_THREADS) as pool:
-        pending: deque[Future[list[_Sample]]] = deque()
-        for first in range(0, len(places), _CHUNK):
-            chunk = places[first : first + _CHUNK].tolist()
-            pending.append(pool.submit(lambda chunk: [_sample(plan, i) for i in chunk], chunk))
+        pending: deque[Future[_Piece]] = deque()
+        for piece in pieces:
+            pending.append(pool.submit(_prepare, plan, piece.tolist()))
             if len(pending) > _THREADS:
-                yield from pending.popleft().result()
+                yield pending.popleft().result()
         while pending:
-            yield from pending.popleft().result()
+            yield pending.popleft().result()
 
 
-def _sample(plan: Plan, place: int) -> _Sample:
+def _prepare(plan: Plan, places: list[int]) -> _Piece:
+    parts: list[bytes] = []
+    piece = _Piece(b"", [], [], [])
+    at = 0
+    for place in places:
+        data, reason = _image(plan, place)
+        if reason is not None:
+            piece.damaged.append((plan.source.title(place), reason))
+            continue
+        key, label = plan.keys[place], int(plan.source.labels[place])
+        cls = b"%d" % label
+        piece.index.append((at + tarfile.BLOCKSIZE, len(data), label))
+        piece.checksums.append(zlib.crc32(data))
+        sample = (
+            tar_header(key + ".jpg", len(data)),
+            data,
+            bytes(-len(data) % tarfile.BLOCKSIZE),
+            tar_header(key + ".cls", len(cls)),
+            cls.ljust(tarfile.BLOCKSIZE, b"\0"),
+        )
+        parts += sample
+        at += sum(map(len, sample))
+    piece.data = b"".join(parts)
+    return piece
+
+
+def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
+    """An image's bytes as they go into the shard, or why they don't."""
     try:
         data = plan.source.read(place)
     except OSError as error:
         raise ShardingError(f"cannot read {plan.source.title(place)}: {error}") from error
     reason = damage(data)
-    options = plan.options
-    if reason is None and options.resize_short:
+    if reason is None and plan.options.resize_short:
         try:
-            data = shrink(data, options.resize_short, options.quality)
+            data = shrink(data, plan.options.resize_short, plan.options.quality)
         except Exception as error:  # what PIL raises on damaged images has no common class
             reason = str(error) or type(error).__name__
-    return _Sample(place, data, zlib.crc32(data), reason)
+    return data, reason
 
 
 def record_path(out: Path, plan: Plan, shard: int) -> Path:

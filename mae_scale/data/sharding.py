@@ -40,11 +40,11 @@ from mae_scale.data.shards import (
     MANIFEST,
     Shard,
     dump,
-    write_atomically,
     write_shard_set,
 )
 from mae_scale.data.sources import find_source
 from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
 
 STOPPED = 85  # stopped early, start me again
 _STALE_SECONDS = 3600.0

@@ -17,10 +17,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import numpy.typing as npt
 
 from mae_scale.data.cache import read_remote
 from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -209,28 +208,6 @@ def _why_no_manifest(folder: Path) -> str:
     return f"{folder} has no {MANIFEST}; make shards with data_prep/shard_imagenet.py"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either there whole or not at all, also after a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    # The rename too must last; some network file systems refuse this, and need it not.
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def write_shard_set(
     folder: Path,
     split: str,
@@ -293,4 +270,4 @@ def _npy(array: np.ndarray) -> bytes:
 
 def dump(value: Any) -> bytes:
     """JSON as these files carry it."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()

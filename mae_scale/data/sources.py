@@ -81,8 +81,11 @@ class Source:
         """
         size = int(self.sizes[i])
         if self.offsets is None:
-            with (self.root / self.names[i]).open("rb", buffering=0) as stream:
-                data = stream.read(size + 1)
+            descriptor = os.open(f"{self.root}/{self.names[i]}", os.O_RDONLY)
+            try:
+                data = os.read(descriptor, size + 1)
+            finally:
+                os.close(descriptor)
         else:
             if self._archive < 0:
                 self._archive = os.open(self.root, os.O_RDONLY)
@@ -93,12 +96,9 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 over class, file name and size of every image."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
-        for i, (label, size) in enumerate(zip(self.labels, self.sizes, strict=True)):
-            digest.update(
-                f"{label} {size} {self.file_name(i)}\n".encode("utf-8", "surrogateescape")
-            )
-        return digest.hexdigest()
+        lines = [*self.classes]
+        lines += [f"{self.title(i)} {size}" for i, size in enumerate(self.sizes.tolist())]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def find_source(src: str | Path, split: str, workers: int = 1) -> Source:

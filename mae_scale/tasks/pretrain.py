@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     """Train until the end or a signal. What can be wrong is looked at before anything is made."""
     precision = resolve_precision(config.train.precision, world.device)
     ds_config = fill_deepspeed_config(config.deepspeed, config.train, world, precision)
-    shards = open_shards(config.data.train)
+    shards = open_shards(config.data.train, config.data.cache_dir)
     loader = TrainLoader(
         shards,
         img_size=config.model.img_size,

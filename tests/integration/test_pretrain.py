@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -242,3 +243,17 @@ def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undistu
         assert (row["samples"], row["lr"]) == (expected["samples"], expected["lr"])
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_a_bug_leaves_its_traceback_and_exit_code_1(run: Run) -> None:
+    """Not the abort of an interpreter that ends under gloo's threads."""
+    run.settings = {"train.max_steps": 3}
+    run.finish()
+    step = run.run_dir / "checkpoints" / "step-00000003"
+    commit = json.loads((step / "COMMITTED.json").read_text())
+    (step / "mp_rank_00_model_states.pt").write_bytes(b"no weights")
+    facts = {"bytes": 10, "sha256": hashlib.sha256(b"no weights").hexdigest()}
+    commit["files"]["mp_rank_00_model_states.pt"] = facts
+    (step / "COMMITTED.json").write_text(json.dumps(commit))
+    run.settings = {}
+    assert "Traceback" in run.finish(1)

@@ -65,7 +65,7 @@ def test_noise_is_the_hash_of_its_keys():
         bits = hash64(Purpose.MASK, 7, int(epoch[n]), int(sample[n]), np.arange(196))
         expected = (bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
         np.testing.assert_array_equal(noise[n].numpy(), expected)
-    assert noise.dtype == torch.float32 and 0 <= noise.min() and noise.max() < 1
+    assert noise.dtype == torch.float32 and noise.min() >= 0 and noise.max() < 1
 
 
 def test_noise_values_never_change():

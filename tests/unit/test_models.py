@@ -364,7 +364,7 @@ def test_gradients_agree_with_transformers(imagenet_tree: Path):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-# --- precision, recomputation, compilation ---------------------------------------------------------
+# --- precision, recomputation, compilation ---
 
 
 @pytest.mark.parametrize("autocast", [False, True])

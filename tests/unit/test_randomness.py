@@ -32,7 +32,7 @@ def test_uniform_is_uniform_and_keys_are_independent():
     assert np.abs(correlation - np.eye(300)).max() < 0.35
     assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.01
     t = uniform_torch(3, 0, torch.arange(90_000))
-    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1
+    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() < 1
     assert abs(t.mean().item() - 0.5) < 0.01
 
 

@@ -446,7 +446,8 @@ def test_quirks_decode_to_the_rgb_that_pil_gives(imagenet_tree: Path, tmp_path: 
 
 def test_names_that_are_no_keys(imagenet_tree: Path, tmp_path: Path) -> None:
     photos = sorted(imagenet_tree.glob("*/*"))[:4]
-    names = ["cat/1.jpg", "dog/1.jpg", "dog/a.b c.jpg", f"ünï cödé/{'long' * 50}.JPG"]
+    undecodable = os.fsdecode(b"cat/\xff.jpg")
+    names = ["dog/1.jpg", undecodable, "dog/a.b c.jpg", f"ünï cödé/{'long' * 50}.JPG"]
     for photo, name in zip(photos, names, strict=True):
         path = tmp_path / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
