@@ -73,10 +73,13 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
     print(f"""
 Done. Loss {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {rows[-1]["step"]} steps.
 
-  {shown(reconstructions)}   what the model sees (a quarter) and what it makes of it;
-  {" " * len(shown(reconstructions))}   the last {len(unseen)} are of photographs it never saw
-  {shown(loss)}   one curve; the dashed line marks where it was stopped
-  {shown(run)}   config.yaml, metrics.jsonl, checkpoints/, tensorboard/
+  {shown(reconstructions)}
+      what the model sees (a quarter of each image) and what it makes of it; photographs that it
+      never saw come last: {", ".join(file.name for file in unseen)}
+  {shown(loss)}
+      one curve; the dashed line marks where it was stopped
+  {shown(run)}
+      config.yaml, metrics.jsonl, checkpoints/, tensorboard/
 
 Try next:
   make demo DATA=folder                     the same with your own photographs
@@ -145,7 +148,7 @@ def command(words: list[object], good: set[int] | None = None, until=None) -> in
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="photographs of your own")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps, about")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps, about")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "demo", help="where all goes")
     arguments = parser.parse_args()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 from functools import lru_cache
 
@@ -11,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 # In entropy-coded data a marker is FF and anything but a stuffed 00, a restart, or a fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SEGMENT = struct.Struct(">BBH")  # FF, marker, length
+_SIZE = struct.Struct(">HH")
 _END, _SCAN = 0xD9, 0xDA
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what libjpeg decodes
 _TABLES = {0xC4, 0xDB, 0xDD}  # Huffman, quantisation, restart interval
@@ -49,39 +52,34 @@ def _sound_jpeg(data: bytes) -> bool:
     if data[:2] != b"\xff\xd8":
         return False
     tables = [b"\xff\xd8"]
-    at, scans, pixels = 2, 0, 0
-    while True:
-        if data[at : at + 1] != b"\xff" or at + 2 > len(data):
+    at, pixels = 2, 0
+    while at + 4 <= len(data):
+        fill, marker, length = _SEGMENT.unpack_from(data, at)
+        end = at + 2 + length
+        if fill != 0xFF or end > len(data):
             return False
-        marker = data[at + 1]
-        if marker == _END:
-            break
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if end > len(data):
-            return False
-        if marker in _FRAMES:
-            if pixels:
-                return False
-            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+        if marker in _COMMENTS:
+            pass
+        elif marker in _TABLES:
+            tables.append(data[at:end])
+        elif marker in _FRAMES and not pixels:
+            height, width = _SIZE.unpack_from(data, at + 5)
             pixels = height * width
             if not 0 < pixels <= _MAX_PIXELS:
                 return False
             tables.append(data[at : at + 5] + b"\x00\x08\x00\x08" + data[at + 9 : end])
-        elif marker in _TABLES:
+        elif marker == _SCAN and pixels:
             tables.append(data[at:end])
-        elif marker == _SCAN:
-            if not pixels:
-                return False
-            tables.append(data[at:end])
-            scans += 1
             found = _MARKER.search(data, end)
             if found is None:
                 return False
             end = found.start()
-        elif marker not in _COMMENTS:
+            if data[end + 1] == _END:
+                return _tables_decode(b"".join(tables) + b"\xff\xd9")
+        else:
             return False
         at = end
-    return scans > 0 and _tables_decode(b"".join(tables) + b"\xff\xd9")
+    return False
 
 
 @lru_cache(maxsize=4096)
