@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[name][0])
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line, not one per process
+        # Bad input is the same for all processes and said once; the rest can strike any of them.
+        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"mae-scale: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+REPOSITORY = Path(__file__).parents[1]
+DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+CLASSES = 250
 
 
 @pytest.fixture(scope="session")
 def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageFolder tree `<wnid>/<name>.JPEG`: 250 full-size ImageNet photographs, 250 classes."""
+    """ImageFolder tree `<wnid>/<name>.JPEG`: 250 photographs, 250 classes, a few in grey.
+
+    ImageNet's own where the sample is at hand ($MAE_SCALE_TEST_DATA or ../shared/data); else
+    pieces of the photographs that scikit-image, scikit-learn and matplotlib ship.
+    """
     root = tmp_path_factory.mktemp("imagenet")
-    with tarfile.open(DATA / "imagenet_sample_250.tar") as tar:
-        tar.extractall(root, filter="data")
+    sample = DATA / "imagenet_sample_250.tar"
+    if sample.exists():
+        with tarfile.open(sample) as tar:
+            tar.extractall(root, filter="data")
+        return root
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    from photographs import TRAIN, pieces
+
+    images = [
+        image.convert("L") if number % 20 == 0 and photograph.stem == "camera" else image
+        for photograph in TRAIN
+        for number, image in enumerate(pieces(photograph, side=300, stride=32))
+    ]
+    for number in range(CLASSES):
+        folder = root / f"n{number:08d}"
+        folder.mkdir()
+        name = f"{folder.name}_piece.JPEG"
+        images[number * len(images) // CLASSES].save(folder / name, quality=92)
     return root

@@ -38,7 +38,7 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
                 f"{run_dir} was made with another config ({'; '.join(changed)}); "
                 "use its values or another run_dir"
             )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("[!.]*"))):
         raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / ".lock").open("w")
