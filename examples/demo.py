@@ -52,14 +52,15 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
     say(3, "Pre-training on two processes with DeepSpeed ZeRO-2, stopped half-way by SIGTERM")
     epochs = max(1, round(steps * BATCH / len(open_shards(shards))))
     pretrain = [
-        BIN / "deepspeed", "--quiet", "--num_gpus", 2, "--master_port", free_port(),
-        "--no_python", BIN / "mae-scale", "pretrain", "--config", "demo",
+        # `deepspeed` itself; the script of that name does not start from a path with a space in it
+        sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", 2,
+        "--module", "--master_port", free_port(), "mae_scale", "pretrain", "--config", "demo",
         "--data.train", shards, "--run_dir", run, "--train.epochs", epochs,
     ]  # fmt: skip
     code = command(pretrain, {0, STOPPED}, until=lambda: half_way(run, steps))
     if code == STOPPED:
         say(4, "The same command again: it goes on where it stopped")
-        pretrain[5] = free_port()
+        pretrain[8] = free_port()
         command(pretrain)
 
     say(5, "Pictures")

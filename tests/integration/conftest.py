@@ -19,7 +19,6 @@ import pytest
 from mae_scale.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 
 # A model that makes a step in a fraction of a second; 13 steps of an epoch on 100 photographs.
 SMALL = {
@@ -71,12 +70,16 @@ class Run:
         settings = {**SMALL, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
         arguments = [f"--{key}={value}" for key, value in settings.items()]
         n = self.processes
+        port = free_port()
+        # The `deepspeed` script itself does not start from a virtual environment whose path has a
+        # space in it; the module is the same program.
         launch = {
-            "": "mae-scale",
-            "torchrun": f"torchrun --standalone --nproc_per_node {n} -m mae_scale",
-            "deepspeed": f"deepspeed --num_gpus {n} --master_port {free_port()} --module mae_scale",
-        }[self.launcher].split()
-        return [str(BIN / launch[0]), *launch[1:], "pretrain", *arguments]
+            "": "-m mae_scale",
+            "torchrun": f"-m torch.distributed.run --standalone --nproc_per_node {n} -m mae_scale",
+            "deepspeed": f"-m deepspeed.launcher.runner --num_gpus {n} --master_port {port} "
+            "--module mae_scale",
+        }[self.launcher]
+        return [sys.executable, *launch.split(), "pretrain", *arguments]
 
     def start(self) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a shell does."""
