@@ -78,7 +78,7 @@ def test_what_is_printed_reads_back(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as end:
         main(["pretrain", *NEEDED, "--config", "demo", "--print_config"])
     assert end.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["img_size"] == 64
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["img_size"] == 48
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
