@@ -19,6 +19,8 @@ from mae_scale.files import write_atomically
 
 log = logging.getLogger("mae_scale")
 
+LOCK_WAIT_S = 30
+
 
 def open_run(run_dir: Path, config: Any) -> IO[str]:
     """Make the folder with its config.yaml, or check that it was made with the same config.
@@ -43,13 +45,27 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run_dir} right now") from None
+        _wait_for(lock, run_dir)
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
     write_atomically(path, text)
     return lock
+
+
+def _wait_for(lock: IO[str], run_dir: Path) -> None:
+    """Take the lock; a run that was just asked to stop may still be saving."""
+    waited = 0
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if waited == LOCK_WAIT_S:
+                raise UserError(f"another process is training in {run_dir} right now") from None
+            if waited == 0:
+                log.info("waiting up to %d s for another process in %s", LOCK_WAIT_S, run_dir)
+            time.sleep(1)
+            waited += 1
 
 
 def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:

@@ -23,7 +23,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._launcher: psutil.Process | None = None
+        self._parent: psutil.Process | None = None  # DeepSpeed's launch.py, child of `deepspeed`
+        self._launcher = 0  # process id of `deepspeed`
 
     def install(self) -> None:
         """Take over SIGTERM, SIGUSR1, SIGINT and, unless under nohup, SIGHUP; watch the launcher.
@@ -36,8 +37,9 @@ class StopRequest:
                 signal.signal(number, self._remember)
         if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launch.py, child of `deepspeed`
-            self._launcher = psutil.Process(os.getppid()).parent()
+        if "CROSS_SIZE" in os.environ:
+            self._parent = psutil.Process(os.getppid())
+            self._launcher = self._parent.ppid()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._reason is None:
@@ -46,9 +48,15 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """The name of the first signal, "the end of the launcher", or None: train on."""
-        if self._reason is None and self._launcher is not None and not self._launcher.is_running():
+        if self._reason is None and self._parent is not None and self._is_orphan(self._parent):
             self._reason = "the end of the launcher"
         return self._reason
+
+    def _is_orphan(self, parent: psutil.Process) -> bool:
+        try:
+            return parent.ppid() != self._launcher
+        except psutil.NoSuchProcess:
+            return True
 
 
 stop_request = StopRequest()

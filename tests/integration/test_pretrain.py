@@ -172,6 +172,7 @@ def test_milestones_are_kept(run: Run) -> None:
 
 
 def test_two_jobs_cannot_train_in_one_folder(run: Run) -> None:
+    run.settings = {"train.epochs": 1000}
     first = run.start()
     while not run.rows():
         assert first.poll() is None
@@ -257,3 +258,14 @@ def test_a_bug_leaves_its_traceback_and_exit_code_1(run: Run) -> None:
     (step / "COMMITTED.json").write_text(json.dumps(commit))
     run.settings = {}
     assert "Traceback" in run.finish(1)
+
+
+def test_a_launcher_that_is_ended_ends_its_ranks(run: Run, undisturbed: Run) -> None:
+    """`deepspeed` dies of SIGTERM at once; its ranks save, and the next start waits for them."""
+    run = replace(run, launcher="deepspeed", processes=2, settings={"deepspeed": "zero2"})
+    output = run.stop(3, send(signal.SIGTERM), -signal.SIGTERM)
+    assert "stopped by the end of the launcher" in output
+    output = run.finish()
+    assert "going on from step-" in output
+    for row, expected in zip(run.rows(), undisturbed.rows(), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
