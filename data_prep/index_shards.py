@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     from mae_scale.data.foreign import index_shards
-    from mae_scale.errors import UserError
+    from mae_scale.errors import RunError, UserError
 
     try:
         folder, shards, samples, unlabelled = index_shards(
@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; nothing has been written", file=sys.stderr)
         return 130

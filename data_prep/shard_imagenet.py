@@ -72,9 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from mae_scale.data.shard_plan import Options
-    from mae_scale.data.shard_writer import ShardingError
     from mae_scale.data.sharding import shard
-    from mae_scale.errors import UserError
+    from mae_scale.errors import RunError, UserError
 
     options = Options(
         split=args.split,
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ShardingError as error:
+    except RunError as error:
         print(f"error: {error}; the same command goes on from here", file=sys.stderr)
         return 1
 

@@ -23,13 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     from mae_scale.data.verify import verify
-    from mae_scale.errors import UserError
+    from mae_scale.errors import RunError, UserError
 
     try:
         report = verify(args.out, fast=args.fast, workers=args.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; nothing is known yet", file=sys.stderr)
         return 130

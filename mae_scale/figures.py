@@ -7,7 +7,6 @@ without state shared with the caller's own figures.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mae_scale.files import owner
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 _DPI = 100
@@ -176,7 +177,7 @@ def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
 def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         FigureCanvasAgg(figure).print_png(temporary)
         temporary.replace(path)

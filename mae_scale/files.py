@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from pathlib import Path
+
+
+def host() -> str:
+    """This machine, as part of a file name."""
+    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
+
+
+def owner() -> str:
+    """This process, as the part of a temporary file's name that tells whose it is."""
+    return f"{host()}-{os.getpid()}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file through a temporary one beside it, synced to disk before it takes the name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -8,14 +8,17 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mae_scale.data.console import Progress
+from mae_scale.errors import RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,12 +27,97 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _shared: Any = None
 
 
+class WorkerKilled(RunError):
+    """A worker process ended in the middle of its work."""
+
+
 def shared() -> Any:
-    """What the parent gave to `process_pool`, in a worker."""
+    """What the parent gave to `run_all`, in a worker."""
     return _shared
 
 
-def _start(parent: int, value: Any) -> None:
+def run_all(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    value: Any = None,
+    counters: Any = None,
+    total: int = 0,
+    unit: str = "images",
+) -> Generator[Result, None, None]:
+    """Call `function` for each item in forked processes; results as they come, and progress shown.
+
+    Leaving early, by an exception such as a signal handler's too, ends the processes at once. That
+    rules out the pools of the standard library: their threads wait for ever for a lock or for the
+    rest of a message when a worker is killed, or a KeyboardInterrupt comes, at the wrong moment.
+
+    Args:
+        value: what `shared()` gives in the workers, without being copied.
+        counters: shared array of int64; its sum is what is done of `total`, in `unit`.
+
+    Raises:
+        WorkerKilled: a process ended without an answer.
+    """
+    items = list(items)
+    waiting = iter(items)
+    done = None if counters is None else np.frombuffer(counters, np.int64)
+    pool: dict[Connection, ForkProcess] = {}
+    try:
+        _start(pool, min(workers, len(items)), function, value)
+        busy = {connection for connection in pool if _give(connection, waiting)}
+        with Progress(total, unit) as progress:
+            while busy:
+                for connection in wait(list(busy), timeout=0.2):
+                    assert isinstance(connection, Connection)
+                    try:
+                        result, error, trace = connection.recv()
+                    except (EOFError, OSError) as gone:
+                        raise WorkerKilled("a worker process was killed (out of memory?)") from gone
+                    if error is not None:
+                        raise error from RuntimeError(trace)
+                    if not _give(connection, waiting):
+                        busy.remove(connection)
+                    yield result
+                if done is not None:
+                    progress.show(int(done.sum()))
+    finally:
+        for process in pool.values():
+            process.kill()
+        for connection, process in pool.items():
+            process.join()
+            connection.close()
+
+
+def _start(
+    pool: dict[Connection, ForkProcess],
+    workers: int,
+    function: Callable[[Any], Any],
+    value: Any,
+) -> None:
+    context = multiprocessing.get_context("fork")
+    # A signal must not reach a process that is not yet set up.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        for _ in range(max(1, workers)):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, function, os.getpid(), value))
+            process.start()
+            pool[mine] = process
+            theirs.close()  # so that the end of the process is the end of the pipe
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _give(connection: Connection, waiting: Iterator[Any]) -> bool:
+    """Send the next item, if there is one."""
+    for item in waiting:
+        with suppress(BrokenPipeError):  # the process is dead; its end is found when reading
+            connection.send(item)
+        return True
+    return False
+
+
+def _work(connection: Connection, function: Callable[[Any], Any], parent: int, value: Any) -> None:
     global _shared
     _shared = value
     # A terminal sends Ctrl-C to all processes, and Slurm SIGTERM; the parent decides about both.
@@ -38,6 +126,17 @@ def _start(parent: int, value: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _keep_freed_memory()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[Any, Exception | None, str]
+        try:
+            answer = (function(item), None, "")
+        except Exception as error:
+            answer = (None, error, traceback.format_exc())
+        connection.send(answer)
 
 
 def _keep_freed_memory() -> None:
@@ -52,57 +151,3 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
-
-
-@contextmanager
-def process_pool(workers: int, value: Any = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool of forked processes in which `shared()` gives `value`, without copying it.
-
-    Leaving with an exception, such as that of a signal handler, ends them at once.
-    """
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        max(1, workers), multiprocessing.get_context("fork"), _start, (os.getpid(), value)
-    )
-    # Processes start with the first task. A signal must not reach one that is not yet set up.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        pool.submit(os.getpid)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    try:
-        yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def run_all(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    workers: int,
-    value: Any,
-    counters: Any,
-    total: int,
-    unit: str = "images",
-) -> Generator[Result, None, None]:
-    """Call `function` for each item in a pool; results as they come, and progress shown.
-
-    Args:
-        value: what `shared()` gives in the workers.
-        counters: shared array of int64; its sum is what is done of `total`, in `unit`.
-    """
-    items = list(items)
-    if not items:
-        return
-    done = np.frombuffer(counters, np.int64)
-    with process_pool(min(workers, len(items)), value) as pool, Progress(total, unit) as progress:
-        running = {pool.submit(function, item) for item in items}
-        while running:
-            ready, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in ready:
-                yield future.result()
-            progress.show(int(done.sum()))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import shutil
-import socket
 import tarfile
 import zlib
 from collections import deque
@@ -25,14 +23,15 @@ from mae_scale.data.console import size_text
 from mae_scale.data.images import damage, shrink
 from mae_scale.data.processes import shared
 from mae_scale.data.shard_plan import Plan
-from mae_scale.files import write_atomically
+from mae_scale.errors import RunError
+from mae_scale.files import host, owner, write_atomically
 
 WORK = ".sharding"  # subfolder for what is under way
 _THREADS = 2  # of each process, that read ahead
 _PIECE_BYTES = 2_000_000  # of images that a thread takes at a time
 
 
-class ShardingError(Exception):
+class ShardingError(RunError):
     """Sharding failed for a reason outside of its input; the same command goes on."""
 
 
@@ -42,7 +41,6 @@ class Job:
 
     plan: Plan
     out: Path
-    owner: str  # marks this run's unfinished files
     written: Any  # images done of each shard, shared memory
 
 
@@ -69,7 +67,7 @@ def write_shard(shard: int) -> dict[str, Any]:
     if finished is not None:  # another run has written it in the meantime
         return finished
     name = job.plan.file(shard)
-    temporary = job.out / WORK / f"{name}.{job.owner}.tmp"
+    temporary = job.out / WORK / f"{name}.{owner()}.tmp"
     try:
         with temporary.open("wb") as stream:
             record = _fill(job, shard, stream)
@@ -210,11 +208,6 @@ def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return record
-
-
-def host() -> str:
-    """This machine, as part of a file name."""
-    return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 def boot() -> str:

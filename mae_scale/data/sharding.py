@@ -16,7 +16,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from mae_scale.data.shard_writer import (
     WORK,
     Job,
     ShardingError,
-    host,
     read_record,
     sha256_of,
     write_shard,
@@ -44,7 +42,7 @@ from mae_scale.data.shards import (
 )
 from mae_scale.data.sources import find_source
 from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import host, owner, write_atomically
 
 STOPPED = 85  # stopped early, start me again
 _STALE_SECONDS = 3600.0
@@ -205,7 +203,7 @@ def _start_work(plan: Plan, out: Path) -> None:
     """Put the plan down, and remove what runs that are gone have left unfinished."""
     work = out / WORK
     work.mkdir(exist_ok=True)
-    mine = work / f"plan.{_owner()}"
+    mine = work / f"plan.{owner()}"
     write_atomically(mine, dump(plan.record))
     try:
         os.link(mine, work / "plan.json")  # of several tasks that start at once the first wins
@@ -216,16 +214,17 @@ def _start_work(plan: Plan, out: Path) -> None:
             shutil.copyfile(mine, work / "plan.json")
     mine.unlink()
     _check_plan(plan, out)
-    for path in [*work.glob("*.tmp"), *out.glob(".*.tmp")]:
+    _remove_unfinished(out)
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove the temporary files of processes that are gone."""
+    for path in [*(out / WORK).glob("*.tmp"), *out.glob(".*.tmp")]:
         match = re.fullmatch(rf".*\.{host()}-(\d+)\.tmp", path.name)
         with suppress(OSError):
             gone = match is not None and not _alive(int(match[1]))
             if gone or time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()
-
-
-def _owner() -> str:
-    return f"{host()}-{os.getpid()}"
 
 
 def _alive(process: int) -> bool:
@@ -252,18 +251,14 @@ def _free(out: Path) -> int:
 
 
 def _write(plan: Plan, out: Path, todo: list[int], workers: int) -> None:
-    job = Job(plan, out, _owner(), multiprocessing.RawArray("q", len(plan)))
+    job = Job(plan, out, multiprocessing.RawArray("q", len(plan)))
     total = sum(len(plan.images(i)) for i in todo)
     try:
         with closing(run_all(write_shard, todo, workers, job, job.written, total)) as records:
             for record in records:
                 _report(record)
-    except BrokenProcessPool as error:
-        raise ShardingError("a writer process was killed (out of memory?)") from error
     finally:
-        for path in (out / WORK).glob(f"*.{job.owner}.tmp"):
-            with suppress(OSError):
-                path.unlink()
+        _remove_unfinished(out)
 
 
 def _report(record: dict[str, Any]) -> None:

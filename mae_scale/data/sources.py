@@ -19,7 +19,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_scale.data.processes import process_pool
+from mae_scale.data.processes import run_all
 from mae_scale.errors import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -221,15 +220,18 @@ def _folder(src: Path, root: Path, kind: str) -> Source:
 
 
 def _list_images(root: Path) -> list[Entry]:
-    """All images below `root`; many threads, since a network file system answers slowly."""
+    """All images below `root`; many processes, since a network file system answers slowly."""
     with os.scandir(root) as top:
         tops = [item for item in top if not item.name.startswith(".")]
     entries = [_entry(item, item.name) for item in tops if _is_image(item)]
     folders = [item.name for item in tops if item.is_dir()]
-    with ThreadPoolExecutor(16) as pool:
-        for found in pool.map(lambda name: list(_walk(root / name, name)), folders):
-            entries += found
+    for found in run_all(_list_folder, [(root / name, name) for name in folders], 16):
+        entries += found
     return entries
+
+
+def _list_folder(task: tuple[Path, str]) -> list[Entry]:
+    return list(_walk(*task))
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
@@ -277,9 +279,7 @@ def _train_archive(archive: Path, workers: int) -> Source:
     if not inner:
         raise UserError(f"{archive} holds no tars of classes; is it ImageNet's train archive?")
     tasks = [(archive, m.name, m.offset, m.offset + m.size) for m in inner]
-    with process_pool(workers) as pool:
-        listed = pool.map(_list_inner, tasks, chunksize=4)
-        entries = [entry for entries in listed for entry in entries]
+    entries = [entry for listed in run_all(_list_inner, tasks, workers) for entry in listed]
     classes = sorted(_stem(m.name) for m in inner)
     return _sorted_source("ImageNet's archive", archive, entries, classes)
 
