@@ -9,6 +9,8 @@ other cores, where there are any):
 - webdataset: the same transforms, out of shards, with a shuffle buffer
 - mae-scale: TrainLoader (uint8; the device normalises)
 - decode: JPEGs in memory to pixels, nothing else, one process
+
+Then how long the loader takes to its first batch at the start of an epoch and at 95 % of it.
 """
 
 from __future__ import annotations
@@ -84,14 +86,25 @@ def with_webdataset(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
     yield iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
 
 
-@contextmanager
-def mae_scale(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
-    loader = TrainLoader(
+def train_loader(shards: Path, workers: int) -> TrainLoader:
+    return TrainLoader(
         open_shards(shards), img_size=224, seed=0, lanes=64, window=2048,
         global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, workers=workers,
     )  # fmt: skip
-    with closing(loader):
+
+
+@contextmanager
+def mae_scale(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
+    with closing(train_loader(shards, workers)) as loader:
         yield loader.batches(0)
+
+
+def first_batch(shards: Path, workers: int, share: float) -> float:
+    """Seconds from opening the shards to the first batch at a share of the first epoch."""
+    began = time.perf_counter()
+    with closing(train_loader(shards, workers)) as loader:
+        next(loader.batches(int(share * loader.steps_per_epoch)))
+        return time.perf_counter() - began
 
 
 def decode_simplejpeg(data: bytes) -> None:
@@ -189,6 +202,11 @@ def main() -> None:
                 rates[way].append(measure())
                 print(f"round {number + 1}: {way[0]}, {way[1]}: {rates[way][-1][0]:.0f}/s",
                       file=sys.stderr)  # fmt: skip
+        first: dict[tuple[int, float], list[float]] = {}
+        for _ in range(2 * args.rounds):
+            for n in (0, *args.workers):
+                for share in (0.0, 0.95):
+                    first.setdefault((n, share), []).append(first_batch(shards, n, share))
 
     print(
         f"{datetime.date.today()}  {cpu_name()}, {cores} cores, Python {sys.version.split()[0]}, "
@@ -221,6 +239,11 @@ def main() -> None:
                     f"{statistics.median([a / b for a, b in pairs] or [float('nan')]):{width}.2f}"
                 )
         print(line)
+
+    print(f"\n{'first batch':20}{'workers':>8}{'start, s':>10}{'95 %, s':>9}{'ratio':>7}")
+    for n in (0, *args.workers):
+        start, late = (statistics.median(first[n, share]) for share in (0.0, 0.95))
+        print(f"{'':20}{n:8}{start:10.3f}{late:9.3f}{late / start:7.2f}")
 
 
 def cpu_name() -> str:

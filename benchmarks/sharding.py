@@ -31,6 +31,8 @@ from mae_scale.randomness import Purpose, permutation
 def make_source(images: Path, src: Path, count: int) -> int:
     """A tree of `count` files, copies of the images; the bytes in all."""
     files = sorted(path for path in images.rglob("*") if path.is_file())
+    if not files:
+        sys.exit(f"error: {images} holds no files; give a folder of photographs")
     total = 0
     for i in range(count):
         path = files[i % len(files)]

@@ -54,7 +54,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache_dir {folder} cannot be made: {error.strerror}") from None
 
-    def open(self, url: str, size: int) -> int:
+    def open(self, url: str, size: int, sha256: str | None = None) -> int:
         """A descriptor of the local copy of a shard, open for reading; fetches it if need be.
 
         The descriptor stays good when the copy goes.
@@ -62,10 +62,11 @@ class ShardCache:
         Args:
             url: of the shard, as `open_remote` takes it.
             size: of the shard in bytes.
+            sha256: of the shard; None takes whatever has that size.
 
         Raises:
             UserError: the shard is larger than the folder may be.
-            FetchError: it could not be fetched after several tries.
+            FetchError: it could not be fetched after several tries, or is another one.
         """
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(
@@ -82,7 +83,7 @@ class ShardCache:
             try:
                 with part.open("wb") as stream:
                     self._make_room(part, size)
-                    _with_retries(url, lambda: _download(url, stream, size))
+                    _with_retries(url, lambda: _download(url, stream, size, sha256))
                 descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
                 part.rename(path)
                 return descriptor
@@ -157,17 +158,20 @@ def _with_retries(url: str, attempt: Callable[[], Any]) -> Any:
             time.sleep(_WAIT_S * 2**number)
 
 
-def _download(url: str, stream: Any, size: int) -> None:
+def _download(url: str, stream: Any, size: int, sha256: str | None) -> None:
     stream.seek(0)
-    got = 0
+    got, digest = 0, hashlib.sha256()
     for chunk in _chunks(url):
         got += len(chunk)
+        digest.update(chunk)
         if got > size:
             break
         stream.write(chunk)
     stream.flush()
     if got != size:
         raise OSError(f"{'more than ' if got > size else ''}{min(got, size)} bytes came of {size}")
+    if sha256 not in (None, digest.hexdigest()):
+        raise OSError("it has another SHA-256 than when it was indexed")
 
 
 def _chunks(url: str) -> Iterator[bytes]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -124,7 +126,7 @@ class ShardReader:
     def _open_file(self, shard: int) -> int:
         file, size = self._shards.files[shard], int(self._shards.bytes[shard])
         if self._cache is not None and is_remote(file):
-            descriptor = self._cache.open(file, size)
+            descriptor = self._cache.open(file, size, self._shards.sha256[shard] or None)
         else:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         found = os.fstat(descriptor).st_size
@@ -211,6 +213,20 @@ class _BatchDataset(torch.utils.data.Dataset):
     def batch(self, key: BatchKey) -> Batch:
         raise NotImplementedError
 
+    def _decode(self, sample: int, decode: Callable[[bytearray], torch.Tensor]) -> torch.Tensor:
+        """Pixels of a sample.
+
+        Raises:
+            ValueError: it is damaged; the message begins with its name.
+        """
+        name, data = self.reader.read(sample)
+        if zlib.crc32(data) != self.shards.checksums[sample]:
+            raise ValueError(f"{name} has other bytes than were indexed")
+        try:
+            return decode(data)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+
     def _fill(
         self, key: BatchKey, samples: npt.NDArray[np.int64], pixels: Callable[[int], torch.Tensor]
     ) -> Batch:
@@ -249,11 +265,10 @@ class TrainDataset(_BatchDataset):
             wanted = int(samples[i])
             u = uniforms[i]
             for attempt in range(_REPLACEMENT_TRIES):
-                member = self.reader.read(int(samples[i]))
                 try:
-                    return decode_train_crop(member.data, self.img_size, u, self._scratch)
+                    return self._decode(int(samples[i]), partial(self._crop, uniforms=u))
                 except ValueError as error:
-                    damaged[int(samples[i])] = f"{member.name} {error}"
+                    damaged[int(samples[i])] = str(error)
                 samples[i] = self.order.replacement(key.epoch, wanted, attempt)
                 u = self._uniforms(key.epoch, samples[i : i + 1])[0]
             raise UserError(
@@ -265,6 +280,9 @@ class TrainDataset(_BatchDataset):
         batch = self._fill(key, samples, pixels)
         batch.damaged = damaged
         return batch
+
+    def _crop(self, data: bytearray, uniforms: npt.NDArray[np.float64]) -> torch.Tensor:
+        return decode_train_crop(data, self.img_size, uniforms, self._scratch)
 
     def _uniforms(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         draws = np.arange(TRAIN_UNIFORMS)
@@ -282,11 +300,13 @@ class EvalDataset(_BatchDataset):
 
     def batch(self, key: BatchKey) -> Batch:
         def pixels(i: int) -> torch.Tensor:
-            member = self.reader.read(int(key.positions[i]))
             try:
-                return eval_crop(decode_image(member.data), self.img_size, self.crop_ratio)
+                return self._decode(
+                    int(key.positions[i]),
+                    lambda data: eval_crop(decode_image(data), self.img_size, self.crop_ratio),
+                )
             except ValueError as error:
-                raise UserError(f"{self.shards.root}: {member.name} {error}") from None
+                raise UserError(f"{self.shards.root}: {error}") from None
 
         return self._fill(key, key.positions, pixels)
 

@@ -207,6 +207,12 @@ class TrainLoader(_Loader):
             self._count_damaged(batch.damaged)
             yield _as_tensors(batch)
 
+    def name_of(self, sample: int) -> str:
+        """Shard and member of a sample id, for messages; reads its header."""
+        shard = int(np.searchsorted(self._shards.starts, sample, side="right")) - 1
+        name = self._dataset.reader.read(sample).name
+        return f"{Path(self._shards.files[shard]).name}/{name}"
+
     @property
     def bad_samples(self) -> int:
         """Different damaged samples that this rank has met."""

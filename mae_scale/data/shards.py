@@ -50,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one split, as a loader reads them. Pickles without its index.
+    """The shards of one split, as a loader reads them. Pickles without index and checksums.
 
     A sample's global id is its place in manifest order: ``starts[shard] + i``.
     """
@@ -61,20 +61,24 @@ class ShardSet:
     files: Sequence[str]  # absolute path or URL of each shard
     samples: npt.NDArray[np.int64]  # [num_shards]
     bytes: npt.NDArray[np.int64]  # [num_shards], size of each tar
+    sha256: Sequence[str]  # of each tar
     starts: npt.NDArray[np.int64]  # [num_shards + 1], cumulative samples
     index: np.ndarray  # [num_samples] of INDEX_DTYPE, memory-mapped
+    checksums: np.ndarray  # uint32 [num_samples], CRC-32 of each image's bytes, memory-mapped
     fingerprint: str  # SHA-256 of manifest.json
     index_file: str
+    checksums_file: str
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "index": None}
+        return {**self.__dict__, "index": None, "checksums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__dict__["index"] = np.load(self.index_file, mmap_mode="r")
+        self.__dict__["checksums"] = np.load(self.checksums_file, mmap_mode="r")
 
 
 def is_remote(spec: str) -> bool:
@@ -94,32 +98,39 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
-def _open_index(path: Path | str, expected: int, root: str) -> np.ndarray:
+def _open_array(
+    path: Path | str, name: str, dtype: np.dtype, expected: int, root: str
+) -> np.ndarray:
     try:
-        index = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{root}: {INDEX} cannot be read ({error}); make the shards again"
+            f"{root}: {name} cannot be read ({error}); make the shards again"
         ) from error
-    if index.dtype != INDEX_DTYPE or index.shape != (expected,):
+    if array.dtype != dtype or array.shape != (expected,):
         raise UserError(
-            f"{root}: {INDEX} does not belong to {MANIFEST} "
-            f"({index.shape} entries of {index.dtype}, expected {expected} of {INDEX_DTYPE})"
+            f"{root}: {name} does not belong to {MANIFEST} "
+            f"({array.shape} entries of {array.dtype}, expected {expected} of {dtype})"
         )
-    return index
+    return array
 
 
-def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path]:
-    """Manifest and index of a remote set; the index is kept in `cache_dir` under its content."""
+def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
+    """Manifest, index and checksums of a remote set; the two are kept under their content."""
+    names = (MANIFEST, INDEX, CHECKSUMS)
     try:
-        manifest, index = (read_remote(join(root, name)) for name in (MANIFEST, INDEX))
+        manifest, *arrays = (read_remote(join(root, name)) for name in names)
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{root} cannot be opened: {error}") from error
-    path = cache_dir / f"index-{hashlib.sha256(manifest + index).hexdigest()[:32]}.npy"
-    if not path.exists():
-        write_atomically(path, index)
-    return manifest, path
+    paths = []
+    for name, content in zip(names[1:], arrays, strict=True):
+        digest = hashlib.sha256(manifest + content).hexdigest()[:32]
+        path = cache_dir / f"{Path(name).stem}-{digest}.npy"
+        if not path.exists():
+            write_atomically(path, content)
+        paths.append(path)
+    return manifest, paths[0], paths[1]
 
 
 def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardSet:
@@ -139,11 +150,11 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
             raise UserError(
                 f"{root}: remote shards need a folder for what is fetched (data.cache_dir)"
             )
-        content, index_path = _fetch(root, Path(cache_dir))
+        content, index_path, checksums_path = _fetch(root, Path(cache_dir))
     else:
         folder = Path(root)
         root = str(folder.resolve())
-        index_path = folder / INDEX
+        index_path, checksums_path = folder / INDEX, folder / CHECKSUMS
         if not folder.is_dir():
             kind = "is not a folder of shards" if folder.exists() else "does not exist"
             raise UserError(f"{folder} {kind}; make one with data_prep/shard_imagenet.py")
@@ -155,7 +166,8 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
     shards = manifest["shards"]
     samples = np.array([shard["samples"] for shard in shards], np.int64)
     starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
-    if starts[-1] == 0:
+    total = int(starts[-1])
+    if total == 0:
         raise UserError(f"{root} holds no samples")
     return ShardSet(
         root=root,
@@ -164,10 +176,13 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         files=[join(root, shard["file"]) for shard in shards],
         samples=samples,
         bytes=np.array([shard["bytes"] for shard in shards], np.int64),
+        sha256=[shard["sha256"] for shard in shards],
         starts=starts,
-        index=_open_index(index_path, int(starts[-1]), root),
+        index=_open_array(index_path, INDEX, INDEX_DTYPE, total, root),
+        checksums=_open_array(checksums_path, CHECKSUMS, np.dtype("<u4"), total, root),
         fingerprint=hashlib.sha256(content).hexdigest(),
         index_file=str(index_path.resolve()),
+        checksums_file=str(checksums_path.resolve()),
     )
 
 

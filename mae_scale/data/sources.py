@@ -19,8 +19,11 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -220,18 +223,34 @@ def _folder(src: Path, root: Path, kind: str) -> Source:
 
 
 def _list_images(root: Path) -> list[Entry]:
-    """All images below `root`; many processes, since a network file system answers slowly."""
+    """All images below `root`; many threads, since a network file system answers slowly."""
     with os.scandir(root) as top:
         tops = [item for item in top if not item.name.startswith(".")]
     entries = [_entry(item, item.name) for item in tops if _is_image(item)]
     folders = [item.name for item in tops if item.is_dir()]
-    for found in run_all(_list_folder, [(root / name, name) for name in folders], 16):
-        entries += found
+    todo: SimpleQueue[str] = SimpleQueue()
+    answers: SimpleQueue[list[Entry] | OSError] = SimpleQueue()
+    for name in folders:
+        todo.put(name)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                name = todo.get_nowait()
+                try:
+                    answers.put(list(_walk(root / name, name)))
+                except OSError as error:
+                    answers.put(error)
+
+    # Daemons behind plain queues: Ctrl-C ends the program at any moment, which a pool may prevent.
+    for _ in range(min(16, len(folders))):
+        Thread(target=work, daemon=True).start()
+    for _ in folders:
+        answer = answers.get()
+        if isinstance(answer, OSError):
+            raise answer
+        entries += answer
     return entries
-
-
-def _list_folder(task: tuple[Path, str]) -> list[Entry]:
-    return list(_walk(*task))
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Entry]:

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mae_scale.data.images import decode_error
 from mae_scale.data.processes import run_all, shared
 from mae_scale.data.shard_writer import sha256_of
 from mae_scale.data.shards import (
-    CHECKSUMS,
     MANIFEST,
     Shard,
     ShardSet,
@@ -44,8 +41,6 @@ class Report:
 @dataclass
 class _Job:
     shards: ShardSet
-    sha256: list[str]
-    checksums: np.ndarray
     own: bool  # written by this program, not indexed
     fast: bool
     checked: Any  # images done of each shard, shared memory
@@ -65,19 +60,15 @@ def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Repor
         open_shards(folder)  # says what is wrong
     try:
         shards = open_shards(folder)
-        checksums = np.load(folder / CHECKSUMS, mmap_mode="r")
-        if checksums.shape != (len(shards),):
-            raise UserError(f"{folder}: {CHECKSUMS} does not belong to {MANIFEST}")
     except (UserError, OSError, ValueError) as error:
         return Report(0, 0, 0, [str(error)])
     remote = [file for file in shards.files if is_remote(file)]
     if remote:
         raise UserError(f"{remote[0]} is not on this machine; only local shards can be verified")
     manifest = read_manifest(folder)
-    sha256 = [entry["sha256"] for entry in manifest["shards"]]
     own = "plan" in manifest.get("made_by", {})
     count = len(shards.files)
-    job = _Job(shards, sha256, checksums, own, fast, multiprocessing.RawArray("q", count))
+    job = _Job(shards, own, fast, multiprocessing.RawArray("q", count))
     found = dict(run_all(_verify_shard, range(count), workers, job, job.checked, len(shards)))
     problems = [problem for i in range(count) for problem in found[i]]
     entries = [Shard(**entry) for entry in manifest["shards"]]
@@ -107,7 +98,7 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
     size = path.stat().st_size
     if size != shards.bytes[number]:
         problems.append(f"has {size:,} bytes, the manifest says {shards.bytes[number]:,}")
-    if sha256_of(path) != job.sha256[number]:
+    if sha256_of(path) != shards.sha256[number]:
         problems.append("has another SHA-256 than the manifest says")
 
     names, labels, images = {}, {}, 0
@@ -128,7 +119,7 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
             offset, length, label = shards.index[sample].item()
             name = names.get(offset) or _name_before(descriptor, offset)
             data = os.pread(descriptor, length, offset)
-            problem = _image_problem(data, length, int(job.checksums[sample]), job.fast)
+            problem = _image_problem(data, length, int(shards.checksums[sample]), job.fast)
             text = labels.get(split_key(name)[0])
             if problem is None and offset not in names:
                 problem = "is not where the index says, or a header before it is damaged"

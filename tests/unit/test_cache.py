@@ -25,8 +25,9 @@ from make_shards import make_shards
 
 from mae_scale.data import cache as cache_module
 from mae_scale.data.cache import FetchError, ShardCache, read_remote
-from mae_scale.data.loader import TrainLoader
-from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.foreign import index_shards
+from mae_scale.data.loader import EvalLoader, TrainLoader
+from mae_scale.data.shards import ShardSet, is_remote, open_shards
 from mae_scale.errors import UserError
 
 SAMPLES = [20, 20, 20, 20]
@@ -177,6 +178,37 @@ def test_a_shard_of_another_size_is_refused(
         with pytest.raises(FetchError, match=words):
             ShardCache(tmp_path).open(f"{server.url}/{NAME}", wrong)
     assert not files_in(tmp_path, ".tar")
+
+
+def test_a_shard_of_the_same_size_with_another_content_is_refused(
+    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_TRIES", 2)
+    content = (folder / NAME).read_bytes()
+    right = hashlib.sha256(content).hexdigest()
+    url, cache = f"{server.url}/{NAME}", ShardCache(tmp_path)
+    with pytest.raises(FetchError, match="has another SHA-256 than when it was indexed"):
+        cache.open(url, len(content), hashlib.sha256(b"before").hexdigest())
+    assert not files_in(tmp_path, ".tar")
+    assert content_of(cache.open(url, len(content), right)) == content
+
+
+def test_foreign_shards_are_indexed_and_read_from_a_server(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    local = open_shards(folder)
+    spec = f"{server.url}/train-{{000000..{len(local.files) - 1:06d}}}.tar"
+    index_shards([spec], tmp_path / "index", workers=2)
+    remote = open_shards(tmp_path / "index")
+    assert all(is_remote(file) for file in remote.files)
+    assert remote.index.tolist() == local.index.tolist()
+    batches = [
+        list(EvalLoader(shards, img_size=32, batch_size=8, rank=0, world_size=1, workers=0,
+                        cache_dir=tmp_path / "cache"))
+        for shards in (local, remote)
+    ]  # fmt: skip
+    for one, other in zip(*batches, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_pipes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
