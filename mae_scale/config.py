@@ -92,6 +92,8 @@ class TrainConfig:
     """Blocks whose activations are recomputed in the backward pass: none, full, or every k-th."""
     compile: bool = False
     """Whether the blocks are compiled with torch.compile."""
+    max_bad_steps: int = 10
+    """Optimiser steps in a row with a loss or gradient that is not finite, before the run ends."""
     log_every: int = 20
     """Optimiser steps between two rows of metrics.jsonl."""
 
@@ -122,6 +124,8 @@ class CheckpointConfig:
     """Minutes between two checkpoints; null: by steps only."""
     keep: int = 3
     """Number of newest checkpoints kept."""
+    background: bool = True
+    """Whether files are written while training goes on, from a copy of the state in host memory."""
     milestone_epochs: int | None = None
     """Also save at, and keep for good, the end of every so many epochs; null: none."""
 
@@ -141,15 +145,20 @@ class PretrainConfig:
     """DeepSpeed config: zero0, zero1, zero2, zero3, zero3_offload, or the path of a JSON file."""
     seed: int = 0
     """Decides sample order, crops, masks and initial weights."""
+    replay: int | None = None
+    """Run this optimiser step of the run again, alone, and show the first value that is not finite.
+    Nothing is written."""
 
 
 AT_LEAST = {
     "seed": 0,
+    "replay": 1,
     "data.workers": 0,
     "data.lanes": 1,
     "data.window": 1,
     "train.epochs": 1,
     "train.max_steps": 1,
+    "train.max_bad_steps": 1,
     "train.log_every": 1,
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
@@ -172,8 +181,10 @@ MAY_CHANGE = (
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.compile",
+    "train.max_bad_steps",
     "train.log_every",
     "checkpoint",
+    "replay",
 )
 
 

@@ -29,7 +29,7 @@ from mae_scale.train.engine import (
 )
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch, Loop, total_steps
-from mae_scale.train.run_dir import add_history, open_run
+from mae_scale.train.run_dir import add_history, check_run, open_run
 from mae_scale.train.stopping import STOPPED, stop_request
 
 log = logging.getLogger("mae_scale")
@@ -67,18 +67,24 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = build_mae(**config.model.build_kwargs())
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    if config.train.compile:
+    if config.train.compile and config.replay is None:  # a replay looks inside the blocks
         compile_blocks(model)
 
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
-    with process_group(world):
+    with process_group(world), closing(loader):
         locks: list[IO[str]] = []  # held by rank 0 until the end
-        on_rank0(lambda: locks.append(open_run(run_dir, config)))
+        if config.replay is None:
+            on_rank0(lambda: locks.append(open_run(run_dir, config)))
+        else:
+            on_rank0(lambda: check_run(run_dir, config))
         run_hash = identity_hash(config)
-        resume = on_rank0(lambda: _resume_point(run_dir, run_hash, shards.fingerprint))
-        step = 0 if resume is None else checkpoint.Commit.read(resume).step
-        if step >= total:
+        resume = on_rank0(lambda: _resume_point(config, run_hash, shards.fingerprint))
+        step, bad_steps = 0, 0
+        if resume is not None:
+            commit = checkpoint.Commit.read(resume)
+            step, bad_steps = commit.step, commit.bad_steps
+        if step >= total and config.replay is None:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
         order = optimizer_order(model, config.optim)
@@ -87,10 +93,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
             checkpoint.load(engine, resume, order)
 
         def loss_of(batch: Batch) -> torch.Tensor:
-            image, epoch, sample = (
-                batch[key].to(engine.device, non_blocking=True)
-                for key in ("image", "epoch", "sample")
-            )
+            image, epoch, sample = batch["image"], batch["epoch"], batch["sample"]
             noise = mask_noise(config.seed, epoch, sample, model.num_patches)
             loss, _, _ = engine(normalize(image), noise)
             return loss
@@ -112,7 +115,15 @@ def pretrain(config: PretrainConfig, world: World) -> int:
             steps_per_epoch=loader.steps_per_epoch,
             accumulation=accumulation_steps(config.train, world.size),
             commit={**facts, "config_hash": run_hash, "data": shards.fingerprint},
+            data_workers=config.data.workers,
+            name_of=loader.name_of,
+            bad_steps=bad_steps,
         )
+        if config.replay is not None:
+            log.info("going to step %d from step %d, writing nothing", config.replay, step)
+            found = loop.replay(loader.batches(step), step, config.replay)
+            log.info("%s", found)
+            return 0
         if world.rank == 0:
             add_history(run_dir, "started" if resume is None else "resumed", step, **facts)
         log.info(
@@ -120,8 +131,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
             "starting at" if resume is None else f"going on from {resume.name},",
             *(step, total, config.model.name, len(shards), *facts.values()),
         )
-        with closing(loader):
-            step, finished = loop.run(loader.batches(step), step)
+        step, finished = loop.run(loader.batches(step), step)
         if world.rank == 0:
             add_history(run_dir, "finished" if finished else "stopped", step)
         if finished:
@@ -132,17 +142,20 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         return 0 if finished else STOPPED
 
 
-def _resume_point(run_dir: Path, run_hash: str, data: str) -> Path | None:
+def _resume_point(config: PretrainConfig, run_hash: str, data: str) -> Path | None:
     """The checkpoint to go on from; damaged ones after it no longer count.
 
     Raises:
         UserError: the checkpoint was trained on other shards.
     """
-    newest = checkpoint.newest_intact(run_dir, run_hash)
+    run_dir, replay = Path(config.run_dir), config.replay
+    before = None if replay is None else replay - 1
+    newest = checkpoint.newest_intact(run_dir, run_hash, before)
     if newest is not None and checkpoint.Commit.read(newest).data != data:
         raise UserError(
             f"data.train holds other shards than those {run_dir} was trained on "
             "(its manifest.json differs); use the same ones or another run_dir"
         )
-    checkpoint.discard_newer(run_dir, newest)
+    if replay is None:
+        checkpoint.discard_newer(run_dir, newest)
     return newest

@@ -11,18 +11,21 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mae_scale.errors import UserError
+from mae_scale.config import CheckpointConfig
+from mae_scale.errors import RunError, UserError
 from mae_scale.files import sync_folder, write_atomically
 from mae_scale.train import elastic
+from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.ds import DeepSpeedEngine, get_fp32_state_dict_from_zero_checkpoint
 
@@ -48,6 +51,8 @@ class Commit:
     """Fingerprint of the training shards' manifest."""
     milestone: bool
     """Kept for good."""
+    bad_steps: int
+    """Steps so far that were not applied since the loss or gradient was not finite."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and SHA-256 of each file."""
 
@@ -110,10 +115,19 @@ def damage(folder: Path, config_hash: str | None = None) -> str | None:
     return None
 
 
-def newest_intact(run_dir: Path, config_hash: str | None = None) -> Path | None:
-    """The newest committed checkpoint whose files are whole; a warning names damaged ones."""
+def newest_intact(
+    run_dir: Path, config_hash: str | None = None, last: int | None = None
+) -> Path | None:
+    """The newest committed checkpoint whose files are whole; a warning names damaged ones.
+
+    Args:
+        config_hash: of the run it must belong to; None accepts any run's.
+        last: highest step to look at; None: all.
+    """
     for folder in _folders(run_dir):
         if not (folder / COMMITTED).exists():
+            continue
+        if last is not None and int(folder.name.removeprefix("step-")) > last:
             continue
         wrong = damage(folder, config_hash)
         if wrong is None:
@@ -134,41 +148,101 @@ def discard_newer(run_dir: Path, newest: Path | None) -> None:
             (folder / COMMITTED).replace(folder / "DAMAGED.json")
 
 
-def save(engine: DeepSpeedEngine, run_dir: Path, world: World, commit: Commit, keep: int) -> None:
-    """Save the state of all ranks and commit it; then remove what need not be kept.
+class Saver:
+    """Saves a run: one checkpoint at a time, written in the background, committed when whole.
+
+    `start` and `finish` are called by all ranks.
 
     Args:
-        commit: what to write into COMMITTED.json; its `files` are filled in here.
-        keep: number of newest checkpoints that stay, besides milestones.
+        engine, run_dir, world: of the run.
+        config: its `keep` newest checkpoints stay, besides milestones.
     """
-    folder = folder_of(run_dir, commit.step)
-    # What an interrupted save of the same step left must not meet this one's files.
-    on_rank0(lambda: shutil.rmtree(folder) if folder.exists() else None)
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    files: dict[str, dict[str, Any]] = {}
-    for part in gather_to_all(_seal(folder, world.rank)):
-        files |= part
-    commit.files = dict(sorted(files.items()))
 
-    def finish() -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, run_dir: Path, world: World, config: CheckpointConfig
+    ) -> None:
+        self._engine, self._run_dir, self._world = engine, run_dir, world
+        self._keep = config.keep
+        self._writer = engine.checkpoint_engine = BackgroundWriter(config.background)
+        self._commit: Commit | None = None
+        self._began = self._stall = 0.0  # seconds
+
+    def start(self, commit: Commit) -> None:
+        """Copy the state and begin to write it; first finish what is still under way.
+
+        Args:
+            commit: what to write into COMMITTED.json; its `files` are filled in later.
+
+        Raises:
+            RunError: there is no room, or no permission to write.
+        """
+        self.finish()
+        folder = folder_of(self._run_dir, commit.step)
+        self._began = time.monotonic()
+
+        def prepare() -> None:
+            # What an interrupted save of the same step left must not meet this one's files.
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+
+        with _run_errors(folder):
+            on_rank0(prepare)
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self._commit = commit
+        self._writer.start()
+        self._stall = time.monotonic() - self._began
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has done its part of a save that waits to be committed."""
+        return self._commit is not None and self._writer.finished
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, commit it, and remove what may go.
+
+        Raises:
+            RunError: a rank could not write; nothing was committed.
+        """
+        commit, self._commit = self._commit, None
+        if commit is None:
+            return
+        folder = folder_of(self._run_dir, commit.step)
+        began = time.monotonic()
+        files: dict[str, dict[str, Any]] = {}
+        error: OSError | None = None
+        try:
+            files = self._writer.result()
+        except OSError as failure:
+            error = failure
+        with _run_errors(folder):
+            for part, failed in gather_to_all((files, error)):
+                if failed is not None:
+                    raise failed
+                commit.files |= part
+            on_rank0(lambda: self._make_count(folder, commit))
+        now = time.monotonic()
+        stall = self._stall + now - began
+        log.info("saved step %d in %.1f s, %.1f of them training waited", commit.step,
+                 now - self._began, stall)  # fmt: skip
+
+    def _make_count(self, folder: Path, commit: Commit) -> None:
+        commit.files = dict(sorted(commit.files.items()))
         sync_folder(folder)
         write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
         sync_folder(folder.parent)
-        _prune(run_dir, keep)
-
-    on_rank0(finish)
+        _prune(self._run_dir, self._keep)
 
 
-def _seal(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Sync and hash the files that this rank wrote; rank 0 also takes those that name no rank."""
-    facts = {}
-    for path in sorted(folder.iterdir()):
-        match = re.search(r"zero_pp_rank_(\d+)_", path.name)
-        if (int(match[1]) if match else 0) == rank:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            facts[path.name] = _file_facts(path)
-    return facts
+@contextlib.contextmanager
+def _run_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written: {error.strerror or error}; older checkpoints are as they "
+            "were, and the same command goes on once this is mended"
+        ) from error
 
 
 def _prune(run_dir: Path, keep: int) -> None:

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
@@ -22,8 +23,14 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 # by trying the compiler on every op.
 deepspeed.ops.__compatible_ops__ = {}
 
+# Under ZeRO-1 in bf16 with fp32 accumulation DeepSpeed would take its older BF16_Optimizer, whose
+# files its own zero_to_fp32.py cannot read, and which asks the device for the norm at each step.
+# The optimiser of ZeRO-2 does stage 1 as well.
+deepspeed.runtime.engine.BFLOAT16 = deepspeed.runtime.engine.ZERO_OPTIMIZATION
+
 __all__ = [
     "DeepSpeedEngine",
+    "TorchCheckpointEngine",
     "deepspeed",
     "ds_to_universal",
     "get_fp32_state_dict_from_zero_checkpoint",

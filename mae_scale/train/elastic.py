@@ -148,7 +148,7 @@ def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Ten
 def _make_adam_state(optimizer: Any, masters: list[torch.Tensor], step: float) -> None:
     for master in masters:
         optimizer.state[master] = {
-            "step": torch.tensor(step),
+            "step": torch.tensor(step, dtype=torch.float32, device=master.device),
             **{key: torch.zeros_like(master) for key in MOMENTS},
         }
 

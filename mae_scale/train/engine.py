@@ -105,6 +105,8 @@ def fill_deepspeed_config(
         "gradient_clipping": (0.0, "the recipe's gradient clipping"),
         "bf16.enabled": (precision == "bf16", f"train.precision {precision}"),
     }
+    if precision == "bf16":  # StepGuard does it on the device
+        config.setdefault("bf16", {}).setdefault("check_grad_overflow", False)
     if zero_stage(config) > 0:  # stage 0 sums in the precision of the weights and knows no other
         decided["data_types.grad_accum_dtype"] = ("fp32", "the sum of gradients in fp32")
     for key, (value, source) in decided.items():
@@ -145,7 +147,7 @@ def build_engine(
     The learning rate is set by the loop at each step.
     """
     groups = param_groups_weight_decay(model, optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import get_total_norm
 
 from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.randomness import Purpose, hash64
-from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World
+from mae_scale.train.checkpoint import Commit, Saver
+from mae_scale.train.distributed import World, gather_to_all
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.metrics import MetricsLog, Progress
+from mae_scale.train.metrics import Record
+from mae_scale.train.nonfinite import StepGuard, first_nonfinite
 from mae_scale.train.schedule import learning_rate
 from mae_scale.train.stopping import stop_request
 
@@ -36,11 +35,14 @@ class Loop:
 
     A step is a function of (config, step): the batch comes from the sample order, the learning
     rate from the schedule, the device's generator is seeded from (seed, step, rank).
+
+    The host never waits for the device: what a step gives (loss, norm, what the ranks agree on) is
+    read when the next step has been handed over. So a wish to stop takes effect one step late.
     """
 
     engine: DeepSpeedEngine
     loss_of: Callable[[Batch], torch.Tensor]
-    """Loss, a scalar, of a micro-batch on this rank."""
+    """Loss, a scalar, of a micro-batch on this rank's device."""
     world: World
     run_dir: Path
     seed: int
@@ -50,7 +52,19 @@ class Loop:
     steps_per_epoch: int
     accumulation: int
     commit: dict[str, Any]
-    """What COMMITTED.json says besides step, samples, milestone and files."""
+    """What COMMITTED.json says besides step, samples, milestone, bad steps and files."""
+    data_workers: int
+    """Data-loading processes per rank."""
+    name_of: Callable[[int], str]
+    """Shard and member of a sample id, for messages."""
+    bad_steps: int = 0
+    """Steps of the run so far that were not applied."""
+
+    def __post_init__(self) -> None:
+        self._guard = StepGuard(self.engine)
+        self._bad_in_row: list[_Given] = []
+        on_gpu = self.engine.device.type == "cuda"
+        self._copies = torch.cuda.Stream() if on_gpu else None
 
     @property
     def total_steps(self) -> int:
@@ -64,61 +78,82 @@ class Loop:
             Steps done, and whether the run is finished.
 
         Raises:
-            RunError: the loss is not finite; the step was not applied.
+            RunError: `train.max_bad_steps` steps in a row could not be applied, or a checkpoint
+                could not be written.
         """
-        first = self.world.rank == 0
-        metrics = MetricsLog(self.run_dir, step) if first else None
-        progress = Progress(self.total_steps, step, self.steps_per_epoch) if first else None
+        record = None
+        if self.world.rank == 0:
+            batch, log_every = self.train.global_batch_size, self.train.log_every
+            record = Record(
+                self.run_dir, step, self.total_steps, self.steps_per_epoch, batch, log_every,
+                self.data_workers,
+            )  # fmt: skip
+        saver = Saver(self.engine, self.run_dir, self.world, self.checkpoint)
         saved_step, saved_time = step, time.monotonic()
-        meter = Meter(self.train.global_batch_size)
+        given: _Given | None = None  # the step before, on its way to the host
+        agreed = _Agreed()
+
+        def settle() -> None:
+            """Read what the last step gave."""
+            nonlocal given, agreed
+            agreed = _Agreed(stop=agreed.stop)
+            if given is not None:
+                agreed = given.agreed(self.world.size)
+                self._settle(given, record)
+            given = None
+
+        def save() -> None:
+            nonlocal saved_step, saved_time
+            settle()
+            if saved_step == step:
+                return
+            if record:
+                record.sync()  # before the commit: a checkpoint must not be ahead of the record
+            saver.start(self._commit_of(step))
+            saved_step, saved_time = step, time.monotonic()
+
         try:
-            stop = False
-            while step < self.total_steps and not stop:
+            while step < self.total_steps and not agreed.stop:
                 minutes = self.checkpoint.every_minutes
                 save_due = minutes is not None and time.monotonic() - saved_time > minutes * 60
-                loss, lr, grad_norm, wait, stop, save_due = self._step(batches, step, save_due)
+                new = self._step(batches, step, _Agreed(False, save_due, saver.written))
                 step += 1
-                meter.add(wait)
-                if progress:
-                    progress.advance()
-                if metrics and progress and step % self.train.log_every == 0:
-                    row = {
-                        "step": step,
-                        "epoch": step / self.steps_per_epoch,
-                        "samples": step * self.train.global_batch_size,
-                        "loss": loss,
-                        "lr": lr,
-                        "grad_norm": grad_norm,
-                        **meter.rates(),
-                        "mfu": None,
-                        "memory_gb": memory_gb(),
-                        "time": time.time(),
-                    }
-                    metrics.write(row)
-                    progress.show(row)
-                milestone = self._is_milestone(step)
+                settle()
+                given = new
                 every = self.checkpoint.every_steps
-                if save_due or milestone or (every is not None and step % every == 0):
-                    self._save(step, milestone, metrics)
-                    saved_step, saved_time = step, time.monotonic()
-            if saved_step != step:
-                self._save(step, self._is_milestone(step), metrics)
+                if agreed.save or self._is_milestone(step) or (every and step % every == 0):
+                    save()
+                elif agreed.written:
+                    saver.finish()
+            save()
+            saver.finish()
             return step, step >= self.total_steps
         finally:
-            if progress:
-                progress.close()
-            if metrics:
-                metrics.close()
+            if record:
+                record.close()
 
-    def _step(
-        self, batches: Iterator[Batch], step: int, save_due: bool
-    ) -> tuple[float, float, float, float, bool, bool]:
-        """One optimiser step.
+    def replay(self, batches: Iterator[Batch], step: int, target: int) -> str:
+        """Go from `step` steps done to `target` without writing, watching the last step closely.
 
         Returns:
-            Loss, learning rate, gradient norm, seconds waited for data, whether any rank was asked
-            to stop, whether to save.
+            What was found, in words.
         """
+        while step < target - 1:
+            self._step(batches, step, _Agreed()).numbers()
+            step += 1
+        with first_nonfinite(self.engine.module) as found:
+            given = self._step(batches, step, _Agreed())
+            loss, grad_norm, *_ = given.numbers()
+        numbers = f"step {target}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
+        places = [
+            f"on rank {rank} the first value that is not finite is {place}"
+            for rank, place in enumerate(gather_to_all(found()))
+            if place is not None
+        ]
+        return f"{numbers}; {'; '.join(places) or 'every value is finite'}"
+
+    def _step(self, batches: Iterator[Batch], step: int, wishes: _Agreed) -> _Given:
+        """Hand one optimiser step over to the device."""
         key = hash64(Purpose.DEVICE_SEED, self.seed, step, self.world.rank)
         torch.manual_seed(int(key) >> 1)
         lr = learning_rate(
@@ -130,8 +165,8 @@ class Loop:
         )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), device=self.engine.device)
-        wait, stop, grad_norm = 0.0, False, None
+        wait, samples = 0.0, []
+        losses = torch.zeros(self.accumulation, dtype=torch.float64, device=self.engine.device)
         for micro in range(self.accumulation):
             began = time.monotonic()
             try:
@@ -139,92 +174,134 @@ class Loop:
             except (UserError, OSError) as error:
                 raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
-            loss = self.loss_of(batch)
-            loss_sum += loss.detach()
+            samples.append(batch["sample"])
+            loss = self.loss_of(self._to_device(batch))
+            losses[micro] = loss.detach()
             self.engine.backward(loss)
             if micro == self.accumulation - 1:
-                mean = loss_sum.item() / self.accumulation
-                mean, stop, save_due = self._agree(mean, save_due)
-                if not math.isfinite(mean):
-                    raise RunError(
-                        f"the loss of step {step + 1} is {mean}; the step was not applied and "
-                        f"nothing was saved after it"
-                    )
-                grad_norm = self._unsharded_grad_norm()
+                wishes.stop = stop_request.reason is not None
+                shared = self._agree(losses.mean(), wishes)
+                self._guard.watch(shared[0])
             self.engine.step()
-        if grad_norm is None:
-            grad_norm = float(self.engine.get_global_grad_norm())
-        return mean, lr, grad_norm, wait, stop, save_due
+        numbers = torch.cat([shared[:1], self._guard.grad_norm.double().view(1), shared[1:]])
+        return _Given(step + 1, lr, wait, time.monotonic(), losses, samples, *_to_host(numbers))
 
-    def _agree(self, loss: float, save_due: bool) -> tuple[float, bool, bool]:
-        """Mean loss over the ranks, whether any rank was asked to stop, whether rank 0 saves."""
-        save_due = save_due and self.world.rank == 0
-        values = [loss, stop_request.reason is not None, save_due]
-        shared = torch.tensor(values, dtype=torch.float64)
+    def _to_device(self, batch: Batch) -> Batch:
+        """Copy a batch, on a GPU beside what is being computed there."""
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            moved = {k: v.to(self.engine.device, non_blocking=True) for k, v in batch.items()}
+        now = torch.cuda.current_stream()
+        now.wait_stream(self._copies)
+        for value in moved.values():
+            value.record_stream(now)
+        return moved
+
+    def _agree(self, loss: torch.Tensor, wishes: _Agreed) -> torch.Tensor:
+        """Mean loss over the ranks, and how many want to stop, save, or have written; float64."""
+        values = [wishes.stop, wishes.save and self.world.rank == 0, wishes.written]
+        own = torch.tensor(values, dtype=torch.float64, pin_memory=self._copies is not None)
+        shared = torch.cat([loss.view(1), own.to(loss.device, non_blocking=True)])
         dist.all_reduce(shared)
-        return shared[0].item() / self.world.size, bool(shared[1] > 0), bool(shared[2] > 0)
+        shared[0] /= self.world.size
+        return shared
 
-    def _unsharded_grad_norm(self) -> float | None:
-        """L2 norm of the gradient under plain AdamW; DeepSpeed's own optimisers know theirs."""
-        if hasattr(self.engine.optimizer, "_global_grad_norm"):
-            return None
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return get_total_norm(gradients).item()
+    def _settle(self, given: _Given, record: Record | None) -> None:
+        """Count, record, and end the run if too many steps in a row were bad."""
+        loss, grad_norm, *_ = given.numbers()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._bad_in_row = []
+        else:
+            self.bad_steps += 1
+            self._bad_in_row.append(given)
+            log.warning(
+                "step %d was not applied: its loss is %g and its gradient norm %g (%d in a row)",
+                *(given.step, loss, grad_norm, len(self._bad_in_row)),
+            )
+        if record:
+            record.add(given.step, loss, given.lr, grad_norm, self.bad_steps, given.wait, given.at)
+        if len(self._bad_in_row) == self.train.max_bad_steps:
+            raise RunError(self._bad_message())
+
+    def _bad_message(self) -> str:
+        first = self._bad_in_row[0]
+        own = [
+            self.name_of(int(sample))
+            for loss, samples in zip(first.losses, first.samples, strict=True)
+            if not math.isfinite(loss)
+            for sample in samples[:8]
+        ]
+        names = [name for part in gather_to_all(own[:8]) for name in part]
+        which = f"; samples with such a loss: {', '.join(names[:8])}" if names else ""
+        more = ", ..." if len(names) > 8 else ""
+        return (
+            f"train.max_bad_steps = {self.train.max_bad_steps} steps in a row could not be applied "
+            f"since their loss or gradient was not finite; the first is step {first.step}{which}"
+            f"{more}. Nothing was saved after it; --replay {first.step} shows where it begins"
+        )
 
     def _is_milestone(self, step: int) -> bool:
         epochs = self.checkpoint.milestone_epochs
         return epochs is not None and step % (epochs * self.steps_per_epoch) == 0
 
-    def _save(self, step: int, milestone: bool, metrics: MetricsLog | None) -> None:
-        if metrics:
-            metrics.sync()  # before the commit: a checkpoint must not be ahead of the record
-        began = time.monotonic()
-        samples = step * self.train.global_batch_size
-        commit = checkpoint.Commit(
-            step=step, samples=samples, milestone=milestone, files={}, **self.commit
+    def _commit_of(self, step: int) -> Commit:
+        return Commit(
+            step=step,
+            samples=step * self.train.global_batch_size,
+            milestone=self._is_milestone(step),
+            bad_steps=self.bad_steps,
+            files={},
+            **self.commit,
         )
-        checkpoint.save(self.engine, self.run_dir, self.world, commit, self.checkpoint.keep)
-        log.info("saved step %d in %.1f s", step, time.monotonic() - began)
 
 
-class Meter:
-    """Images per second and the share of time spent waiting for data, between two log rows.
+@dataclass
+class _Agreed:
+    """What a rank wishes, or what all have agreed on."""
 
-    Args:
-        images: per optimiser step, over all ranks.
-    """
+    stop: bool = False  # any rank was asked to
+    save: bool = False  # rank 0's clock says so
+    written: bool = False  # all have written their part of the last checkpoint
 
-    def __init__(self, images: int) -> None:
-        self._images = images
-        self._restart()
 
-    def _restart(self) -> None:
-        self._began, self._steps, self._wait = time.monotonic(), 0, 0.0
+@dataclass
+class _Given:
+    """A step that was handed over, and its numbers on their way to the host."""
 
-    def add(self, wait: float) -> None:
-        """Count a step that waited so many seconds for data."""
-        self._steps += 1
-        self._wait += wait
+    step: int  # steps done with it
+    lr: float
+    wait: float  # seconds, for data
+    at: float  # when it was handed over, on the monotonic clock
+    losses: torch.Tensor  # float64 [accumulation], of this rank, on the device
+    samples: list[torch.Tensor]  # ids of each micro-batch
+    values: torch.Tensor  # float64 [5] on the host: loss, gradient norm, stop, save, written
+    ready: torch.cuda.Event | None
 
-    def rates(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait` (0 to 1) since the last call."""
-        seconds = time.monotonic() - self._began
-        rates = {
-            "images_per_second": self._steps * self._images / seconds,
-            "data_wait": self._wait / seconds,
-        }
-        self._restart()
-        return rates
+    def numbers(self) -> list[float]:
+        """The values, waited for."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.values.tolist()
+
+    def agreed(self, world_size: int) -> _Agreed:
+        """What the ranks agreed on in this step."""
+        _, _, stop, save, written = self.numbers()
+        return _Agreed(stop > 0, save > 0, written == world_size)
+
+
+def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is there; None: at once."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Optimiser steps of a run: those of its epochs, or `train.max_steps` if that is less."""
     steps = train.epochs * steps_per_epoch
     return steps if train.max_steps is None else min(steps, train.max_steps)
-
-
-def memory_gb() -> float:
-    """Peak memory of this rank in GB (1e9 bytes): allocated on its GPU, or resident on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mae_scale.files import write_atomically
 
 log = logging.getLogger("mae_scale")
+
+SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time and seconds, after which it is worth a line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ class MetricsLog:
                 self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
 
     def sync(self) -> None:
-        """Put all rows on disk, so that a checkpoint never is ahead of them."""
+        """Put all rows on disk."""
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
 
@@ -83,8 +89,9 @@ class Progress:
 
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of the metrics."""
+        loss, grad_norm = (math.nan if row[k] is None else row[k] for k in ("loss", "grad_norm"))
         text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  "
+            f"loss {loss:.4f}  lr {row['lr']:.2e}  grad norm {grad_norm:.3f}  "
             f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait']:.0%}"
         )
         if self._bar is not None:
@@ -101,3 +108,129 @@ class Progress:
         """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Meter:
+    """Images per second and the share of time spent waiting for data, between two log rows.
+
+    When that share stays high, it says so once, and what to change.
+
+    Args:
+        images: per optimiser step, over all ranks.
+        workers: data-loading processes per rank.
+    """
+
+    def __init__(self, images: int, workers: int) -> None:
+        self._images, self._workers = images, workers
+        self._slow: float | None = 0.0  # seconds in which data was slow, without a break
+        self._began = self._at = time.monotonic()
+        self._steps, self._wait = 0, 0.0
+
+    def add(self, wait: float, at: float) -> None:
+        """Count a step that waited so many seconds for data and was handed over at a time."""
+        self._steps += 1
+        self._wait += wait
+        self._at = at
+
+    def rates(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait` (0 to 1) since the last call."""
+        seconds = self._at - self._began
+        rates = {
+            "images_per_second": self._steps * self._images / seconds,
+            "data_wait": self._wait / seconds,
+        }
+        self._advise(rates["data_wait"], seconds)
+        self._began, self._steps, self._wait = self._at, 0, 0.0
+        return rates
+
+    def _advise(self, data_wait: float, seconds: float) -> None:
+        if self._slow is None:  # it was said
+            return
+        self._slow = self._slow + seconds if data_wait > SLOW_DATA else 0.0
+        if self._slow > SLOW_DATA_S:
+            self._slow = None
+            cores = len(os.sched_getaffinity(0))
+            log.warning(
+                "training has waited for data more than %.0f %% of the time for %d minutes: raise "
+                "data.workers (now %d per rank, this process may use %d cores), put the shards on "
+                "a faster disk (data.cache_dir stages remote ones), or make smaller ones "
+                "(shard_imagenet.py --resize-short)",
+                *(100 * SLOW_DATA, SLOW_DATA_S / 60, self._workers, cores),
+            )
+
+
+class Record:
+    """What rank 0 writes down and shows of a run.
+
+    Args:
+        run_dir: folder of the run.
+        step: steps done so far.
+        total_steps, steps_per_epoch, batch, log_every: of the run; batch in images.
+        workers: data-loading processes per rank, for advice.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch: int,
+        log_every: int,
+        workers: int,
+    ) -> None:
+        self._steps_per_epoch, self._batch, self._log_every = steps_per_epoch, batch, log_every
+        self._metrics = MetricsLog(run_dir, step)
+        self._progress = Progress(total_steps, step, steps_per_epoch)
+        self._meter = Meter(batch, workers)
+
+    def add(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        bad_steps: int,
+        wait: float,
+        at: float,
+    ) -> None:
+        """Count a step, and every `log_every` write a row.
+
+        Args:
+            wait, at: seconds it waited for data; when it was handed to the device.
+        """
+        self._meter.add(wait, at)
+        self._progress.advance()
+        if step % self._log_every:
+            return
+        row = {
+            "step": step,
+            "epoch": step / self._steps_per_epoch,
+            "samples": step * self._batch,
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "bad_steps": bad_steps,
+            **self._meter.rates(),
+            "mfu": None,
+            "memory_gb": memory_gb(),
+            "time": time.time(),
+        }
+        self._metrics.write(row)
+        self._progress.show(row)
+
+    def sync(self) -> None:
+        """Put all rows on disk, so that a checkpoint never is ahead of them."""
+        self._metrics.sync()
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._progress.close()
+        self._metrics.close()
+
+
+def memory_gb() -> float:
+    """Peak memory of this rank in GB (1e9 bytes): allocated on its GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -32,14 +32,8 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
             folder, or another process is training in it.
     """
     path = run_dir / "config.yaml"
-    text = as_yaml(config)
     if path.exists():
-        changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(text))
-        if changed:
-            raise UserError(
-                f"{run_dir} was made with another config ({'; '.join(changed)}); "
-                "use its values or another run_dir"
-            )
+        check_run(run_dir, config)
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("[!.]*"))):
         raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -48,8 +42,25 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
         _wait_for(lock, run_dir)
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
-    write_atomically(path, text)
+    write_atomically(path, as_yaml(config))
     return lock
+
+
+def check_run(run_dir: Path, config: Any) -> None:
+    """Check that a run folder was made with the same config, and write nothing.
+
+    Raises:
+        UserError: it was not (the message shows the difference), or it is no run folder.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
+    changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(as_yaml(config)))
+    if changed:
+        raise UserError(
+            f"{run_dir} was made with another config ({'; '.join(changed)}); "
+            "use its values or another run_dir"
+        )
 
 
 def _wait_for(lock: IO[str], run_dir: Path) -> None:

@@ -141,7 +141,7 @@ def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     commit = Commit(
         step=step, samples=step, world_size=1, zero_stage=0, precision="fp32",
-        config_hash="ours", data="", milestone=False, files={"state.pt": facts},
+        config_hash="ours", data="", milestone=False, bad_steps=0, files={"state.pt": facts},
     )  # fmt: skip
     (folder / "COMMITTED.json").write_text(json.dumps(asdict(commit)))
     return folder
