@@ -17,14 +17,13 @@ import argparse
 import datetime
 import io
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import psutil
 import simplejpeg
 import torch
 import webdataset
+from machine import cpu_name
 from PIL import Image
 from sharding import make_source, with_shard_imagenet
 from torch.utils.data import DataLoader
@@ -221,14 +221,6 @@ def main() -> None:
                     f"{statistics.median([a / b for a, b in pairs] or [float('nan')]):{width}.2f}"
                 )
         print(line)
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

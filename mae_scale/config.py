@@ -90,6 +90,8 @@ class TrainConfig:
     """Of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on CPUs."""
     activation_checkpointing: Literal["none", "full"] | int = "none"
     """Blocks whose activations are recomputed in the backward pass: none, full, or every k-th."""
+    activation_offload: bool = False
+    """Whether the inputs of recomputed blocks, all that is kept of them, wait in host memory."""
     compile: bool = False
     """Whether the blocks are compiled with torch.compile."""
     log_every: int = 20
@@ -171,6 +173,7 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.activation_offload",
     "train.compile",
     "train.log_every",
     "checkpoint",

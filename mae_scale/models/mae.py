@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
@@ -100,6 +102,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self._checkpoint_every = 0
+        self._offload = False
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
@@ -151,14 +154,18 @@ class MaskedAutoencoderViT(nn.Module):
         self.patch_embed.proj.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.norm.weight.numel(), -1))
 
-    def set_activation_checkpointing(self, every: Literal["none", "full"] | int) -> None:
+    def set_activation_checkpointing(
+        self, every: Literal["none", "full"] | int, offload: bool = False
+    ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
         Args:
             every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
+            offload: keep what is left of a recomputed block, its input, in host memory until the
+                backward pass.
 
         Raises:
-            UserError: anything else.
+            UserError: anything else, or `offload` without recomputed blocks.
         """
         blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
         if blocks is None or (blocks < 1 and every != "none"):
@@ -166,7 +173,12 @@ class MaskedAutoencoderViT(nn.Module):
                 f"activation_checkpointing {every!r} must be none, full, or a number k of at "
                 "least 1 for every k-th block"
             )
-        self._checkpoint_every = blocks
+        if offload and not blocks:
+            raise UserError(
+                "activation_offload moves the inputs of recomputed blocks to the host; it needs "
+                "activation_checkpointing full or a number"
+            )
+        self._checkpoint_every, self._offload = blocks, offload
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
@@ -234,8 +246,11 @@ class MaskedAutoencoderViT(nn.Module):
     def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(blocks):
             if self._checkpoint_every and i % self._checkpoint_every == 0:
-                # Nothing in a block is random, so there is no generator to put back.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                # The hooks of the outer context get the block's input only: within, those of
+                # checkpoint count. Pinned memory lets the device copy without the host waiting.
+                with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():
+                    # Nothing in a block is random, so there is no generator to put back.
+                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
         return x

@@ -66,7 +66,9 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     )
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = build_mae(**config.model.build_kwargs())
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    model.set_activation_checkpointing(
+        config.train.activation_checkpointing, config.train.activation_offload
+    )
     if config.train.compile:
         compile_blocks(model)
 
