@@ -150,8 +150,8 @@ def main() -> None:
     args = parser.parse_args()
     print(header("timm", "deepspeed"))
     print(
-        f"{args.rounds} rounds of {args.steps} steps after {args.warm_up}\n{'model':24}{'batch':>6}  {'':38}{'img/s':>9}"
-        f"{'MFU':>7}{'peak GB':>9}{'x official':>12}"
+        f"{args.rounds} rounds of {args.steps} steps after {args.warm_up}\n"
+        f"{'model':24}{'batch':>6}  {'':38}{'img/s':>9}{'MFU':>7}{'peak GB':>9}{'x official':>12}"
     )
     processes = multiprocessing.get_context("spawn")
     for name, batch in itertools.product(args.models, args.batch):

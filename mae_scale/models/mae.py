@@ -136,23 +136,29 @@ class MaskedAutoencoderViT(nn.Module):
         """L, patches per image."""
         return self.patch_embed.num_patches
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
         """Set every parameter as the authors do; also fills a model made on the meta device."""
-        grid_size = self.patch_embed.grid_size[0]
-        self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], grid_size))
-        self.decoder_pos_embed.copy_(sincos_pos_embed(self.decoder_pos_embed.shape[-1], grid_size))
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-        # The projection of patches is a Linear in disguise, but keeps the convolution's own bias.
-        self.patch_embed.proj.reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.norm.weight.numel(), -1))
+            self.initialize_module(module)
+
+    @torch.no_grad()
+    def initialize_module(self, module: nn.Module) -> None:
+        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        if module is self:
+            grid_size = self.patch_embed.grid_size[0]
+            for pos_embed in (self.pos_embed, self.decoder_pos_embed):
+                pos_embed.copy_(sincos_pos_embed(pos_embed.shape[-1], grid_size))
+            nn.init.normal_(self.cls_token, std=0.02)
+            nn.init.normal_(self.mask_token, std=0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif module is self.patch_embed.proj:
+            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
+            module.reset_parameters()
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
 
     def set_activation_checkpointing(
         self, every: Literal["none", "full"] | int, offload: bool = False

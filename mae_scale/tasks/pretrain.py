@@ -23,6 +23,7 @@ from mae_scale.train.engine import (
     build_engine,
     compile_blocks,
     fill_deepspeed_config,
+    fill_in,
     optimizer_order,
     resolve_precision,
     zero_stage,
@@ -64,8 +65,8 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         cache_bytes=int(config.data.cache_gb * 1e9),
         max_bad_fraction=config.data.max_bad_fraction,
     )
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = build_mae(**config.model.build_kwargs())
+    with torch.device("meta"):  # no weights yet
+        model = build_mae(**config.model.build_kwargs())
     model.set_activation_checkpointing(
         config.train.activation_checkpointing, config.train.activation_offload
     )
@@ -83,6 +84,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         if step >= total:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        fill_in(model, config.seed, ds_config)
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
         if resume is not None:

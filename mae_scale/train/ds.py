@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
-from deepspeed import DeepSpeedEngine
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -23,6 +23,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 deepspeed.ops.__compatible_ops__ = {}
 
 __all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
     "DeepSpeedEngine",
     "deepspeed",
     "ds_to_universal",

@@ -1,7 +1,10 @@
-"""Settings that trade memory for time, under sharding: the losses stay what they were."""
+"""Memory: what is recomputed, offloaded, compiled or sharded leaves the losses what they were."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Run:
     run = Run(folder, shards, settings, "torchrun", 2)
     run.finish()
     return run
+
+
+def test_sharding_changes_no_initial_weight(plain: Run, tmp_path: Path) -> None:
+    settings = {**plain.settings, "deepspeed": "zero1"}
+    run = replace(plain, run_dir=tmp_path / "run", settings=settings)
+    run.finish()
+    for row, expected in zip(run.rows(), plain.rows(), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("every", "offload"), [("full", False), (2, True), ("full", True)])
@@ -43,3 +55,33 @@ def test_compiled_blocks_under_zero3(plain: Run, tmp_path: Path, every: str) -> 
     for row, expected in zip(run.rows(), plain.rows(), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+BUILD = """
+import json, resource, torch
+from mae_scale.config import TrainConfig
+from mae_scale.models import build_mae
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import fill_deepspeed_config, fill_in
+
+world = World.from_environment()
+config = fill_deepspeed_config("zero3", TrainConfig(), world, "fp32")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with process_group(world):
+    with torch.device("meta"):
+        model = build_mae("mae_vit_base_patch16", embed_dim=1024)  # 196 million parameters
+    before = peak()
+    fill_in(model, 0, config)
+    total = sum(parameter.ds_numel for parameter in model.parameters())
+    print(json.dumps({"share": (peak() - before) / (4 * total)}))
+"""
+
+
+def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    run = subprocess.run([*launch, "4", script], check=True, capture_output=True, text=True)
+    shares = [json.loads(line)["share"] for line in run.stdout.splitlines() if line[:1] == "{"]
+    assert len(shares) == 4
+    assert max(shares) < 0.4  # a quarter, one layer whole, and what allocation adds
