@@ -204,6 +204,9 @@ def fill_in(model: nn.Module, seed: int, deepspeed_config: dict[str, Any]) -> No
         model: has a method `initialize_module` that sets the parameters of one of its modules.
     """
     torch.manual_seed(seed)
+    deepspeed.init_distributed(
+        dist_init_required=False
+    )  # take over the process group that is there
     for module in model.modules():
         module.to_empty(device="cpu", recurse=False)
         model.initialize_module(module)  # type: ignore[operator]
