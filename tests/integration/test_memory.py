@@ -78,10 +78,55 @@ with process_group(world):
 
 
 def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
-    script = tmp_path / "build.py"
-    script.write_text(BUILD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    run = subprocess.run([*launch, "4", script], check=True, capture_output=True, text=True)
-    shares = [json.loads(line)["share"] for line in run.stdout.splitlines() if line[:1] == "{"]
+    shares = [found["share"] for found in on_ranks(4, BUILD, tmp_path)]
     assert len(shares) == 4
     assert max(shares) < 0.7  # a quarter, one layer whole, and what the heap keeps of those before
+
+
+REDUCE = """
+import json, torch
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.models import build_mae
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+
+world = World.from_environment()
+with process_group(world):
+    for stage in range(4):
+        for reduce in ("fp32", "bf16"):
+            train = TrainConfig(global_batch_size=8, micro_batch_size=2, grad_reduce=reduce)
+            config = fill_deepspeed_config(f"zero{stage}", train, world, "bf16")
+            with torch.device("meta"):
+                model = build_mae("mae_vit_tiny_patch16", img_size=32, patch_size=8, depth=2)
+            fill_in(model, 0, config)
+            engine = build_engine(model, OptimConfig(), config)
+            torch.manual_seed(world.rank)
+            for _ in range(2):
+                images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+                engine.backward(engine(images, noise)[0])
+                engine.step()
+            norm = float(engine.get_global_grad_norm())
+            if world.rank == 0:
+                print(json.dumps({"stage": stage, "reduce": reduce, "norm": norm}))
+"""
+
+
+def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) -> None:
+    """Over bf16 weights. Under stage 0 the sum becomes bf16 anyway: of two ranks' it is the same."""
+    norms = {(f["stage"], f["reduce"]): f["norm"] for f in on_ranks(2, REDUCE, tmp_path)}
+    exact = norms[1, "fp32"]
+    for stage in range(4):
+        assert norms[stage, "fp32"] == pytest.approx(exact, rel=1e-6 if stage > 0 else 1e-2)
+        assert norms[stage, "bf16"] == pytest.approx(exact, rel=1e-2)
+        assert (norms[stage, "bf16"] != norms[stage, "fp32"]) is (stage > 0)
+
+
+def on_ranks(processes: int, script: str, tmp_path: Path) -> list[dict[str, float]]:
+    """Run a script on so many ranks; the JSON lines that it prints."""
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
+    command = [sys.executable, *launch.split(), str(file)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
