@@ -19,14 +19,13 @@ import argparse
 import datetime
 import io
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import psutil
 import simplejpeg
 import torch
 import webdataset
+from machine import cpu_name
 from PIL import Image
 from sharding import make_source, with_shard_imagenet
 from torch.utils.data import DataLoader
@@ -244,14 +244,6 @@ def main() -> None:
     for n in (0, *args.workers):
         start, late = (statistics.median(first[n, share]) for share in (0.0, 0.95))
         print(f"{'':20}{n:8}{start:10.3f}{late:9.3f}{late / start:7.2f}")
-
-
-def cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -88,8 +88,12 @@ class TrainConfig:
     """Images per rank and forward pass; accumulation steps follow from the global batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on CPUs."""
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over the ranks; bf16 halves what is sent."""
     activation_checkpointing: Literal["none", "full"] | int = "none"
     """Blocks whose activations are recomputed in the backward pass: none, full, or every k-th."""
+    activation_offload: bool = False
+    """Whether the inputs of recomputed blocks, all that is kept of them, wait in host memory."""
     compile: bool = False
     """Whether the blocks are compiled with torch.compile."""
     max_bad_steps: int = 10
@@ -180,6 +184,7 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.activation_offload",
     "train.compile",
     "train.max_bad_steps",
     "train.log_every",

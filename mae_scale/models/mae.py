@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
@@ -100,6 +102,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self._checkpoint_every = 0
+        self._offload = False
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
@@ -133,32 +136,42 @@ class MaskedAutoencoderViT(nn.Module):
         """L, patches per image."""
         return self.patch_embed.num_patches
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
         """Set every parameter as the authors do; also fills a model made on the meta device."""
-        grid_size = self.patch_embed.grid_size[0]
-        self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], grid_size))
-        self.decoder_pos_embed.copy_(sincos_pos_embed(self.decoder_pos_embed.shape[-1], grid_size))
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-        # The projection of patches is a Linear in disguise, but keeps the convolution's own bias.
-        self.patch_embed.proj.reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.norm.weight.numel(), -1))
+            self.initialize_module(module)
 
-    def set_activation_checkpointing(self, every: Literal["none", "full"] | int) -> None:
+    @torch.no_grad()
+    def initialize_module(self, module: nn.Module) -> None:
+        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        if module is self:
+            grid_size = self.patch_embed.grid_size[0]
+            for pos_embed in (self.pos_embed, self.decoder_pos_embed):
+                pos_embed.copy_(sincos_pos_embed(pos_embed.shape[-1], grid_size))
+            nn.init.normal_(self.cls_token, std=0.02)
+            nn.init.normal_(self.mask_token, std=0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif module is self.patch_embed.proj:
+            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
+            module.reset_parameters()
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
+
+    def set_activation_checkpointing(
+        self, every: Literal["none", "full"] | int, offload: bool = False
+    ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
         Args:
             every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
+            offload: keep what is left of a recomputed block, its input, in host memory until the
+                backward pass.
 
         Raises:
-            UserError: anything else.
+            UserError: anything else, or `offload` without recomputed blocks.
         """
         blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
         if blocks is None or (blocks < 1 and every != "none"):
@@ -166,7 +179,12 @@ class MaskedAutoencoderViT(nn.Module):
                 f"activation_checkpointing {every!r} must be none, full, or a number k of at "
                 "least 1 for every k-th block"
             )
-        self._checkpoint_every = blocks
+        if offload and not blocks:
+            raise UserError(
+                "activation_offload moves the inputs of recomputed blocks to the host; it needs "
+                "activation_checkpointing full or a number"
+            )
+        self._checkpoint_every, self._offload = blocks, offload
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
@@ -234,8 +252,11 @@ class MaskedAutoencoderViT(nn.Module):
     def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(blocks):
             if self._checkpoint_every and i % self._checkpoint_every == 0:
-                # Nothing in a block is random, so there is no generator to put back.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                # The hooks of the outer context get the block's input only: within, those of
+                # checkpoint count. Pinned memory lets the device copy without the host waiting.
+                with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():
+                    # Nothing in a block is random, so there is no generator to put back.
+                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
         return x

@@ -15,6 +15,7 @@ from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
 from mae_scale.models import build_mae
+from mae_scale.models.flops import training_flops
 from mae_scale.models.masking import mask_noise
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import World, on_rank0, process_group
@@ -23,6 +24,7 @@ from mae_scale.train.engine import (
     build_engine,
     compile_blocks,
     fill_deepspeed_config,
+    fill_in,
     optimizer_order,
     resolve_precision,
     zero_stage,
@@ -64,9 +66,11 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         cache_bytes=int(config.data.cache_gb * 1e9),
         max_bad_fraction=config.data.max_bad_fraction,
     )
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = build_mae(**config.model.build_kwargs())
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    with torch.device("meta"):  # no weights yet
+        model = build_mae(**config.model.build_kwargs())
+    model.set_activation_checkpointing(
+        config.train.activation_checkpointing, config.train.activation_offload
+    )
     if config.train.compile and config.replay is None:  # a replay looks inside the blocks
         compile_blocks(model)
 
@@ -87,6 +91,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         if step >= total and config.replay is None:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        fill_in(model, config.seed, ds_config)
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
         if resume is not None:
@@ -115,6 +120,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
             steps_per_epoch=loader.steps_per_epoch,
             accumulation=accumulation_steps(config.train, world.size),
             commit={**facts, "config_hash": run_hash, "data": shards.fingerprint},
+            flops_per_image=training_flops(model),
             data_workers=config.data.workers,
             name_of=loader.name_of,
             bad_steps=bad_steps,

@@ -54,6 +54,7 @@ def start(world: World) -> None:
     backend = "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
     elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))

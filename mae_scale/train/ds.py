@@ -12,9 +12,10 @@ if not torch.cuda.is_available():
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
-from deepspeed import DeepSpeedEngine
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
@@ -29,6 +30,9 @@ deepspeed.ops.__compatible_ops__ = {}
 deepspeed.runtime.engine.BFLOAT16 = deepspeed.runtime.engine.ZERO_OPTIMIZATION
 
 __all__ = [
+    "DeepSpeedBF16Config",
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
     "DeepSpeedEngine",
     "TorchCheckpointEngine",
     "deepspeed",

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import hjson
 import torch
 from timm.models.vision_transformer import Block
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from mae_scale.config import OptimConfig, TrainConfig, flatten
 from mae_scale.errors import UserError
 from mae_scale.train.distributed import World
-from mae_scale.train.ds import DeepSpeedEngine, deepspeed
+from mae_scale.train.ds import (
+    DeepSpeedBF16Config,
+    DeepSpeedConfig,
+    DeepSpeedConfigError,
+    DeepSpeedEngine,
+    deepspeed,
+)
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
@@ -58,6 +65,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def load_deepspeed_config(name: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON by its name in ds_configs/ or by its path.
 
+    As for DeepSpeed itself, comments and trailing commas may be in it.
+
     Raises:
         UserError: there is no such file, or it is not JSON.
     """
@@ -68,12 +77,38 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}, or a path"
         raise UserError(f"deepspeed: there is no DeepSpeed config '{name}'; {hint}")
     try:
-        config = json.loads(path.read_text())
+        config = hjson.loads(path.read_text(), object_pairs_hook=_without_repeats)
     except ValueError as error:
         raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"deepspeed: {path} is not a JSON object")
     return config
+
+
+def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key '{key}' stands twice in one object")
+    return dict(pairs)
+
+
+# Sections of DeepSpeed's whose work is done by the recipe or this program, and by what.
+DECIDED_ELSEWHERE = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.* and train.epochs",
+    "fp16": "train.precision; fp16 is not offered (it overflows with MAE), bf16 is",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing and train.activation_offload",
+    "elasticity": "train.global_batch_size; a run goes on at any world size without it",
+    "curriculum_learning": "data.*",
+    "data_efficiency": "data.*",
+    "progressive_layer_drop": "model.*",
+}
+
+# Other spellings that DeepSpeed takes.
+SPELLINGS = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16"}
 
 
 def fill_deepspeed_config(
@@ -82,60 +117,132 @@ def fill_deepspeed_config(
     """The DeepSpeed config of a run: "auto" and missing keys come from the recipe.
 
     Raises:
-        UserError: a setting in the file contradicts the recipe (the message names both), or is
-            "auto" where the recipe decides nothing.
+        UserError: a setting in the file contradicts the recipe (the message names both), is
+            "auto" where the recipe decides nothing, or is one that DeepSpeed refuses.
     """
     config = load_deepspeed_config(name)
-    for section, instead in (("optimizer", "optim.*"), ("scheduler", "optim.* and train.epochs")):
-        if section in config:
+    if "bfloat16" in config:
+        config.setdefault("bf16", config.pop("bfloat16"))
+    for section, instead in DECIDED_ELSEWHERE.items():
+        if _is_on(config.pop(section, None)):
             raise UserError(
                 f"deepspeed: '{section}' in {name} contradicts the recipe, which decides it by "
                 f"{instead}; remove it"
             )
-    if config.get("fp16", {}).get("enabled"):
+    for section in ("zero_optimization", "bf16", "data_types"):
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise UserError(f"deepspeed: {section} in {name} is not a JSON object")
+    stage = config["zero_optimization"].get("stage", 0)
+    if str(stage) not in ("0", "1", "2", "3"):
         raise UserError(
-            f"deepspeed: fp16.enabled in {name} contradicts train.precision {precision}; "
-            "fp16 is not offered (it overflows with MAE), bf16 is"
+            f"deepspeed: zero_optimization.stage {json.dumps(stage)} in {name} is not 0, 1, 2 or 3"
         )
+    config["zero_optimization"]["stage"] = stage = int(stage)
     accumulation = accumulation_steps(train, world.size)
+    # Stage 0 sums micro-batches in the precision of the weights and knows no other.
+    sums_in = "fp32" if stage > 0 else precision
     decided: dict[str, tuple[object, str]] = {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "the accumulation that follows from it"),
         "gradient_clipping": (0.0, "the recipe's gradient clipping"),
         "bf16.enabled": (precision == "bf16", f"train.precision {precision}"),
+        "communication_data_type": (train.grad_reduce, "train.grad_reduce"),
+        "data_types.grad_accum_dtype": (sums_in, f"the sum of gradients under ZeRO-{stage}"),
+        "zero_force_ds_cpu_optimizer": (False, "the recipe's AdamW, which is PyTorch's"),
     }
-    if precision == "bf16":  # StepGuard does it on the device
-        config.setdefault("bf16", {}).setdefault("check_grad_overflow", False)
-    if zero_stage(config) > 0:  # stage 0 sums in the precision of the weights and knows no other
-        decided["data_types.grad_accum_dtype"] = ("fp32", "the sum of gradients in fp32")
-    for key, (value, source) in decided.items():
-        *sections, leaf = key.split(".")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
+    fixed: dict[str, tuple[object, str]] = {  # not filled in: not every DeepSpeed has them
+        "bf16.bf16_master_weights_and_grads": (False, "the recipe's fp32 master weights"),
+        "bf16.bf16_optimizer_states": (False, "the recipe's fp32 optimiser states"),
+        "gradient_allreduce_op": ("mean", "the loss, a mean over the global batch"),
+    }
+    if precision == "bf16" and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
+        # The check asks the device at each step; StepGuard does without.
+        config["bf16"].setdefault("check_grad_overflow", False)
+    for key, (value, source) in {**decided, **fixed}.items():
+        section, _, leaf = key.rpartition(".")
+        place = config[section] if section else config
         found = place.get(leaf, "auto")
-        if found not in ("auto", value):
+        meant = SPELLINGS.get(found, found) if isinstance(found, str) else found
+        if meant not in ("auto", value):
             raise UserError(
                 f"deepspeed: {key} {json.dumps(found)} in {name} contradicts {source} "
                 f'({json.dumps(value)}); write "auto"'
             )
-        place[leaf] = value
+        if key in decided or leaf in place:
+            place[leaf] = value
     for key, value in flatten(config).items():
         if value == "auto":
             raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
+    _check_with_deepspeed(config, name)
     return config
 
 
+def _is_on(section: Any) -> bool:
+    """Whether a section, or a value in it, asks for anything."""
+    if not isinstance(section, dict):
+        return section not in (None, False, 0, "", "auto")
+    if "enabled" in section:
+        return _is_on(section["enabled"])
+    return any(_is_on(value) for value in section.values())
+
+
+def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed read it, so that a key it does not know is found before anything is made."""
+    # Its world size is 1 as long as no process group is there; without this key it fits any.
+    alone = {key: value for key, value in config.items() if key != "train_batch_size"}
+    try:
+        DeepSpeedConfig(alone)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        text = " ".join(str(error).split()).split(" For further information")[0]
+        raise UserError(f"deepspeed: DeepSpeed refuses {name}: {text}") from None
+
+
 def zero_stage(config: dict[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed config, 0 to 3."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    """ZeRO stage of a filled-in DeepSpeed config, 0 to 3."""
+    return config["zero_optimization"]["stage"]
+
+
+def fill_in(model: nn.Module, seed: int, deepspeed_config: dict[str, Any]) -> None:
+    """Give initial weights to a model that was made on the meta device; all ranks call.
+
+    They follow from the seed, whatever the ZeRO stage. Under stage 3 each module is sharded as
+    soon as it has its weights, so that no rank ever holds the whole model.
+
+    Args:
+        model: has a method `initialize_module` that sets the parameters of one of its modules.
+    """
+    torch.manual_seed(seed)
+    deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+        model.initialize_module(module)  # type: ignore[operator]
+        own = list(module.parameters(recurse=False))
+        if own and zero_stage(deepspeed_config) == 3:
+            if deepspeed_config["bf16"]["enabled"]:
+                for parameter in own:
+                    parameter.data = parameter.data.bfloat16()
+            deepspeed.zero.Init(nn.ParameterList(own), config_dict_or_path=deepspeed_config)
+
+
+def optimizer_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trained parameters without weight decay (biases and norms), and those with it."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # A parameter that ZeRO-3 has sharded is flat; its own shape is in ds_shape.
+    matrices = {name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) > 1}
+    return [
+        {"params": [p for name, p in trained if name not in matrices], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained if name in matrices],
+            "weight_decay": optim.weight_decay,
+        },
+    ]
 
 
 def optimizer_order(model: nn.Module, optim: OptimConfig) -> list[str]:
     """Names of the trained parameters in the order of `build_engine`'s optimiser groups."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = param_groups_weight_decay(model, optim.weight_decay)
+    groups = optimizer_groups(model, optim)
     return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
 
 
@@ -146,8 +253,12 @@ def build_engine(
 
     The learning rate is set by the loop at each step.
     """
-    groups = param_groups_weight_decay(model, optim.weight_decay)
+    groups = optimizer_groups(model, optim)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    if zero_stage(deepspeed_config) == 3:
+        # Gather a block's weights at once, not layer by layer: fewer and larger messages, and
+        # nothing of DeepSpeed's happens inside of a compiled block.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
@@ -160,7 +271,10 @@ def build_engine(
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block in place: one graph, compiled once, serves all of a shape."""
+    """Compile the transformer blocks in place: one graph serves all blocks of a shape.
+
+    Only what is within a block's hooks, where ZeRO-3 gathers and releases weights, is compiled.
+    """
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile()
+            module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]

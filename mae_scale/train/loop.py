@@ -20,6 +20,7 @@ from mae_scale.train.checkpoint import Commit, Saver
 from mae_scale.train.distributed import World, gather_to_all
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import Record
+from mae_scale.train.mfu import mfu
 from mae_scale.train.nonfinite import StepGuard, first_nonfinite
 from mae_scale.train.schedule import learning_rate
 from mae_scale.train.stopping import stop_request
@@ -53,6 +54,8 @@ class Loop:
     accumulation: int
     commit: dict[str, Any]
     """What COMMITTED.json says besides step, samples, milestone, bad steps and files."""
+    flops_per_image: int
+    """Of a training step, for model FLOPs utilisation."""
     data_workers: int
     """Data-loading processes per rank."""
     name_of: Callable[[int], str]
@@ -86,7 +89,7 @@ class Loop:
             batch, log_every = self.train.global_batch_size, self.train.log_every
             record = Record(
                 self.run_dir, step, self.total_steps, self.steps_per_epoch, batch, log_every,
-                self.data_workers,
+                self.data_workers, self._mfu,
             )  # fmt: skip
         saver = Saver(self.engine, self.run_dir, self.world, self.checkpoint)
         saved_step, saved_time = step, time.monotonic()
@@ -240,6 +243,10 @@ class Loop:
             f"since their loss or gradient was not finite; the first is step {first.step}{which}"
             f"{more}. Nothing was saved after it; --replay {first.step} shows where it begins"
         )
+
+    def _mfu(self, images_per_second: float) -> float | None:
+        rate = images_per_second / self.world.size
+        return mfu(self.flops_per_image, rate, self.engine.device)
 
     def _is_milestone(self, step: int) -> bool:
         epochs = self.checkpoint.milestone_epochs

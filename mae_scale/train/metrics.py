@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ class Record:
         step: steps done so far.
         total_steps, steps_per_epoch, batch, log_every: of the run; batch in images.
         workers: data-loading processes per rank, for advice.
+        mfu_of: model FLOPs utilisation at so many images per second over all ranks, or None.
     """
 
     def __init__(
@@ -178,7 +180,9 @@ class Record:
         batch: int,
         log_every: int,
         workers: int,
+        mfu_of: Callable[[float], float | None],
     ) -> None:
+        self._mfu_of = mfu_of
         self._steps_per_epoch, self._batch, self._log_every = steps_per_epoch, batch, log_every
         self._metrics = MetricsLog(run_dir, step)
         self._progress = Progress(total_steps, step, steps_per_epoch)
@@ -203,6 +207,7 @@ class Record:
         self._progress.advance()
         if step % self._log_every:
             return
+        rates = self._meter.rates()
         row = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
@@ -211,8 +216,8 @@ class Record:
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "bad_steps": bad_steps,
-            **self._meter.rates(),
-            "mfu": None,
+            **rates,
+            "mfu": self._mfu_of(rates["images_per_second"]),
             "memory_gb": memory_gb(),
             "time": time.time(),
         }

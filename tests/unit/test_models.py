@@ -418,6 +418,38 @@ def test_activation_checkpointing_changes_no_bit(imagenet_tree: Path, every: str
     assert runs == [4 if i in twice else 3 for i in range(5)]
 
 
+def bytes_left_on_the_device(
+    model: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor
+) -> int:
+    """Bytes that autograd saves in the forward pass, where no inner hook takes them elsewhere."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(images, noise)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize(("every", "encoder", "decoder"), [("full", 3, 2), (2, 2, 1)])
+def test_offload_takes_the_inputs_of_recomputed_blocks_away(
+    imagenet_tree: Path, every: str | int, encoder: int, decoder: int
+):
+    model = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8, **SMALL)
+    images = photographs(imagenet_tree, 2, 64)
+    noise = noise_for(images, model)
+    model.set_activation_checkpointing(every)
+    kept = bytes_left_on_the_device(model, images, noise)
+    expected = loss_and_gradients(model, images, noise)
+    model.set_activation_checkpointing(every, offload=True)
+    left = bytes_left_on_the_device(model, images, noise)
+    width, decoder_width = model.decoder_embed.in_features, model.decoder_embed.out_features
+    assert kept - left == 4 * 2 * (encoder * 17 * width + decoder * 65 * decoder_width)
+    got = loss_and_gradients(model, images, noise)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(UserError, match="it needs activation_checkpointing"):
+        model.set_activation_checkpointing("none", offload=True)
+
+
 def test_compiled_blocks_keep_keys_and_values(imagenet_tree: Path):
     model = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8, **SMALL)
     images = photographs(imagenet_tree, 2, 64)
@@ -426,8 +458,8 @@ def test_compiled_blocks_keep_keys_and_values(imagenet_tree: Path):
     keys = list(model.state_dict())
     for block in [*model.blocks, *model.decoder_blocks]:
         block.compile(backend="aot_eager")
-    for every in ("none", "full"):
-        model.set_activation_checkpointing(every)
+    for every, offload in (("none", False), ("full", False), ("full", True)):
+        model.set_activation_checkpointing(every, offload)
         got = loss_and_gradients(model, images, noise)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

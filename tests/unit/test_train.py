@@ -13,11 +13,13 @@ import torch
 
 from mae_scale.config import TrainConfig
 from mae_scale.errors import UserError
+from mae_scale.models import build_mae
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.distributed import World
 from mae_scale.train.engine import (
     DS_CONFIGS,
     accumulation_steps,
+    compile_blocks,
     fill_deepspeed_config,
     load_deepspeed_config,
     resolve_precision,
@@ -81,16 +83,44 @@ def test_every_deepspeed_config_is_filled_in(name: str, precision: str) -> None:
     assert config["gradient_accumulation_steps"] == 4
     assert config["bf16"]["enabled"] is (precision == "bf16")
     assert zero_stage(config) == int(name[4])
+    assert config["communication_data_type"] == "fp32"
+    sums_in = precision if name == "zero0" else "fp32"
+    assert config["data_types"]["grad_accum_dtype"] == sums_in
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"train_batch_size": 512}, "train_batch_size 512 .* train.global_batch_size"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5 .* recipe's gradient clipping"),
         ({"bf16": {"enabled": True}}, "bf16.enabled true .* train.precision fp32"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled .* fp16 is not offered"),
+        ({"bfloat16": {"enabled": True}}, "bf16.enabled true .* train.precision fp32"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states .* fp32 optimiser"),
+        ({"fp16": {"enabled": True}}, "'fp16' .* train.precision; fp16 is not offered"),
+        ({"torch_autocast": {"enabled": True}}, "'torch_autocast' .* train.precision"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' .* remove it"),
+        ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' .* train.epochs; remove it"),
+        ({"elasticity": {"enabled": True}}, "'elasticity' .* train.global_batch_size"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "'activation_checkpointing' .* train.activation_offload; remove it",
+        ),
+        (
+            {"communication_data_type": "bf16"},
+            'communication_data_type "bf16" .* train.grad_reduce',
+        ),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op "sum" .* a mean'),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer true .* AdamW"),
+        (
+            {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}},
+            'grad_accum_dtype "bf16" .* sum of gradients under ZeRO-2',
+        ),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size .* no recipe"),
+        ({"zero_optimization": {"stage": "auto"}}, 'stage "auto" .* is not 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": 4}}, "stage 4 .* is not 0, 1, 2 or 3"),
+        ({"zero_optimization": True}, "zero_optimization .* is not a JSON object"),
+        ({"zero_optimization": {"stag": 2}}, "DeepSpeed refuses .*stag"),
+        ({"zero_optimization": {"stage": 1, "offload_param": 3}}, "DeepSpeed refuses .*offload"),
     ],
 )
 def test_a_deepspeed_config_that_contradicts_the_recipe(
@@ -102,6 +132,28 @@ def test_a_deepspeed_config_that_contradicts_the_recipe(
         fill_deepspeed_config(str(file), TrainConfig(), World(), "fp32")
 
 
+def test_a_deepspeed_config_of_the_users(tmp_path: Path) -> None:
+    """Comments, other spellings, sections that ask for nothing; the user's own values stay."""
+    file = tmp_path / "mine.json"
+    file.write_text("""{
+        // as DeepSpeed's documentation writes it
+        "zero_optimization": {"stage": "2", "reduce_bucket_size": 5e8, "overlap_comm": true,},
+        "bfloat16": {"enabled": "auto"},
+        "fp16": {"enabled": false, "loss_scale": 0},
+        "activation_checkpointing": {"partition_activations": false, "number_checkpoints": null},
+        "data_types": {"grad_accum_dtype": "float32"},
+        "communication_data_type": "bf16", # half of what is sent
+        "steps_per_print": 100
+    }""")
+    train = TrainConfig(grad_reduce="bf16")
+    config = fill_deepspeed_config(str(file), train, World(size=4), "bf16")
+    assert zero_stage(config) == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 5e8
+    assert config["bf16"] == {"enabled": True} and "bfloat16" not in config
+    assert config["communication_data_type"] == "bf16" and config["steps_per_print"] == 100
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 def test_a_missing_deepspeed_config_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'zero2'"):
         load_deepspeed_config("zero_2")
@@ -109,12 +161,34 @@ def test_a_missing_deepspeed_config_names_the_nearest(tmp_path: Path) -> None:
     broken.write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         load_deepspeed_config(str(broken))
+    broken.write_text('{"bf16": {}, "bf16": {}}')
+    with pytest.raises(UserError, match="'bf16' stands twice"):
+        load_deepspeed_config(str(broken))
 
 
 def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu() -> None:
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert resolve_precision("auto", torch.device("cuda")) == "bf16"
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_compiled_blocks_take_one_graph_for_the_encoder_and_one_for_the_decoder() -> None:
+    """However deep they are, and whatever is recomputed."""
+    small = {"img_size": 32, "patch_size": 8, "depth": 4, "decoder_depth": 3}
+    model = build_mae("mae_vit_tiny_patch16", **small)
+    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+    expected = model(images, noise)[0]
+    keys = list(model.state_dict())
+    compile_blocks(model)
+    assert list(model.state_dict()) == keys
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for every in ("none", "full"):
+        model.set_activation_checkpointing(every)
+        loss = model(images, noise)[0]
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert graphs["unique_graphs"] - before == 2
 
 
 def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Bytes of model states per rank under ZeRO 0 to 3, measured beside the formula.
+
+Measured are the tensors that rank 0 holds between backward pass and optimiser step of its second
+step, each storage once: weights (those of the module), optimiser states (fp32 master weights and
+AdamW's two moments), and all others, which are gradients and DeepSpeed's buffers for sending.
+
+The formula is that of ZeRO (arXiv 1910.02054, section 5) for N ranks and P parameters: weights 2 P
+bytes in bf16 or 4 P in fp32, gradients, which are summed in fp32, 4 P, optimiser states 12 P (8 P
+where the weights are fp32 and nothing is sharded: they are their own masters). Stage 1 divides the
+optimiser states by N, stage 2 also the gradients, stage 3 also the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from machine import header
+
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.models import build_mae
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+from mae_scale.train.logs import set_up_logging
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of each distinct storage by its address."""
+    found = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def live_tensors() -> Iterator[torch.Tensor]:
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            yield thing
+            if thing.is_leaf and thing.grad is not None:
+                yield thing.grad
+
+
+def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
+    """Bytes of this rank, by kind."""
+    world = World.from_environment()
+    set_up_logging(world)
+    train = TrainConfig(global_batch_size=2 * world.size, micro_batch_size=1)
+    config = fill_deepspeed_config(f"zero{stage}", train, world, precision)
+    with process_group(world):
+        with torch.device("meta"):
+            model = build_mae(model_name)
+        model.set_activation_checkpointing("full")
+        fill_in(model, 0, config)
+        engine = build_engine(model, OptimConfig(), config)
+        side = model.patch_size * model.patch_embed.grid_size[0]
+        images = torch.rand(1, 3, side, side, device=engine.device)
+        noise = torch.rand(1, model.num_patches, device=engine.device)
+        for micro in range(4):  # two steps of two micro-batches
+            loss, _, _ = engine(images, noise)
+            engine.backward(loss)
+            del loss
+            if micro < 3:
+                engine.step()
+        parameters = list(engine.module.parameters())
+        weights = storages(parameters)
+        weights |= storages(getattr(p, "ds_tensor", None) for p in parameters)
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        state = [value for values in inner.state.values() for value in values.values()]
+        optimizer = storages([*masters, *(v for v in state if torch.is_tensor(v))])
+        everything = storages(live_tensors())
+        engine.step()
+    return {
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "weights": sum(weights.values()),
+        "optimizer": sum(size for place, size in optimizer.items() if place not in weights),
+        "others": sum(
+            size for place, size in everything.items() if place not in {**weights, **optimizer}
+        ),
+    }
+
+
+def formula(parameters: float, stage: int, ranks: int, precision: str) -> dict[str, float]:
+    """Bytes of a rank, by kind."""
+    masters = 4 if precision == "bf16" or stage > 0 else 0
+    whole = {"weights": 2 if precision == "bf16" else 4, "others": 4, "optimizer": 8 + masters}
+    if precision == "bf16" and stage == 0:
+        whole["others"] = 2  # stage 0 sums in the precision of the weights
+    sharded_from = {"optimizer": 1, "others": 2, "weights": 3}
+    return {
+        kind: parameters * size / (ranks if stage >= sharded_from[kind] else 1)
+        for kind, size in whole.items()
+    }
+
+
+def in_processes(model: str, stage: int, precision: str, ranks: int) -> dict[str, float]:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(ranks), __file__),
+        *("--one", json.dumps([model, stage, precision])),
+    ]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        found = measure(*args.one)
+        if World.from_environment().rank == 0:
+            print(json.dumps(found))
+        return
+    print(f"{header('deepspeed')}\n{args.model}, MB per rank, measured / by formula")
+    kinds = {"weights": "weights", "optimizer": "optimiser states", "others": "gradients, buffers"}
+    print(f"{'':10}{'stage':>6}{'ranks':>6}" + "".join(f"{k:>20}" for k in kinds.values())
+          + f"{'all':>20}{'ratio':>8}")  # fmt: skip
+    for precision, stage, ranks in itertools.product(args.precision, range(4), args.ranks):
+        found = in_processes(args.model, stage, precision, ranks)
+        expected = formula(found["parameters"], stage, ranks, precision)
+        pairs = [(found[kind], expected[kind]) for kind in kinds]
+        pairs.append((sum(a for a, _ in pairs), sum(b for _, b in pairs)))
+        columns = "".join(f"{f'{a / 1e6:,.0f} / {b / 1e6:,.0f}':>20}" for a, b in pairs)
+        print(f"{precision:10}{stage:6}{ranks:6}{columns}{pairs[-1][0] / pairs[-1][1]:8.2f}",
+              flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Floating-point operations of an image, by formula.
+
+Counted are matrix products (attention's among them) and the patch convolution, 2 operations for a
+multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+Norms, activations, softmax and the optimiser are not, and neither are activations computed again
+under activation checkpointing: they are a cost of the implementation, not of the model.
+"""
+
+from __future__ import annotations
+
+from mae_scale.models.mae import MaskedAutoencoderViT
+from mae_scale.models.masking import num_kept
+
+
+def blocks_flops(depth: int, tokens: int, width: int, mlp_ratio: int = 4) -> int:
+    """Forward operations of `depth` transformer blocks on `tokens` tokens of `width` channels."""
+    linear = 2 * tokens * width**2 * (3 + 1 + 2 * mlp_ratio)  # qkv, proj, fc1 and fc2
+    attention = 2 * 2 * tokens**2 * width  # q times k, and the weights times v
+    return depth * (linear + attention)
+
+
+def patch_embed_flops(num_patches: int, patch_size: int, width: int) -> int:
+    """Forward operations of the projection of all patches, kept or not."""
+    return 2 * num_patches * patch_size**2 * 3 * width
+
+
+def forward_flops(model: MaskedAutoencoderViT) -> int:
+    """Operations of the forward pass of one image at the model's own mask ratio."""
+    embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    visible = 1 + num_kept(model.num_patches, model.mask_ratio)
+    tokens = 1 + model.num_patches
+    encoder = blocks_flops(len(model.blocks), visible, embed_dim)
+    decoder_embed = 2 * visible * embed_dim * width
+    decoder = blocks_flops(len(model.decoder_blocks), tokens, width)
+    decoder_pred = 2 * tokens * width * model.patch_size**2 * 3
+    return patch_embed + encoder + decoder_embed + decoder + decoder_pred
+
+
+def training_flops(model: MaskedAutoencoderViT) -> int:
+    """Operations of one image, forward and backward.
+
+    A backward pass takes twice the forward one: a product for the gradient of the weights and one
+    for that of the input. The images have no gradient, which saves the patch embedding one.
+    """
+    embed_dim = model.decoder_embed.in_features
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    return 3 * forward_flops(model) - patch_embed

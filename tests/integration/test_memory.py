@@ -1,0 +1,132 @@
+"""Memory: what is recomputed, offloaded, compiled or sharded leaves the losses what they were."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Run:
+    """ZeRO-3 on two processes, nothing recomputed."""
+    settings = {"deepspeed": "zero3", "train.max_steps": STEPS, "data.workers": 0}
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run = Run(folder, shards, settings, "torchrun", 2)
+    run.finish()
+    return run
+
+
+def test_sharding_changes_no_initial_weight(plain: Run, tmp_path: Path) -> None:
+    settings = {**plain.settings, "deepspeed": "zero1"}
+    run = replace(plain, run_dir=tmp_path / "run", settings=settings)
+    run.finish()
+    for row, expected in zip(run.rows(), plain.rows(), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("every", "offload"), [("full", False), (2, True), ("full", True)])
+def test_recomputing_and_offload_change_no_bit_under_zero3(
+    plain: Run, tmp_path: Path, every: str | int, offload: bool
+) -> None:
+    settings = {"train.activation_checkpointing": every, "train.activation_offload": offload}
+    run = replace(plain, run_dir=tmp_path / "run", settings=plain.settings | settings)
+    run.finish()
+    assert run.rows() == plain.rows()
+
+
+@pytest.mark.parametrize("every", ["none", "full"])
+def test_compiled_blocks_under_zero3(plain: Run, tmp_path: Path, every: str) -> None:
+    settings = {
+        "train.compile": True,
+        "train.activation_checkpointing": every,
+        "train.activation_offload": every == "full",
+    }
+    run = replace(plain, run_dir=tmp_path / "run", settings=plain.settings | settings)
+    run.finish()
+    for row, expected in zip(run.rows(), plain.rows(), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+BUILD = """
+import json, resource, torch
+from mae_scale.config import TrainConfig
+from mae_scale.models import build_mae
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import fill_deepspeed_config, fill_in
+
+world = World.from_environment()
+config = fill_deepspeed_config("zero3", TrainConfig(), world, "fp32")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with process_group(world):
+    with torch.device("meta"):
+        model = build_mae("mae_vit_large_patch16", depth=12)  # 178 million parameters
+    before = peak()
+    fill_in(model, 0, config)
+    total = sum(parameter.ds_numel for parameter in model.parameters())
+    print(json.dumps({"share": (peak() - before) / (4 * total)}))
+"""
+
+
+def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
+    shares = [found["share"] for found in on_ranks(4, BUILD, tmp_path)]
+    assert len(shares) == 4
+    assert max(shares) < 0.7  # a quarter, one layer whole, and what the heap keeps of those before
+
+
+REDUCE = """
+import json, torch
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.models import build_mae
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+
+world = World.from_environment()
+with process_group(world):
+    for stage in range(4):
+        for reduce in ("fp32", "bf16"):
+            train = TrainConfig(global_batch_size=8, micro_batch_size=2, grad_reduce=reduce)
+            config = fill_deepspeed_config(f"zero{stage}", train, world, "bf16")
+            with torch.device("meta"):
+                model = build_mae("mae_vit_tiny_patch16", img_size=32, patch_size=8, depth=2)
+            fill_in(model, 0, config)
+            engine = build_engine(model, OptimConfig(), config)
+            torch.manual_seed(world.rank)
+            for _ in range(2):
+                images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+                engine.backward(engine(images, noise)[0])
+                engine.step()
+            norm = float(engine.get_global_grad_norm())
+            if world.rank == 0:
+                print(json.dumps({"stage": stage, "reduce": reduce, "norm": norm}))
+"""
+
+
+def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) -> None:
+    """Over bf16 weights; under stage 0 the sum of two ranks becomes bf16 either way."""
+    norms = {(f["stage"], f["reduce"]): f["norm"] for f in on_ranks(2, REDUCE, tmp_path)}
+    exact = norms[1, "fp32"]
+    for stage in range(4):
+        assert norms[stage, "fp32"] == pytest.approx(exact, rel=1e-6 if stage > 0 else 1e-2)
+        assert norms[stage, "bf16"] == pytest.approx(exact, rel=1e-2)
+        assert (norms[stage, "bf16"] != norms[stage, "fp32"]) is (stage > 0)
+
+
+def on_ranks(processes: int, script: str, tmp_path: Path) -> list[dict[str, float]]:
+    """Run a script on so many ranks; the JSON lines that it prints."""
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
+    command = [sys.executable, *launch.split(), str(file)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
