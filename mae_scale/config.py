@@ -94,6 +94,8 @@ class TrainConfig:
     """Whether the blocks are compiled with torch.compile."""
     log_every: int = 20
     """Optimiser steps between two rows of metrics.jsonl."""
+    hang_timeout: float = 1800.0
+    """Seconds without any progress after which a run ends, naming the rank that hangs."""
 
 
 @dataclass
@@ -151,6 +153,7 @@ AT_LEAST = {
     "train.epochs": 1,
     "train.max_steps": 1,
     "train.log_every": 1,
+    "train.hang_timeout": 10,
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -173,6 +176,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.compile",
     "train.log_every",
+    "train.hang_timeout",
     "checkpoint",
 )
 

@@ -17,7 +17,7 @@ from mae_scale.errors import UserError
 from mae_scale.models import build_mae
 from mae_scale.models.masking import mask_noise
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World, on_rank0, process_group
+from mae_scale.train.distributed import World, be_patient, on_rank0, process_group
 from mae_scale.train.engine import (
     accumulation_steps,
     build_engine,
@@ -72,7 +72,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
 
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
-    with process_group(world):
+    with process_group(world, config.train.hang_timeout):
         locks: list[IO[str]] = []  # held by rank 0 until the end
         on_rank0(lambda: locks.append(open_run(run_dir, config)))
         run_hash = identity_hash(config)
@@ -83,6 +83,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
             return 0
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
+        be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
         if resume is not None:
             checkpoint.load(engine, resume, order)
 

@@ -11,8 +11,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from mae_scale.errors import UserError
+from mae_scale.errors import RunError, UserError
+from mae_scale.train.watchdog import watchdog
 
 T = TypeVar("T")
 
@@ -64,29 +66,60 @@ def start(world: World) -> None:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
+        return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
+    try:
         dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[None]:
+def process_group(world: World, hang_timeout: float) -> Iterator[None]:
     """All ranks together from `start` to a common end.
 
-    A rank that fails alone leaves at once, so that the launcher or the broken connection takes the
-    others down; a `UserError` is raised on all ranks and ends as orderly as success does.
+    A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
+    is raised on all ranks and ends as orderly as success does.
+
+    Args:
+        hang_timeout: seconds without any progress after which the ranks end.
     """
     start(world)
+    watchdog.start(world.rank, world.size, hang_timeout)
+    wrong: UserError | None = None
     try:
-        yield
-    except UserError:
+        be_patient(hang_timeout)
+        try:
+            yield
+        except UserError as error:
+            wrong = error
         finish()
-        raise
-    finish()
+    except Exception as error:
+        failure = error
+        if str(error).startswith("DataLoader worker"):  # raised wherever the main thread is
+            failure = RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
+        watchdog.report(failure)
+        raise failure from error
+    if wrong is not None:
+        raise wrong
+
+
+def be_patient(hang_timeout: float) -> None:
+    """Let collectives of all groups wait longer than the watchdog: it names who is to blame."""
+    # Public since torch 2.15 only.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in distributed_c10d._world.pg_map:
+        set_timeout(timedelta(seconds=hang_timeout + 300), group)
 
 
 def finish() -> None:
     """Leave the process group when all ranks have come this far."""
+    watchdog.leave()
     dist.barrier()
+    watchdog.stop()
     dist.destroy_process_group()
 
 

@@ -24,6 +24,7 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import MetricsLog, Progress
 from mae_scale.train.schedule import learning_rate
 from mae_scale.train.stopping import stop_request
+from mae_scale.train.watchdog import watchdog
 
 log = logging.getLogger("mae_scale")
 
@@ -134,11 +135,13 @@ class Loop:
         wait, stop, grad_norm = 0.0, False, None
         for micro in range(self.accumulation):
             began = time.monotonic()
+            watchdog.doing(f"waiting for the data of step {step + 1}")
             try:
                 batch = next(batches)
             except (UserError, OSError) as error:
                 raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
+            watchdog.doing(f"computing step {step + 1}")
             loss = self.loss_of(batch)
             loss_sum += loss.detach()
             self.engine.backward(loss)
@@ -176,6 +179,7 @@ class Loop:
         return epochs is not None and step % (epochs * self.steps_per_epoch) == 0
 
     def _save(self, step: int, milestone: bool, metrics: MetricsLog | None) -> None:
+        watchdog.doing(f"saving step {step}")
         if metrics:
             metrics.sync()  # before the commit: a checkpoint must not be ahead of the record
         began = time.monotonic()
