@@ -66,15 +66,10 @@ def start(world: World) -> None:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
-    try:
+    elif {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         dist.init_process_group(backend, timeout=timeout)
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first = str(error).splitlines()[0]
-        raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
+    else:
+        raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
 
 
 @contextmanager
@@ -87,8 +82,13 @@ def process_group(world: World, hang_timeout: float) -> Iterator[None]:
     Args:
         hang_timeout: seconds without any progress after which the ranks end.
     """
-    start(world)
-    watchdog.start(world.rank, world.size, hang_timeout)
+    try:
+        start(world)
+        watchdog.start(world.rank, world.size, hang_timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
     wrong: UserError | None = None
     try:
         be_patient(hang_timeout)
@@ -98,13 +98,22 @@ def process_group(world: World, hang_timeout: float) -> Iterator[None]:
             wrong = error
         finish()
     except Exception as error:
-        failure = error
-        if str(error).startswith("DataLoader worker"):  # raised wherever the main thread is
-            failure = RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
+        failure = _in_one_line(error)
         watchdog.report(failure)
         raise failure from error
     if wrong is not None:
         raise wrong
+
+
+def _in_one_line(error: Exception) -> Exception:
+    """A `RunError` in place of what the machine is to blame for, not the program."""
+    if isinstance(error, OSError):
+        return RunError(str(error))
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        return RunError(f"a checkpoint could not be written, is the disk full? ({error})")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
+    return error
 
 
 def be_patient(hang_timeout: float) -> None:

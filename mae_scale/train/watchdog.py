@@ -14,14 +14,17 @@ import platform
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError
+from mae_scale.train.stopping import stop_request
 
 BEAT_S = 1.0
 SILENCE_S = 60  # without a sign of life: dead, frozen, or the host cannot be reached
@@ -205,17 +208,21 @@ class Watchdog:
                 self._end(verdict)
 
     def _go_without_store(self, me: Peer) -> None:
-        """The store is rank 0's, and has gone with it, unless it is torchrun's.
-
-        Then only the launcher has gone, and the ranks are about to save and end.
-        """
-        lasting = self._leaving or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if not lasting or me.record["broken"] or me.still >= self._hang_timeout:
+        """The store is rank 0's, and has gone with it; if it is torchrun's, the run is to stop."""
+        torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if torchruns and self._store_is_gone:
+            stop_request.set("the end of the launcher")
+        if (
+            not (torchruns or self._leaving)
+            or me.record["broken"]
+            or me.still >= self._hang_timeout
+        ):
             self._end(f"lost {self._peers[0]}: its store does not answer")
 
     def _end(self, verdict: str) -> NoReturn:
         # Not through the main thread, which may wait for ever. Data workers watch for it.
-        print(f"mae-scale: error: {verdict}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that was closed
+            print(f"mae-scale: error: {verdict}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -227,12 +234,15 @@ def _is_broken_connection(error: Exception) -> bool:
 
 
 def _is_in_a_collective() -> bool:
-    """Whether a thread of this process is inside a call of torch.distributed."""
-    for frame in sys._current_frames().values():
+    """Whether a thread is inside a call of torch.distributed, or waits in DeepSpeed for its end."""
+    for innermost in sys._current_frames().values():
+        if "/deepspeed/" in innermost.f_code.co_filename:
+            return True
+        frame: FrameType | None = innermost
         while frame:
             if frame.f_code.co_filename == distributed_c10d.__file__:
                 return True
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
     return False
 
 

@@ -5,20 +5,15 @@ The ranks are started one by one, as `srun` does: no launcher is there to kill t
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 from conftest import Run, free_port, ranks
-
-from mae_scale.train.watchdog import Peer, find_lost, find_stuck
 
 BOUND_S = 60
 """In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""
