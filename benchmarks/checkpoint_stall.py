@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     args = parser.parse_args()
     world = World()
-    with process_group(world), tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+    with process_group(world, 600), tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         measure(args, world, Path(scratch))
 
 

@@ -100,6 +100,8 @@ class TrainConfig:
     """Optimiser steps in a row with a loss or gradient that is not finite, before the run ends."""
     log_every: int = 20
     """Optimiser steps between two rows of metrics.jsonl."""
+    hang_timeout: float = 1800.0
+    """Seconds without any progress after which a run ends, naming the rank that hangs."""
 
 
 @dataclass
@@ -164,6 +166,7 @@ AT_LEAST = {
     "train.max_steps": 1,
     "train.max_bad_steps": 1,
     "train.log_every": 1,
+    "train.hang_timeout": 10,
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -188,6 +191,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.max_bad_steps",
     "train.log_every",
+    "train.hang_timeout",
     "checkpoint",
     "replay",
 )

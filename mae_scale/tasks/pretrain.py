@@ -18,7 +18,7 @@ from mae_scale.models import build_mae
 from mae_scale.models.flops import training_flops
 from mae_scale.models.masking import mask_noise
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World, on_rank0, process_group
+from mae_scale.train.distributed import World, be_patient, on_rank0, process_group
 from mae_scale.train.engine import (
     accumulation_steps,
     build_engine,
@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
 
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
-    with process_group(world), closing(loader):
+    with process_group(world, config.train.hang_timeout), closing(loader):
         locks: list[IO[str]] = []  # held by rank 0 until the end
         if config.replay is None:
             on_rank0(lambda: locks.append(open_run(run_dir, config)))
@@ -94,6 +94,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         fill_in(model, config.seed, ds_config)
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
+        be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
         if resume is not None:
             checkpoint.load(engine, resume, order)
 

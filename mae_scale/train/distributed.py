@@ -11,8 +11,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from mae_scale.errors import UserError
+from mae_scale.errors import RunError, UserError
+from mae_scale.train.watchdog import watchdog
 
 T = TypeVar("T")
 
@@ -65,29 +67,69 @@ def start(world: World) -> None:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
+    elif {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         dist.init_process_group(backend, timeout=timeout)
+    else:
+        raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[None]:
+def process_group(world: World, hang_timeout: float) -> Iterator[None]:
     """All ranks together from `start` to a common end.
 
-    A rank that fails alone leaves at once, so that the launcher or the broken connection takes the
-    others down; a `UserError` is raised on all ranks and ends as orderly as success does.
+    A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
+    is raised on all ranks and ends as orderly as success does.
+
+    Args:
+        hang_timeout: seconds without any progress after which the ranks end.
     """
-    start(world)
     try:
-        yield
-    except UserError:
+        start(world)
+        watchdog.start(world.rank, world.size, hang_timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(error).splitlines()[0]
+        raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
+    wrong: UserError | None = None
+    try:
+        be_patient(hang_timeout)
+        try:
+            yield
+        except UserError as error:
+            wrong = error
         finish()
-        raise
-    finish()
+    except Exception as error:
+        failure = _in_one_line(error)
+        watchdog.report(failure)
+        raise failure from error
+    if wrong is not None:
+        raise wrong
+
+
+def _in_one_line(error: Exception) -> Exception:
+    """A `RunError` in place of what the machine is to blame for, not the program."""
+    if isinstance(error, OSError):
+        return RunError(str(error))
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        return RunError(f"a checkpoint could not be written, is the disk full? ({error})")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
+    return error
+
+
+def be_patient(hang_timeout: float) -> None:
+    """Let collectives of all groups wait longer than the watchdog: it names who is to blame."""
+    # Public since torch 2.15 only.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in distributed_c10d._world.pg_map:
+        set_timeout(timedelta(seconds=hang_timeout + 300), group)
 
 
 def finish() -> None:
     """Leave the process group when all ranks have come this far."""
+    watchdog.leave()
     dist.barrier()
+    watchdog.stop()
     dist.destroy_process_group()
 
 

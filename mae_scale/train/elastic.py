@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import re
 import shutil
 from argparse import Namespace
@@ -18,9 +20,12 @@ from typing import Any
 
 import torch
 
-from mae_scale.files import sync_tree
+from mae_scale.files import checksums, sync_folder, sync_tree
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed, ds_to_universal
 
+log = logging.getLogger("mae_scale")
+
+CHECKSUMS = "checksums.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
@@ -28,7 +33,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 def convert(folder: Path, stage: int, order: list[str]) -> Path:
     """Make `folder/universal` out of the checkpoint in `folder`, once; one process calls.
 
-    Interrupted, it leaves nothing that counts.
+    Interrupted, it leaves nothing that counts; one whose files were damaged since is made again.
 
     Args:
         folder: a committed and intact checkpoint.
@@ -36,11 +41,15 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
         order: names of the trained parameters in the order of the optimiser's groups.
 
     Returns:
-        The folder: `common.pt`, and `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`.
+        The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, `common.pt`, and
+        `checksums.json` of these.
     """
     universal, unfinished = folder / "universal", folder / "universal.unfinished"
     if universal.exists():
-        return universal
+        if _is_intact(universal):
+            return universal
+        log.warning("%s is damaged; converting again", universal)
+        shutil.rmtree(universal)
     shutil.rmtree(unfinished, ignore_errors=True)
     out = unfinished / "out"  # ds_to_universal also writes into the folder above
     out.mkdir(parents=True)
@@ -53,10 +62,22 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
         rest |= _gather_frozen(models, state["frozen_param_shapes"] or {})
     common = {"step": step, "rest": {name: value.clone() for name, value in rest.items()}}
     torch.save({**common, **{key: state[key] for key in COUNTERS}}, out / "common.pt")
+    (out / CHECKSUMS).write_text(json.dumps(checksums(out)))
     sync_tree(out)
     out.rename(universal)
+    sync_folder(folder)
     shutil.rmtree(unfinished)
     return universal
+
+
+def _is_intact(universal: Path) -> bool:
+    try:
+        expected = json.loads((universal / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return False
+    found = checksums(universal)
+    del found[CHECKSUMS]
+    return found == expected
 
 
 def _rank_of(path: Path) -> list[int]:

@@ -24,6 +24,7 @@ from mae_scale.train.mfu import mfu
 from mae_scale.train.nonfinite import StepGuard, first_nonfinite
 from mae_scale.train.schedule import learning_rate
 from mae_scale.train.stopping import stop_request
+from mae_scale.train.watchdog import watchdog
 
 log = logging.getLogger("mae_scale")
 
@@ -110,6 +111,7 @@ class Loop:
             settle()
             if saved_step == step:
                 return
+            watchdog.doing(f"saving step {step}")
             if record:
                 record.sync()  # before the commit: a checkpoint must not be ahead of the record
             saver.start(self._commit_of(step))
@@ -172,12 +174,14 @@ class Loop:
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=self.engine.device)
         for micro in range(self.accumulation):
             began = time.monotonic()
+            watchdog.doing(f"waiting for the data of step {step + 1}")
             try:
                 batch = next(batches)
             except (UserError, OSError) as error:
                 raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
             samples.append(batch["sample"])
+            watchdog.doing(f"computing step {step + 1}")
             loss = self.loss_of(self._to_device(batch))
             losses[micro] = loss.detach()
             self.engine.backward(loss)

@@ -42,8 +42,12 @@ class StopRequest:
             self._launcher = self._parent.ppid()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.set(signal.Signals(number).name)
+
+    def set(self, reason: str) -> None:
+        """Ask the run to stop; the first reason counts."""
         if self._reason is None:
-            self._reason = signal.Signals(number).name
+            self._reason = reason
 
     @property
     def reason(self) -> str | None:

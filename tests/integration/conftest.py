@@ -81,7 +81,7 @@ class Run:
         }[self.launcher]
         return [sys.executable, *launch.split(), "pretrain", *arguments]
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, **environment: str) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a shell does."""
         return subprocess.Popen(
             self.command(),
@@ -90,7 +90,7 @@ class Run:
             text=True,
             process_group=0,
             cwd=self.shards.parent,  # not the checkout
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 
     def finish(self, code: int = 0) -> str:

@@ -73,7 +73,7 @@ def check(world: World, name: str, precision: str, accumulation: int) -> None:
 
 
 world = World.from_environment()
-with process_group(world):
+with process_group(world, 600):
     for arguments in sys.argv[1:]:
         name, precision, accumulation = arguments.split(",")
         check(world, name, precision, int(accumulation))

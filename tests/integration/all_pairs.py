@@ -1,0 +1,198 @@
+"""Go on from every (processes, ZeRO config) in every other; prints what does not carry over.
+
+One program for all: it imports everything once and forks the ranks of each world size. First each
+(world size, config) takes two steps, saves, and takes two more. Then each reads the checkpoints of
+all of them, compares every weight and moment bit by bit, and takes the same two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import nn
+from torch.nn import functional as F
+
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.train import checkpoint, elastic
+from mae_scale.train.distributed import World, start
+from mae_scale.train.engine import build_engine, fill_deepspeed_config, optimizer_order
+
+WORLDS = (1, 2, 3, 4)
+CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+BATCH = 12
+State = dict[str, torch.Tensor]
+
+
+class Odd(nn.Module):
+    """Parameters whose sizes divide by nothing, frozen ones, a buffer; two groups of AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 13)
+        self.norm = nn.LayerNorm(13)
+        self.last = nn.Linear(13, 5)
+        self.token = nn.Parameter(torch.randn(1, 1, 7))
+        self.pos = nn.Parameter(torch.randn(1, 3, 7), requires_grad=False)
+        self.register_buffer("scale", torch.rand(1) + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Loss of x [n, 3, 7]."""
+        x = (x + self.token + self.pos) * self.scale
+        x = self.last(self.norm(F.gelu(self.first(x))))
+        return x.float().square().mean()
+
+
+def in_ranks(size: int, function: Callable[[World], None]) -> None:
+    """Call `function` in `size` forked processes that form a process group."""
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    children = []
+    for rank in range(size):
+        if child := os.fork():
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's
+            )
+            world = World(rank, size, rank, size)
+            start(world)
+            function(world)
+            dist.barrier()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
+        sys.exit(f"ranks of {size} ended with {codes}")
+
+
+def make_engine(world: World, config: str, precision: str, seed: int):  # type: ignore[no-untyped-def]
+    """An engine with initial weights of its own, and its optimiser's order."""
+    train = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // world.size)
+    optim = OptimConfig()
+    torch.manual_seed(seed)
+    model = Odd()
+    order = optimizer_order(model, optim)
+    filled = fill_deepspeed_config(config, train, world, precision)
+    return build_engine(model, optim, filled), order
+
+
+def steps(engine, world: World, first: int, count: int) -> list[float]:  # type: ignore[no-untyped-def]
+    """Losses of the global batch in so many steps."""
+    losses = []
+    for step in range(first, first + count):
+        x = torch.randn(BATCH, 3, 7, generator=torch.Generator().manual_seed(step))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 + step)
+        mine = x[world.rank :: world.size].to(next(engine.module.parameters()).dtype)
+        loss = engine(mine)
+        engine.backward(loss)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / world.size)
+        engine.step()
+    return losses
+
+
+def state_of(engine) -> State:  # type: ignore[no-untyped-def]
+    """Master weights, moments, frozen weights and buffers, whole, by DeepSpeed's own means."""
+    state = {f"buffer {k}": v.clone() for k, v in engine.module.named_buffers()}
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
+    inner = getattr(wrapper, "optimizer", wrapper)
+    masters = {}
+    if hasattr(wrapper, "fp16_groups") and stage == 0:
+        low = (p for group in wrapper.fp16_groups for p in group)
+        high = (p for group in wrapper.fp32_groups for p in group)
+        masters = {id(a): b for a, b in zip(low, high, strict=True)}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            with elastic.deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+                state[f"frozen {name}"] = p.data.float().clone()
+        elif stage == 0:
+            master = masters.get(id(p), p)
+            state[f"fp32 {name}"] = master.data.clone()
+            for key in elastic.MOMENTS:
+                state[f"{key} {name}"] = inner.state[master][key].clone()
+        else:
+            state[f"fp32 {name}"] = safe_get_full_fp32_param(p).clone()
+            for key in elastic.MOMENTS:
+                state[f"{key} {name}"] = safe_get_full_optimizer_state(p, key).clone()
+    counted = {float(s["step"]) for s in inner.state.values() if "step" in s}
+    state["adam step"] = torch.tensor(sorted(counted))
+    return state
+
+
+def make(folder: Path, world: World, precision: str) -> None:
+    """Save a checkpoint of each config at this world size, with what must be found in it."""
+    for config in CONFIGS:
+        engine, _ = make_engine(world, config, precision, seed=1)
+        losses = steps(engine, world, 0, 2)
+        run = folder / f"{world.size}-{config}"
+        commit = checkpoint.Commit(
+            step=2, samples=2 * BATCH, world_size=world.size, precision=precision,
+            zero_stage=engine.zero_optimization_stage(), config_hash="", data="",
+            milestone=False, files={},
+        )  # fmt: skip
+        checkpoint.save(engine, run, world, commit, keep=1)
+        state = state_of(engine)
+        losses += steps(engine, world, 2, 2)
+        if world.rank == 0:
+            torch.save({"state": state, "losses": losses}, run / "truth.pt")
+        engine.destroy()
+
+
+def compare(folder: Path, world: World, precision: str, tolerance: float) -> None:
+    """Read all checkpoints in each config at this world size."""
+    truths = {run: torch.load(run / "truth.pt") for run in sorted(folder.iterdir())}
+    reference = truths[folder / "1-zero0"]["losses"]
+    for config in CONFIGS:
+        for number, (run, truth) in enumerate(truths.items()):
+            # An engine that has trained already must be overwritten wholly, as a new one is.
+            if number % 5 == 0:
+                engine, order = make_engine(world, config, precision, seed=2)
+            pair = f"{run.name} -> {world.size}-{config}"
+            step_folder = run / "checkpoints" / "step-00000002"
+            native = checkpoint.Commit.read(step_folder)
+            if (native.world_size, native.zero_stage) == (
+                world.size,
+                engine.zero_optimization_stage(),
+            ):
+                continue
+            checkpoint.load(engine, step_folder, order)
+            state = state_of(engine)
+            wrong = [k for k, v in truth["state"].items() if not torch.equal(v, state[k])]
+            if wrong:
+                print(f"{pair}: {wrong} differ", flush=True)
+            losses = steps(engine, world, 2, 2)
+            worst = max(abs(a / b - 1) for a, b in zip(losses, reference[2:], strict=True))
+            if not worst <= tolerance:
+                print(f"{pair}: losses {losses}, not {reference[2:]}", flush=True)
+            if world.rank == 0:
+                print(f"{pair}: compared {len(state)}, loss off by {worst:.1e}", flush=True)
+
+
+def main(folder: Path, precision: str) -> None:
+    """All pairs in one precision."""
+    for size in WORLDS:
+        in_ranks(size, lambda world: make(folder, world, precision))
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for size in WORLDS:
+        in_ranks(size, lambda world: compare(folder, world, precision, tolerance))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
