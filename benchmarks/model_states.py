@@ -56,7 +56,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
     set_up_logging(world)
     train = TrainConfig(global_batch_size=2 * world.size, micro_batch_size=1)
     config = fill_deepspeed_config(f"zero{stage}", train, world, precision)
-    with process_group(world):
+    with process_group(world, 600):
         with torch.device("meta"):
             model = build_mae(model_name)
         model.set_activation_checkpointing("full")

@@ -67,7 +67,7 @@ from mae_scale.train.engine import fill_deepspeed_config, fill_in
 world = World.from_environment()
 config = fill_deepspeed_config("zero3", TrainConfig(), world, "fp32")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-with process_group(world):
+with process_group(world, 600):
     with torch.device("meta"):
         model = build_mae("mae_vit_large_patch16", depth=12)  # 178 million parameters
     before = peak()
@@ -91,7 +91,7 @@ from mae_scale.train.distributed import World, process_group
 from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
 
 world = World.from_environment()
-with process_group(world):
+with process_group(world, 600):
     for stage in range(4):
         for reduce in ("fp32", "bf16"):
             train = TrainConfig(global_batch_size=8, micro_batch_size=2, grad_reduce=reduce)
