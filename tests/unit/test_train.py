@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from mae_scale.train.engine import (
     resolve_precision,
     zero_stage,
 )
-from mae_scale.train.metrics import MetricsLog, read_metrics
+from mae_scale.train.metrics import Meter, MetricsLog, read_metrics
 from mae_scale.train.schedule import learning_rate
 
 TABLE_8 = {"peak": 2.4e-3, "floor": 0.0, "warmup": 40.0, "epochs": 1600.0}
@@ -205,6 +207,25 @@ def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:
     again.close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
     assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+@pytest.mark.parametrize(("share", "lines"), [(0.05, 0), (0.3, 1)])
+def test_slow_data_is_said_once(share: float, lines: int, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("mae_scale")
+    logger.addHandler(caplog.handler)
+    at = time.monotonic()
+    meter = Meter(images=64, workers=4)
+    for _ in range(200):  # rows of ten steps of a second
+        for _ in range(10):
+            at += 1
+            meter.add(share, at)
+        rates = meter.rates()
+        assert rates["data_wait"] == pytest.approx(share, rel=0.01)
+        assert rates["images_per_second"] == pytest.approx(64, rel=0.01)
+    logger.removeHandler(caplog.handler)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == lines
+    assert all("raise data.workers (now 4 per rank" in line for line in said)
 
 
 def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
