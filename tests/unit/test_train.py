@@ -210,9 +210,10 @@ def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "lines"), [(0.05, 0), (0.3, 1)])
-def test_slow_data_is_said_once(share: float, lines: int, caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("mae_scale")
-    logger.addHandler(caplog.handler)
+def test_slow_data_is_said_once(
+    share: float, lines: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mae_scale"), "propagate", True)
     at = time.monotonic()
     meter = Meter(images=64, workers=4)
     for _ in range(200):  # rows of ten steps of a second
@@ -222,7 +223,6 @@ def test_slow_data_is_said_once(share: float, lines: int, caplog: pytest.LogCapt
         rates = meter.rates()
         assert rates["data_wait"] == pytest.approx(share, rel=0.01)
         assert rates["images_per_second"] == pytest.approx(64, rel=0.01)
-    logger.removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == lines
     assert all("raise data.workers (now 4 per rank" in line for line in said)
