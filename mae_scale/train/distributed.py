@@ -110,8 +110,9 @@ def _in_one_line(error: Exception) -> Exception:
     """A `RunError` in place of what the machine is to blame for, not the program."""
     if isinstance(error, OSError):
         return RunError(str(error))
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-        return RunError(f"a checkpoint could not be written, is the disk full? ({error})")
+    writing = ("PytorchStreamWriter", "inline_container.cc", "Parent directory")  # of torch.save
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in writing):
+        return RunError(f"a checkpoint cannot be written; is the disk full? ({error})")
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
     return error
