@@ -66,7 +66,7 @@ DAMAGE = (
     "flipped bit",
     "missing file",
     "empty file",
-    "COMMITTED.json of another",
+    "commit of another run",
 )
 FAILING = ("disk full", "read-only folder")
 MOMENTS = ("start-up", "any", "save: begun", "save: files", "save: committed", "save: pruning")

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from timm.models.vision_transformer import Block
 from torch import nn
-from torch.nn import functional as F
 
-from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.distributed import World, start
 from mae_scale.train.engine import build_engine, fill_deepspeed_config, optimizer_order
@@ -33,9 +33,8 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(7, 13)
-        self.norm = nn.LayerNorm(13)
-        self.last = nn.Linear(13, 5)
+        self.block = Block(7, num_heads=1, qkv_bias=True)
+        self.last = nn.Linear(7, 5)
         self.token = nn.Parameter(torch.randn(1, 1, 7))
         self.pos = nn.Parameter(torch.randn(1, 3, 7), requires_grad=False)
         self.register_buffer("scale", torch.rand(1) + 1)
@@ -43,8 +42,7 @@ class Odd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Loss of x [n, 3, 7]."""
         x = (x.to(self.token.dtype) + self.token + self.pos) * self.scale.to(self.token.dtype)
-        x = self.last(self.norm(F.gelu(self.first(x))))
-        return x.float().square().mean()
+        return self.last(self.block(x)).float().square().mean()
 
 
 def in_ranks(size: int, function: Callable[[World], None]) -> None:
@@ -146,9 +144,11 @@ def make(folder: Path, world: World, precision: str) -> None:
         commit = checkpoint.Commit(
             step=2, samples=2 * BATCH, world_size=world.size, precision=precision,
             zero_stage=engine.zero_optimization_stage(), config_hash="", data="",
-            milestone=False, files={},
+            milestone=False, bad_steps=0, files={},
         )  # fmt: skip
-        checkpoint.save(engine, run, world, commit, keep=1)
+        saver = checkpoint.Saver(engine, run, world, CheckpointConfig())
+        saver.start(commit)
+        saver.finish()
         state = state_of(engine)
         losses += steps(engine, world, 2, 2)
         if world.rank == 0:
