@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from conftest import Run, free_port, ranks
+from conftest import Run, free_port, handles_sigterm, ranks
 
 BOUND_S = 60
 """In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""
@@ -140,3 +140,15 @@ def test_under_a_launcher_a_killed_rank_is_named(
 
     output = long_run.stop(3, kill, code)
     assert f"error: lost rank {victim} ({HOST})" in output
+
+
+def test_a_rank_whose_others_never_come_can_be_stopped(run: Run) -> None:
+    process = run.start(
+        RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )  # fmt: skip
+    while not handles_sigterm(process.pid):
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=BOUND_S)
+    assert process.returncode == 85, output
