@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError, UserError
+from mae_scale.train.stopping import waiting_for_others
 from mae_scale.train.watchdog import watchdog
 
 T = TypeVar("T")
@@ -68,7 +69,8 @@ def start(world: World) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     elif {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        dist.init_process_group(backend, timeout=timeout)
+        with waiting_for_others():
+            dist.init_process_group(backend, timeout=timeout)
     else:
         raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
 
@@ -110,8 +112,9 @@ def _in_one_line(error: Exception) -> Exception:
     """A `RunError` in place of what the machine is to blame for, not the program."""
     if isinstance(error, OSError):
         return RunError(str(error))
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-        return RunError(f"a checkpoint could not be written, is the disk full? ({error})")
+    writing = ("PytorchStreamWriter", "inline_container.cc", "Parent directory")  # of torch.save
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in writing):
+        return RunError(f"a checkpoint cannot be written; is the disk full? ({error})")
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
     return error

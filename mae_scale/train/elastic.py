@@ -187,6 +187,7 @@ def _load_stages_0_to_2(
     sharded = engine.zero_optimization_stage() > 0
     master_of: dict[int, torch.Tensor] = {}
     if sharded:
+        wrapper._hp_optimizer_states_linked = False  # if so, to the state before this one
         wrapper._lazy_init_hp_params_optimizer_state()
     elif hasattr(wrapper, "fp16_groups"):  # bf16: the forward pass uses copies of the masters
         low = (p for group in wrapper.fp16_groups for p in group)

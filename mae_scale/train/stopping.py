@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import psutil
@@ -12,6 +16,7 @@ import psutil
 STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+GRACE_S = 10
 
 
 class StopRequest:
@@ -64,3 +69,31 @@ class StopRequest:
 
 
 stop_request = StopRequest()
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Let a signal end the process while the main thread waits inside C++ for other ranks.
+
+    There Python's handlers do not run, and the ranks may never come. If the wait does not end in
+    `GRACE_S` seconds the process exits with 85: nothing has begun, so nothing is lost.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while number := reader.recv(1):  # written by the handler in C
+            if number[0] in SIGNALS and not over.wait(GRACE_S):
+                os._exit(STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    if stop_request.reason:
+        writer.send(bytes([signal.SIGTERM]))
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        writer.close()

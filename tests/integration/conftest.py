@@ -131,6 +131,12 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has taken over SIGTERM."""
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run, ranks, send
+from conftest import Run, handles_sigterm, ranks, send
 
 from mae_scale.train.run_dir import read_history
 from mae_scale.train.stopping import STOPPED
@@ -115,7 +115,7 @@ def test_a_signal_to_the_whole_group_saves_and_goes_on(
 
 def test_a_signal_before_the_first_step_stops_it(run: Run) -> None:
     process = run.start()
-    while not _handles_sigterm(process.pid):
+    while not handles_sigterm(process.pid):
         assert process.poll() is None
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -123,11 +123,6 @@ def test_a_signal_before_the_first_step_stops_it(run: Run) -> None:
     assert "Traceback" not in output
     run.settings = {"train.max_steps": 2}
     run.finish()
-
-
-def _handles_sigterm(pid: int) -> bool:
-    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_sigkill_loses_no_more_than_the_steps_since_the_last_save(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from conftest import Run, free_port, ranks
+from conftest import Run, free_port, handles_sigterm, ranks
 
 BOUND_S = 60
 """In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""
@@ -125,12 +125,30 @@ def test_the_error_of_a_rank_is_known_to_the_others(two: Ranks) -> None:
     assert f"error: rank 0 ({HOST}) failed: a data worker ended unexpectedly" in other
 
 
-@pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("deepspeed", 1)])
-def test_under_a_launcher_a_killed_rank_is_named(long_run: Run, launcher: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "victim", "code"),
+    [("torchrun", 0, 1), ("deepspeed", 1, 247)],  # 247: what deepspeed makes of SIGKILL
+)
+def test_under_a_launcher_a_killed_rank_is_named(
+    long_run: Run, launcher: str, victim: int, code: int
+) -> None:
+    """The store is torchrun's, there, and that of rank 0 under deepspeed."""
     long_run.launcher, long_run.processes = launcher, 2
 
-    def kill_rank_1(process: subprocess.Popen[str]) -> None:
-        ranks(process)[1].kill()
+    def kill(process: subprocess.Popen[str]) -> None:
+        ranks(process)[victim].kill()
 
-    output = long_run.stop(3, kill_rank_1, code)
-    assert f"error: lost rank 1 ({HOST})" in output
+    output = long_run.stop(3, kill, code)
+    assert f"error: lost rank {victim} ({HOST})" in output
+
+
+def test_a_rank_whose_others_never_come_can_be_stopped(run: Run) -> None:
+    process = run.start(
+        RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )  # fmt: skip
+    while not handles_sigterm(process.pid):
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=BOUND_S)
+    assert process.returncode == 85, output
