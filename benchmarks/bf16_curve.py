@@ -43,7 +43,7 @@ SETTINGS = {
     "train.global_batch_size": 32,
     "train.micro_batch_size": 16,
     "train.log_every": 1,
-    "optim.base_lr": 1.6e-2,  # peak 2e-3
+    "optim.base_lr": 6e-3,  # peak 7.5e-4
     "optim.warmup_epochs": 5,
     "checkpoint.every_minutes": "null",
     "deepspeed": "zero2",

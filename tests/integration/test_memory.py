@@ -112,7 +112,7 @@ with process_group(world):
 
 
 def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) -> None:
-    """Over bf16 weights. Under stage 0 the sum becomes bf16 anyway: of two ranks' it is the same."""
+    """Over bf16 weights. Under stage 0 the sum becomes bf16 anyway: with two ranks the same one."""
     norms = {(f["stage"], f["reduce"]): f["norm"] for f in on_ranks(2, REDUCE, tmp_path)}
     exact = norms[1, "fp32"]
     for stage in range(4):
