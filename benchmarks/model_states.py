@@ -8,7 +8,9 @@ AdamW's two moments), and all others, which are gradients and DeepSpeed's buffer
 The formula is that of ZeRO (arXiv 1910.02054, section 5) for N ranks and P parameters: weights 2 P
 bytes in bf16 or 4 P in fp32, gradients, which are summed in fp32, 4 P, optimiser states 12 P (8 P
 where the weights are fp32 and nothing is sharded: they are their own masters). Stage 1 divides the
-optimiser states by N, stage 2 also the gradients, stage 3 also the weights.
+optimiser states by N, stage 2 also the gradients, stage 3 also the weights. Stage 1 keeps bf16
+gradients beside their fp32 sums, 2 P more. Stage 3 keeps its bucket for sending gradients, 4 bytes
+x reduce_bucket_size of the JSON; both are in the formula's last column.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ from machine import header
 from mae_scale.config import OptimConfig, TrainConfig
 from mae_scale.models import build_mae
 from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+from mae_scale.train.engine import (
+    build_engine,
+    fill_deepspeed_config,
+    fill_in,
+    load_deepspeed_config,
+)
 from mae_scale.train.logs import set_up_logging
 
 
@@ -76,6 +83,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
         weights |= storages(getattr(p, "ds_tensor", None) for p in parameters)
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         masters = [p for group in inner.param_groups for p in group["params"]]
+        masters += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # of stage 3
         state = [value for values in inner.state.values() for value in values.values()]
         optimizer = storages([*masters, *(v for v in state if torch.is_tensor(v))])
         everything = storages(live_tensors())
@@ -94,13 +102,19 @@ def formula(parameters: float, stage: int, ranks: int, precision: str) -> dict[s
     """Bytes of a rank, by kind."""
     masters = 4 if precision == "bf16" or stage > 0 else 0
     whole = {"weights": 2 if precision == "bf16" else 4, "others": 4, "optimizer": 8 + masters}
+    bucket = 0
     if precision == "bf16" and stage == 0:
         whole["others"] = 2  # stage 0 sums in the precision of the weights
+    if precision == "bf16" and stage == 1:
+        whole["others"] += 2
+    if stage == 3:
+        bucket = 4 * load_deepspeed_config("zero3")["zero_optimization"]["reduce_bucket_size"]
     sharded_from = {"optimizer": 1, "others": 2, "weights": 3}
-    return {
+    sizes = {
         kind: parameters * size / (ranks if stage >= sharded_from[kind] else 1)
         for kind, size in whole.items()
     }
+    return {**sizes, "others": sizes["others"] + bucket}
 
 
 def in_processes(model: str, stage: int, precision: str, ranks: int) -> dict[str, float]:
@@ -117,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -129,7 +144,7 @@ def main() -> None:
     kinds = {"weights": "weights", "optimizer": "optimiser states", "others": "gradients, buffers"}
     print(f"{'':10}{'stage':>6}{'ranks':>6}" + "".join(f"{k:>20}" for k in kinds.values())
           + f"{'all':>20}{'ratio':>8}")  # fmt: skip
-    for precision, stage, ranks in itertools.product(args.precision, range(4), args.ranks):
+    for precision, stage, ranks in itertools.product(args.precision, args.stages, args.ranks):
         found = in_processes(args.model, stage, precision, ranks)
         expected = formula(found["parameters"], stage, ranks, precision)
         pairs = [(found[kind], expected[kind]) for kind in kinds]

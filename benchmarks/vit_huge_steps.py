@@ -8,6 +8,7 @@ rank, and the loss of each step.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,10 @@ def main() -> None:
             *(f"--{key}={value}" for key, value in settings.items()),
         ]
         began = time.monotonic()
-        launcher = subprocess.Popen(command)
+        # glibc otherwise keeps much of what was freed, a gigabyte for each rank.
+        launcher = subprocess.Popen(
+            command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        )
         family = psutil.Process(launcher.pid)
         peaks: dict[str, int] = {}
         while launcher.poll() is None:

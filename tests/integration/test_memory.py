@@ -33,6 +33,21 @@ def test_sharding_changes_no_initial_weight(plain: Run, tmp_path: Path) -> None:
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+def test_an_offloaded_optimiser_in_many_pieces_carries_over(plain: Run, tmp_path: Path) -> None:
+    """Sub-groups, as zero3_offload has them, on two processes, then ZeRO-2 on one."""
+    file = tmp_path / "small sub-groups.json"
+    zero = {"stage": 3, "sub_group_size": 200_000, "stage3_param_persistence_threshold": 0}
+    zero["offload_optimizer"] = {"device": "cpu"}  # type: ignore[assignment]
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    for processes, config, steps in ((2, file, 2), (1, "zero2", STEPS)):
+        settings = {**plain.settings, "deepspeed": config, "train.max_steps": steps}
+        run = replace(plain, run_dir=tmp_path / "run", settings=settings, processes=processes)
+        run.finish()
+    for row, expected in zip(run.rows(), plain.rows(), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize(("every", "offload"), [("full", False), (2, True), ("full", True)])
 def test_recomputing_and_offload_change_no_bit_under_zero3(
     plain: Run, tmp_path: Path, every: str | int, offload: bool
