@@ -171,12 +171,17 @@ class Chain:
         """The processes that train, in order; launchers may not have started them yet."""
         if launch in (ALONE, SRUN):
             return [psutil.Process(process.pid) for process in started]
-        found: dict[str, psutil.Process] = {}
-        for process in sorted(self.family(), key=lambda p: p.pid):
+        training: dict[int, tuple[str, psutil.Process]] = {}
+        for process in self.family():
             with contextlib.suppress(psutil.Error):
                 rank = process.environ().get("RANK")
                 if rank is not None and "pretrain" in process.cmdline():
-                    found.setdefault(rank, process)  # before its data workers
+                    training[process.pid] = rank, process
+        found = {}
+        for rank, process in training.values():
+            with contextlib.suppress(psutil.Error):
+                if process.ppid() not in training:  # else it is a data worker
+                    found[rank] = process
         return [found[rank] for rank in sorted(found)]
 
     # What the run folder says
