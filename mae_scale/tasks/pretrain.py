@@ -33,6 +33,7 @@ from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch, Loop, total_steps
 from mae_scale.train.run_dir import add_history, check_run, open_run
 from mae_scale.train.stopping import STOPPED, stop_request
+from mae_scale.train.watchdog import watchdog
 
 log = logging.getLogger("mae_scale")
 
@@ -83,6 +84,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         else:
             on_rank0(lambda: check_run(run_dir, config))
         run_hash = identity_hash(config)
+        watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, shards.fingerprint))
         step, bad_steps = 0, 0
         if resume is not None:
@@ -91,11 +93,13 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         if step >= total and config.replay is None:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        watchdog.doing("building the engine")
         fill_in(model, config.seed, ds_config)
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
         be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
         if resume is not None:
+            watchdog.doing(f"loading {resume.name}")
             checkpoint.load(engine, resume, order)
 
         def loss_of(batch: Batch) -> torch.Tensor:
