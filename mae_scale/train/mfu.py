@@ -7,7 +7,8 @@ import re
 import torch
 
 # Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, written down from
-# memory and still to be checked against the vendors' data sheets, by a pattern of the device's name; the first that is found counts.
+# memory and still to be checked against the vendors' data sheets, by a pattern
+# of the device's name; the first that is found counts.
 PEAK_TFLOPS = {
     r"\bMIG\b": None,  # a slice of a GPU; its name does not say how large
     r"\b(GB200|GB300)\b": 2500.0,
