@@ -8,6 +8,7 @@ under activation checkpointing: they are a cost of the implementation, not of th
 
 from __future__ import annotations
 
+from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoderViT
 from mae_scale.models.masking import num_kept
 
@@ -46,3 +47,18 @@ def training_flops(model: MaskedAutoencoderViT) -> int:
     embed_dim = model.decoder_embed.in_features
     patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
     return 3 * forward_flops(model) - patch_embed
+
+
+def classifier_training_flops(model: Classifier) -> int:
+    """Operations of one image of a classifier, forward and backward.
+
+    Frozen blocks have a forward pass only: nothing in front of them is trained either.
+    """
+    embed_dim = model.cls_token.shape[-1]
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    if model.patch_embed.proj.weight.requires_grad:
+        patch_embed *= 2  # the images have no gradient
+    trained = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
+    passes = len(model.blocks) + 2 * trained
+    head = sum(2 * p.numel() for p in model.head.parameters() if p.ndim > 1)
+    return patch_embed + blocks_flops(passes, 1 + model.num_patches, embed_dim) + 3 * head

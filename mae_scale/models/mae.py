@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from contextlib import nullcontext
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
+from mae_scale.models.encoder import Encoder, check_transformer, layer_norm, transformer_block
 from mae_scale.models.masking import num_kept, random_masking
 from mae_scale.models.pos_embed import sincos_pos_embed
 from mae_scale.models.targets import patch_statistics, patchify, reconstruction_loss, unpatchify
@@ -57,13 +51,22 @@ def build_mae(name: str, **overrides: Any) -> MaskedAutoencoderViT:
     Raises:
         UserError: unknown name, or sizes or a mask ratio that do not fit each other.
     """
+    return MaskedAutoencoderViT(**{**architecture(name), **overrides})
+
+
+def architecture(name: str) -> dict[str, int]:
+    """The keyword arguments of one of `MODELS`.
+
+    Raises:
+        UserError: unknown name.
+    """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
         raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
-    return MaskedAutoencoderViT(**{**MODELS[name], **overrides})
+    return MODELS[name]
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(Encoder):
     """Asymmetric autoencoder: the encoder sees the visible patches, a small decoder all of them.
 
     State-dict keys are those of the published weights. `pos_embed` and `decoder_pos_embed` are
@@ -94,24 +97,13 @@ class MaskedAutoencoderViT(nn.Module):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = False,
     ) -> None:
-        super().__init__()
-        _check_image(img_size, patch_size)
-        _check_transformer("", embed_dim, depth, num_heads)
-        _check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
-        num_kept((img_size // patch_size) ** 2, mask_ratio)
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
+        num_kept(self.num_patches, mask_ratio)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
-        self._checkpoint_every = 0
-        self._offload = False
-
-        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
-        tokens = 1 + self.patch_embed.num_patches
-        layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
-
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
+        tokens = 1 + self.num_patches
+        self.pos_embed.requires_grad_(False)
         self.norm = layer_norm(embed_dim)
 
         width = decoder_embed_dim
@@ -119,72 +111,21 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            block(width, decoder_num_heads) for _ in range(decoder_depth)
+            transformer_block(width, decoder_num_heads) for _ in range(decoder_depth)
         )
         self.decoder_norm = layer_norm(width)
         self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
 
         self.initialize_weights()
 
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.patch_embed.patch_size[0]
-
-    @property
-    def num_patches(self) -> int:
-        """L, patches per image."""
-        return self.patch_embed.num_patches
-
-    def initialize_weights(self) -> None:
-        """Set every parameter as the authors do; also fills a model made on the meta device."""
-        for module in self.modules():
-            self.initialize_module(module)
-
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
         """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        super().initialize_module(module)
         if module is self:
-            grid_size = self.patch_embed.grid_size[0]
-            for pos_embed in (self.pos_embed, self.decoder_pos_embed):
-                pos_embed.copy_(sincos_pos_embed(pos_embed.shape[-1], grid_size))
-            nn.init.normal_(self.cls_token, std=0.02)
+            width = self.decoder_pos_embed.shape[-1]
+            self.decoder_pos_embed.copy_(sincos_pos_embed(width, self.patch_embed.grid_size[0]))
             nn.init.normal_(self.mask_token, std=0.02)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif module is self.patch_embed.proj:
-            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
-            module.reset_parameters()
-            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
-
-    def set_activation_checkpointing(
-        self, every: Literal["none", "full"] | int, offload: bool = False
-    ) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations.
-
-        Args:
-            every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
-            offload: keep what is left of a recomputed block, its input, in host memory until the
-                backward pass.
-
-        Raises:
-            UserError: anything else, or `offload` without recomputed blocks.
-        """
-        blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
-        if blocks is None or (blocks < 1 and every != "none"):
-            raise UserError(
-                f"activation_checkpointing {every!r} must be none, full, or a number k of at "
-                "least 1 for every k-th block"
-            )
-        if offload and not blocks:
-            raise UserError(
-                "activation_offload moves the inputs of recomputed blocks to the host; it needs "
-                "activation_checkpointing full or a number"
-            )
-        self._checkpoint_every, self._offload = blocks, offload
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
@@ -223,12 +164,9 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             [B, 1 + K, embed_dim].
         """
-        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
-        x = x + self.pos_embed[:, 1:]
+        x = self.embed_patches(images)
         x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
-        return self.norm(self._run(self.blocks, x))
+        return self.norm(self.run_blocks(self.blocks, self.prepend_cls_token(x)))
 
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Predict all patches from the visible ones.
@@ -246,20 +184,8 @@ class MaskedAutoencoderViT(nn.Module):
         patches = torch.cat([visible, self.mask_token.expand(len(x), removed, -1)], dim=1)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[-1]))
         x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed
-        x = self.decoder_norm(self._run(self.decoder_blocks, x))
+        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
         return self.decoder_pred(x)[:, 1:]
-
-    def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(blocks):
-            if self._checkpoint_every and i % self._checkpoint_every == 0:
-                # The hooks of the outer context get the block's input only: within, those of
-                # checkpoint count. Pinned memory lets the device copy without the host waiting.
-                with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():
-                    # Nothing in a block is random, so there is no generator to put back.
-                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
-        return x
 
     @torch.no_grad()
     def reconstruct(
@@ -281,38 +207,3 @@ class MaskedAutoencoderViT(nn.Module):
             pred = pred * std + mean
         mask_pixels = mask[..., None].expand(-1, -1, self.patch_size**2)
         return unpatchify(pred, self.patch_size), unpatchify(mask_pixels, self.patch_size)
-
-
-def _multiples_near(size: int, step: int) -> str:
-    below = size // step * step
-    return ", ".join(str(n) for n in (below, below + step) if n > 0)
-
-
-def _check_image(img_size: int, patch_size: int) -> None:
-    if patch_size < 1:
-        raise UserError(f"patch_size {patch_size} must be at least 1 pixel")
-    if img_size < 1 or img_size % patch_size:
-        raise UserError(
-            f"img_size {img_size} is no multiple of patch_size {patch_size}; "
-            f"nearest: {_multiples_near(max(img_size, 1), patch_size)}"
-        )
-
-
-def _check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
-    if min(width, depth, heads) < 1:
-        raise UserError(
-            f"{prefix}embed_dim {width}, {prefix}depth {depth} and {prefix}num_heads {heads} "
-            "must each be at least 1"
-        )
-    if width % 4:
-        raise UserError(
-            f"{prefix}embed_dim {width} must be divisible by 4 for the sine-cosine position "
-            f"embedding; nearest: {_multiples_near(width, 4)}"
-        )
-    if width % heads:
-        fitting = [n for n in range(1, width + 1) if width % n == 0]
-        nearest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:2])
-        raise UserError(
-            f"{prefix}embed_dim {width} does not divide among {prefix}num_heads {heads}; "
-            f"nearest numbers of heads that fit: {', '.join(map(str, nearest))}"
-        )

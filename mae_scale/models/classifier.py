@@ -1,0 +1,166 @@
+"""The encoder with a classification head: fine-tuning, probing, training from scratch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import Mlp, trunc_normal_
+from torch import nn
+
+from mae_scale.errors import UserError
+from mae_scale.models.encoder import Encoder, layer_norm
+from mae_scale.models.mae import architecture
+
+Head = Literal["linear", "mlp", "probe"]
+HEAD_STD = {"linear": 2e-5, "mlp": 2e-5, "probe": 0.01}  # of its last layer's initial weights
+
+
+def build_classifier(name: str, num_classes: int, **overrides: Any) -> Classifier:
+    """Build the classifier on the encoder of one of `mae.MODELS`, with fresh weights.
+
+    Args:
+        name: the masked autoencoder's; the name's patch size is a default like the others.
+        num_classes: outputs of the head.
+        overrides: keyword arguments of `Classifier` that replace the model's own.
+
+    Raises:
+        UserError: unknown name, or sizes that do not fit each other.
+    """
+    own = {k: v for k, v in architecture(name).items() if not k.startswith("decoder_")}
+    return Classifier(num_classes=num_classes, **{**own, **overrides})
+
+
+class ProbeHead(nn.Sequential):
+    """A linear layer on normalised features: BatchNorm without affine, then Linear (Table 10).
+
+    The features are normalised in fp32 whatever the dtype of the weights.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__(
+            nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, num_classes)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm, linear = self
+        return linear(norm(x.float()).to(linear.weight.dtype))
+
+
+class Classifier(Encoder):
+    """All patches through the encoder, pooled, normalised, classified (paper Appendix A.1).
+
+    State-dict keys are those of the authors' fine-tuned weights: under mean pooling `fc_norm.*`
+    stands for `norm.*`; `head.*` is a Linear, timm's Mlp, or `ProbeHead`.
+
+    Args:
+        num_classes: outputs.
+        img_size, patch_size: sides of the square image and its patches, in pixels.
+        embed_dim, depth, num_heads: of the encoder.
+        drop_path: stochastic depth's rate in the last block.
+        pool: "mean" of the patches' features, or the class "token"'s.
+        head: "linear"; "mlp" with one hidden layer of the encoder's width; "probe".
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        drop_path: float = 0.0,
+        pool: Literal["mean", "token"] = "mean",
+        head: Head = "linear",
+    ) -> None:
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
+        if num_classes < 2:
+            raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
+        self.num_classes = num_classes
+        self.pool, self._head_kind = pool, head
+        if pool == "mean":
+            self.fc_norm: nn.Module = layer_norm(embed_dim)
+        else:
+            self.norm: nn.Module = layer_norm(embed_dim)
+        self.head: nn.Module
+        if head == "linear":
+            self.head = nn.Linear(embed_dim, num_classes)
+        elif head == "mlp":
+            self.head = Mlp(embed_dim, embed_dim, num_classes)
+        else:
+            self.head = ProbeHead(embed_dim, num_classes)
+        self.initialize_weights()
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The last LayerNorm."""
+        return self.fc_norm if self.pool == "mean" else self.norm
+
+    @property
+    def last_linear(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return [module for module in self.head.modules() if isinstance(module, nn.Linear)][-1]
+
+    @torch.no_grad()
+    def initialize_module(self, module: nn.Module) -> None:
+        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        super().initialize_module(module)
+        if module is self.last_linear:
+            trunc_normal_(module.weight, std=HEAD_STD[self._head_kind])
+        elif isinstance(module, nn.BatchNorm1d):
+            module.reset_running_stats()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+
+        Returns:
+            logits, float32 [B, num_classes]: the loss is to be computed in fp32.
+        """
+        x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
+        x = self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == "mean" else self.norm(x)[:, 0]
+        return self.head(x).float()
+
+    def layer_of(self, name: str) -> int:
+        """Number of the layer that a parameter belongs to, for layer-wise decay (Table 9).
+
+        0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for the rest.
+        """
+        if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+            return 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return len(self.blocks) + 1
+
+    def tune_last(self, blocks: float) -> None:
+        """Freeze all but the head and the last so many blocks (partial fine-tuning, Figure 9).
+
+        Args:
+            blocks: 0 trains the head only; 0.5 also the last LayerNorm and the last block's MLP
+                with its norm; from 1 on the last LayerNorm and so many whole blocks.
+
+        Raises:
+            UserError: another number, or more blocks than there are.
+        """
+        depth = len(self.blocks)
+        if not (blocks == 0.5 or (blocks == int(blocks) and 0 <= blocks <= depth)):
+            raise UserError(
+                f"train.tune_blocks {blocks:g} must be 0, 0.5 or a whole number up to the "
+                f"{depth} blocks of the encoder"
+            )
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        if blocks:
+            self.final_norm.requires_grad_(True)
+        if blocks == 0.5:
+            self.blocks[-1].norm2.requires_grad_(True)
+            self.blocks[-1].mlp.requires_grad_(True)
+        for block in self.blocks[depth - int(blocks) :]:
+            block.requires_grad_(True)

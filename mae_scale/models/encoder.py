@@ -1,0 +1,190 @@
+"""The encoder that pre-training and classification share: a plain Vision Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from mae_scale.errors import UserError
+from mae_scale.models.pos_embed import sincos_pos_embed
+
+layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
+transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
+
+
+class Encoder(nn.Module):
+    """Patch and position embeddings, class token and blocks; what follows is the subclass's.
+
+    State-dict keys are those of the published weights.
+
+    Args:
+        img_size, patch_size: sides of the square image and its patches, in pixels.
+        embed_dim, depth, num_heads: of the transformer.
+        drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_image(img_size, patch_size)
+        check_transformer("", embed_dim, depth, num_heads)
+        self._checkpoint_every = 0
+        self._offload = False
+        self._is_random = drop_path > 0
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
+        self.blocks = nn.ModuleList(
+            transformer_block(embed_dim, num_heads, drop_path=rate)
+            for rate in drop_path_rates(drop_path, depth)
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_embed.patch_size[0]
+
+    @property
+    def num_patches(self) -> int:
+        """L, patches per image."""
+        return self.patch_embed.num_patches
+
+    def initialize_weights(self) -> None:
+        """Set every parameter as the authors do; also fills a model made on the meta device."""
+        for module in self.modules():
+            self.initialize_module(module)
+
+    @torch.no_grad()
+    def initialize_module(self, module: nn.Module) -> None:
+        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        if module is self:
+            grid_size = self.patch_embed.grid_size[0]
+            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], grid_size))
+            nn.init.normal_(self.cls_token, std=0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif module is self.patch_embed.proj:
+            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
+            module.reset_parameters()
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
+
+    def set_activation_checkpointing(
+        self, every: Literal["none", "full"] | int, offload: bool = False
+    ) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
+            offload: keep what is left of a recomputed block, its input, in host memory until the
+                backward pass.
+
+        Raises:
+            UserError: anything else, or `offload` without recomputed blocks.
+        """
+        blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
+        if blocks is None or (blocks < 1 and every != "none"):
+            raise UserError(
+                f"activation_checkpointing {every!r} must be none, full, or a number k of at "
+                "least 1 for every k-th block"
+            )
+        if offload and not blocks:
+            raise UserError(
+                "activation_offload moves the inputs of recomputed blocks to the host; it needs "
+                "activation_checkpointing full or a number"
+            )
+        self._checkpoint_every, self._offload = blocks, offload
+
+    def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [B, 3, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
+        return x + self.pos_embed[:, 1:]
+
+    def prepend_cls_token(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, K, D] -> [B, 1 + K, D]."""
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+
+    def run_blocks(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        """Apply blocks one after the other, recomputing some in the backward pass."""
+        for i, block in enumerate(blocks):
+            if self._checkpoint_every and i % self._checkpoint_every == 0:
+                # The hooks of the outer context get the block's input only: within, those of
+                # checkpoint count. Pinned memory lets the device copy without the host waiting.
+                with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():
+                    # Without drop path nothing in a block is random: no generator to put back.
+                    x = checkpoint(
+                        block, x, use_reentrant=False, preserve_rng_state=self._is_random
+                    )
+            else:
+                x = block(x)
+        return x
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rate of each block's stochastic depth: linear from 0 to `last` (paper Table 9).
+
+    Raises:
+        UserError: it is no probability below 1.
+    """
+    if not 0 <= last < 1:
+        raise UserError(f"drop_path {last} must lie in 0 to 1, 1 excluded")
+    return [last * i / max(1, depth - 1) for i in range(depth)]
+
+
+def _multiples_near(size: int, step: int) -> str:
+    below = size // step * step
+    return ", ".join(str(n) for n in (below, below + step) if n > 0)
+
+
+def _check_image(img_size: int, patch_size: int) -> None:
+    if patch_size < 1:
+        raise UserError(f"patch_size {patch_size} must be at least 1 pixel")
+    if img_size < 1 or img_size % patch_size:
+        raise UserError(
+            f"img_size {img_size} is no multiple of patch_size {patch_size}; "
+            f"nearest: {_multiples_near(max(img_size, 1), patch_size)}"
+        )
+
+
+def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
+    """Raise a UserError where a transformer's sizes do not fit each other."""
+    if min(width, depth, heads) < 1:
+        raise UserError(
+            f"{prefix}embed_dim {width}, {prefix}depth {depth} and {prefix}num_heads {heads} "
+            "must each be at least 1"
+        )
+    if width % 4:
+        raise UserError(
+            f"{prefix}embed_dim {width} must be divisible by 4 for the sine-cosine position "
+            f"embedding; nearest: {_multiples_near(width, 4)}"
+        )
+    if width % heads:
+        fitting = [n for n in range(1, width + 1) if width % n == 0]
+        nearest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:2])
+        raise UserError(
+            f"{prefix}embed_dim {width} does not divide among {prefix}num_heads {heads}; "
+            f"nearest numbers of heads that fit: {', '.join(map(str, nearest))}"
+        )

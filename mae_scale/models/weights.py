@@ -1,0 +1,180 @@
+"""Weights from elsewhere: the authors' files, timm's, Hugging Face's; and making them fit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mae_scale.errors import UserError
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.pos_embed import interpolate_pos_embed
+
+StateDict = dict[str, torch.Tensor]
+
+# In a folder, the first that is there counts. The two with an index are of several files.
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# Of Hugging Face's ViT and ViTMAE, after their prefix "vit." is gone.
+_HUGGING_FACE = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.", r"blocks.\1.attn."),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (r"layernorm\.", "norm."),
+    (r"classifier\.", "head."),
+)
+
+
+def read_weights(path: Path) -> StateDict:
+    """The state dict in a file or folder, with the authors' keys, as it is stored.
+
+    Args:
+        path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` that `torch.save` wrote, alone or
+            under the key `model` or `state_dict`; or a folder with a `model.safetensors` or
+            `pytorch_model.bin`, as timm and Hugging Face write it. Only tensors are unpickled.
+
+    Raises:
+        UserError: nothing is there, or it holds no weights.
+    """
+    if not path.exists():
+        raise UserError(f"weights: there is no file or folder {path}")
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"weights: {path} holds none of {', '.join(FILES)}")
+        path = found[0]
+    if path.suffix == ".json":
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        state = {k: v for part in parts for k, v in _read_file(path.with_name(part)).items()}
+    else:
+        state = _read_file(path)
+    return _from_hugging_face(state) if any(".layernorm_before." in key for key in state) else state
+
+
+def _read_file(path: Path) -> StateDict:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights: {path} cannot be read as weights: {first}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise UserError(f"weights: {path} holds a {type(content).__name__}, no state dict")
+    state = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise UserError(f"weights: {path} holds no tensors; its keys: {', '.join(content)}")
+    return state
+
+
+def _from_hugging_face(state: StateDict) -> StateDict:
+    """The encoder and head of a ViT or ViTMAE under the authors' keys; the decoder is left out."""
+    renamed: StateDict = {}
+    for key, value in state.items():
+        if key.startswith("decoder."):
+            continue
+        key = key.removeprefix("vit.")
+        for pattern, replacement in _HUGGING_FACE:
+            key, found = re.subn(f"^{pattern}", replacement, key)
+            if found:
+                break
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[key.replace("query", "qkv")] = torch.cat(parts)
+    return renamed
+
+
+def fit_to_classifier(
+    state: StateDict, model: Classifier, *, new_head: bool = False, whole: bool = False
+) -> StateDict:
+    """What of a state dict goes into a classifier, the position embedding at its resolution.
+
+    As in the authors' code, weights without a head give encoder weights only, and under mean
+    pooling the LayerNorm of pre-training (`norm`) is left out: `fc_norm` starts fresh.
+
+    Args:
+        state: as from `read_weights`, or of a masked autoencoder or classifier of ours.
+        model: may be on the meta device; its parameters are looked at only.
+        new_head: leave out the head and its norm even if there is one.
+        whole: ask for every key of the model, head included, as evaluation does.
+
+    Returns:
+        fp32 tensors by key; under `whole` all of the model's, else perhaps without head and norm.
+
+    Raises:
+        UserError: keys are missing, unknown or of another shape; the message names them.
+    """
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    final = ("head.", "fc_norm.", "norm.")
+    fresh = new_head or not any(key.startswith("head.") for key in state)
+    if fresh and whole:
+        raise UserError("weights: they have no head; fine-tune them first")
+
+    def is_left_out(key: str) -> bool:
+        if key.startswith(("decoder_", "mask_token")):
+            return True
+        if key.startswith("norm.") and model.pool == "mean":
+            return fresh
+        return new_head and key.startswith(final)
+
+    found = {key: value for key, value in state.items() if not is_left_out(key)}
+    if fresh and model.pool == "token" and new_head and "norm.weight" in state:
+        found |= {key: state[key] for key in ("norm.weight", "norm.bias")}
+    optional = final if fresh else ()
+    problems = []
+    missing = [key for key in expected if key not in found and not key.startswith(optional)]
+    if missing:
+        problems.append(f"missing: {_some(missing)}")
+    unknown = [key for key in found if key not in expected]
+    if unknown:
+        problems.append(f"not known to the model: {_some(unknown)}")
+    result: StateDict = {}
+    for key, value in found.items():
+        if key == "pos_embed" and value.ndim == 3 and value.shape[-1] == expected[key][-1]:
+            value = _resample(value, model)
+        if key in expected and value.shape != expected[key]:
+            problems.append(f"{key} is {list(value.shape)}, expected {list(expected[key])}")
+        result[key] = value.float() if value.is_floating_point() else value
+    if problems:
+        shown = problems if len(problems) <= 4 else [*problems[:4], f"{len(problems) - 4} more"]
+        hint = ""
+        if any(problem.startswith(("head.", "missing: head.")) for problem in problems):
+            hint = "; --new_head true starts with a new head"
+        raise UserError(f"weights do not fit the model: {'; '.join(shown)}{hint}")
+    return result
+
+
+def _resample(pos_embed: torch.Tensor, model: Classifier) -> torch.Tensor:
+    grid = round((pos_embed.shape[1] - 1) ** 0.5)
+    if grid**2 != pos_embed.shape[1] - 1:
+        raise UserError(
+            f"weights: pos_embed has {pos_embed.shape[1]} rows; expected one for the class token "
+            "and one for each patch of a square grid"
+        )
+    return interpolate_pos_embed(pos_embed, model.patch_embed.grid_size[0])
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ", ".join(keys[:4]) + more

@@ -1,0 +1,186 @@
+"""Weights of the authors, timm and Hugging Face go into the classifier; errors name the keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from mae_scale.errors import UserError
+from mae_scale.models import Classifier, build_classifier, build_mae
+from mae_scale.models.weights import fit_to_classifier, read_weights
+
+SIZES = {"img_size": 32, "patch_size": 8, "depth": 2}
+HF = {
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "image_size": 32,
+    "patch_size": 8,
+}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def classifier(**overrides: object) -> Classifier:
+    return build_classifier("mae_vit_tiny_patch16", **{"num_classes": 5, **SIZES, **overrides})
+
+
+def features(model: Classifier) -> torch.Tensor:
+    """[2, 17, 192]: of all tokens after the blocks."""
+    x = model.prepend_cls_token(model.embed_patches(IMAGES))
+    return model.run_blocks(model.blocks, x)
+
+
+@pytest.mark.parametrize("with_decoder", [True, False])
+def test_the_authors_pretrained_files(tmp_path: Path, with_decoder: bool) -> None:
+    mae = build_mae("mae_vit_tiny_patch16", **SIZES)
+    state = {
+        key: value
+        for key, value in mae.state_dict().items()
+        if with_decoder or not key.startswith(("decoder_", "mask_token"))
+    }
+    torch.save({"model": state, "epoch": 800}, tmp_path / "mae.pth")
+    model = classifier()
+    fitting = fit_to_classifier(read_weights(tmp_path / "mae.pth"), model)
+    result = model.load_state_dict(fitting, strict=False)
+    assert result.missing_keys == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+    assert not result.unexpected_keys
+    torch.testing.assert_close(model.blocks[1].mlp.fc1.weight, mae.blocks[1].mlp.fc1.weight)
+    token = classifier(pool="token", head="probe")
+    fitting = fit_to_classifier(state, token)
+    assert "norm.weight" in fitting and not any(key.startswith("head.") for key in fitting)
+
+
+def test_timms_folder_and_file(tmp_path: Path) -> None:
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=5, global_pool="avg", **SIZES
+    ).eval()
+    timm.models.save_for_hf(theirs, tmp_path)
+    save_file(theirs.state_dict(), tmp_path / "mine.safetensors")
+    for path in (tmp_path, tmp_path / "mine.safetensors"):
+        model = classifier().eval()
+        model.load_state_dict(fit_to_classifier(read_weights(path), model, whole=True))
+        torch.testing.assert_close(model(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_hugging_faces_mae(tmp_path: Path, shards: int) -> None:
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**HF, mask_ratio=0.0, layer_norm_eps=1e-6)).eval()
+    theirs.save_pretrained(tmp_path)
+    if shards == 2:  # as large models are
+        state = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        names = sorted(state)
+        parts = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+        for file, keys in parts.items():
+            save_file({key: state[key] for key in keys}, tmp_path / file)
+        index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = classifier(pool="token").eval()
+    fitting = fit_to_classifier(read_weights(tmp_path), model)
+    assert set(model.state_dict()) - set(fitting) == {"head.weight", "head.bias"}
+    model.load_state_dict(fitting, strict=False)
+    noise = torch.arange(16.0).expand(2, -1)  # keeps all, in order
+    expected = theirs.vit(IMAGES, noise=noise).last_hidden_state
+    torch.testing.assert_close(model.norm(features(model)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hugging_faces_classifier(tmp_path: Path) -> None:
+    theirs = ViTForImageClassification(ViTConfig(**HF, num_labels=5, layer_norm_eps=1e-6)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = classifier(pool="token").eval()
+    model.load_state_dict(fit_to_classifier(read_weights(tmp_path), model, whole=True))
+    torch.testing.assert_close(model(IMAGES), theirs(IMAGES).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_another_resolution_interpolates_the_positions() -> None:
+    """224 to 448 as the official code: against bicubic interpolation written out."""
+    model = build_classifier("mae_vit_tiny_patch16", 5, img_size=448, depth=1)
+    state = build_classifier("mae_vit_tiny_patch16", 5, img_size=224, depth=1).state_dict()
+    state["pos_embed"] = torch.randn(1, 197, 192)
+    fitted = fit_to_classifier(state, model)["pos_embed"]
+    assert fitted.shape == (1, 785, 192)
+    assert torch.equal(fitted[:, 0], state["pos_embed"][:, 0])
+
+    def kernel(x: float) -> float:  # Keys' cubic with a = -0.75, PyTorch's
+        a, x = -0.75, abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    weights = torch.zeros(28, 14, dtype=torch.float64)
+    for out in range(28):
+        at = (out + 0.5) * 14 / 28 - 0.5  # align_corners=False: centres of pixels meet
+        for tap in range(int(at // 1) - 1, int(at // 1) + 3):
+            weights[out, min(max(tap, 0), 13)] += kernel(at - tap)
+    old = state["pos_embed"][0, 1:].double().view(14, 14, 192)
+    expected = torch.einsum("yi,xj,ijc->yxc", weights, weights, old).reshape(784, 192)
+    torch.testing.assert_close(fitted[0, 1:].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model": Bad()}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_weights(tmp_path / "bad.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 1}, tmp_path / "empty.pth")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("text.pth", "cannot be read"),
+        ("text.safetensors", "cannot be read"),
+        ("list.pth", "holds a list, no state dict"),
+        ("empty.pth", "holds no tensors; its keys: epoch"),
+        ("folder", "holds none of model.safetensors"),
+        ("nowhere.pth", "there is no file or folder"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            read_weights(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"patch_size": 4, "img_size": 16},
+         r"patch_embed.proj.weight is \[192, 3, 8, 8\], expected \[192, 3, 4, 4\]"),
+        ({"depth": 3}, "missing: blocks.2.norm1.weight, .* and 8 more"),
+        ({"depth": 1}, "not known to the model: blocks.1.norm1.weight, .* and 8 more"),
+        ({"num_classes": 6}, r"head.weight is \[5, 192\], expected \[6, 192\].*--new_head true"),
+        ({"head": "mlp"}, "missing: head.fc1.weight.*--new_head true"),
+        ({"pool": "token"}, "missing: norm.weight"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_name_the_keys(target: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit_to_classifier(classifier().state_dict(), classifier(**target))
+
+
+def test_a_new_head_takes_any_encoder() -> None:
+    state = classifier().state_dict()
+    for target in ({"num_classes": 6}, {"head": "mlp"}, {"pool": "token"}):
+        fitting = fit_to_classifier(state, classifier(**target), new_head=True)
+        assert not any(key.startswith(("head.", "fc_norm.", "norm.")) for key in fitting)
+    with pytest.raises(UserError, match="they have no head; fine-tune them first"):
+        fit_to_classifier(build_mae("mae_vit_tiny_patch16", **SIZES).state_dict(), classifier(),
+                          whole=True)  # fmt: skip
