@@ -59,7 +59,7 @@ class DataConfig:
     train: str
     """Folder of training shards, as written by data_prep/shard_imagenet.py."""
     val: str | None = None
-    """Folder of validation shards; not used by pre-training."""
+    """Folder of validation shards; null: no validation. Not used by pre-training."""
     workers: int = 8
     """Data-loading processes per rank; 0 loads in the training process itself."""
     lanes: int = 256
@@ -156,6 +156,204 @@ class PretrainConfig:
     Nothing is written."""
 
 
+@dataclass
+class ClassifierConfig:
+    """The encoder of a masked autoencoder and a classification head (paper Appendix A.1)."""
+
+    name: str = "mae_vit_base_patch16"
+    """The masked autoencoder whose encoder it is: mae_vit_{tiny,small,base,large}_patch16 or
+    mae_vit_huge_patch14."""
+    img_size: int = 224
+    """Side of the square input image, in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels; null takes the one in the model's name."""
+    depth: int | None = None
+    """Blocks of the encoder; null takes the architecture's."""
+    pool: Literal["mean", "token"] = "mean"
+    """What is classified: the mean of the patches' features, or the class token's."""
+    head: Literal["linear", "mlp"] = "linear"
+    """One linear layer, or an MLP with one hidden layer of the encoder's width."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block; it rises linearly from 0 in the first one."""
+    crop_ratio: float | None = None
+    """Share of the short side that evaluation's centre crop covers; null: 0.875 up to 224 pixels,
+    1.0 above."""
+
+    def build_kwargs(self) -> dict[str, Any]:
+        """What `build_classifier` gets: the architecture's own values where a key is null."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if v is not None and k != "crop_ratio"}
+
+
+@dataclass
+class AugmentConfig:
+    """What makes training images vary (paper Tables 9 and 11)."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's spelling; null: none."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0: none. Where both are on, each micro-batch draws mixup or cutmix."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0: none."""
+    erasing: float = 0.25
+    """Share of the images in which a rectangle becomes noise (random erasing)."""
+    label_smoothing: float = 0.1
+    """Probability mass of the target that is spread over all classes."""
+
+
+@dataclass
+class FinetuneTrainConfig(TrainConfig):
+    """Length, batch, precision, memory, and what is trained."""
+
+    epochs: int = 100
+    """Epochs of the whole schedule; the learning rate follows it."""
+    global_batch_size: int = 1024
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    tune_blocks: float | None = None
+    """Last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last block's
+    MLP), 1, 2, ...; null: everything."""
+    validate_epochs: int = 1
+    """Epochs between two validations on data.val; the last epoch has one, too."""
+
+
+@dataclass
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW, the learning-rate rule, layer-wise decay (paper Table 9)."""
+
+    base_lr: float = 5e-4
+    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the half-cycle cosine."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
+    ema_decay: float | None = None
+    """Decay per step of a moving average of the weights, kept in fp32, validated beside them;
+    null: none (paper Table 11)."""
+
+
+@dataclass
+class FinetuneConfig:
+    """Classification, from pre-trained weights or from scratch (paper Tables 9 and 11)."""
+
+    run_dir: str
+    """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
+    data: DataConfig
+    weights: str | None = None
+    """What to start from: a run folder of pretrain or finetune or a step folder in it, a .pth of
+    the authors, a .safetensors, or a folder of timm or Hugging Face; null: from scratch."""
+    new_head: bool = False
+    """Whether to start with a new head even if the weights have one."""
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: str = "zero1"
+    """DeepSpeed config: zero0, zero1, zero2, zero3, zero3_offload, or the path of a JSON file."""
+    seed: int = 0
+    """Decides sample order, augmentation, dropped paths and initial weights."""
+    replay: int | None = None
+    """Run this optimiser step of the run again, alone, and show the first value that is not finite.
+    Nothing is written."""
+
+
+@dataclass
+class ProbeModelConfig:
+    """A frozen encoder and the linear layer on it (paper Table 10)."""
+
+    name: str = "mae_vit_base_patch16"
+    """The masked autoencoder whose encoder it is: mae_vit_{tiny,small,base,large}_patch16 or
+    mae_vit_huge_patch14."""
+    img_size: int = 224
+    """Side of the square input image, in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels; null takes the one in the model's name."""
+    depth: int | None = None
+    """Blocks of the encoder; null takes the architecture's."""
+    pool: Literal["mean", "token"] = "token"
+    """What is classified: the mean of the patches' features, or the class token's."""
+    crop_ratio: float | None = None
+    """Share of the short side that evaluation's centre crop covers; null: 0.875 up to 224 pixels,
+    1.0 above."""
+
+    def build_kwargs(self) -> dict[str, Any]:
+        """What `build_classifier` gets: the architecture's own values where a key is null."""
+        values = dataclasses.asdict(self)
+        kwargs = {k: v for k, v in values.items() if v is not None and k != "crop_ratio"}
+        return {**kwargs, "head": "probe"}
+
+
+@dataclass
+class ProbeAugmentConfig:
+    """RandomResizedCrop and flip only (paper Table 10)."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a RandomResizedCrop."""
+
+
+@dataclass
+class ProbeTrainConfig(TrainConfig):
+    """Length, batch, precision, memory."""
+
+    epochs: int = 90
+    """Epochs of the whole schedule; the learning rate follows it."""
+    global_batch_size: int = 16384
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: int = 512
+    """Images per rank and forward pass; the probe's BatchNorm sees so many at a time."""
+    validate_epochs: int = 1
+    """Epochs between two validations on data.val; the last epoch has one, too."""
+
+
+@dataclass
+class LarsConfig:
+    """LARS and the learning-rate rule (paper Table 10)."""
+
+    base_lr: float = 0.1
+    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the half-cycle cosine."""
+    warmup_epochs: float = 10
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices; biases have none."""
+    momentum: float = 0.9
+    """Momentum of the step."""
+
+
+@dataclass
+class LinprobeConfig:
+    """Linear probing: a linear classifier on a frozen encoder (paper Table 10)."""
+
+    run_dir: str
+    """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
+    data: DataConfig
+    weights: str | None = None
+    """Encoder to probe: a run folder of pretrain or finetune or a step folder in it, a .pth of the
+    authors, a .safetensors, or a folder of timm or Hugging Face; null: a random one."""
+    model: ProbeModelConfig = field(default_factory=ProbeModelConfig)
+    augment: ProbeAugmentConfig = field(default_factory=ProbeAugmentConfig)
+    train: ProbeTrainConfig = field(default_factory=ProbeTrainConfig)
+    optim: LarsConfig = field(default_factory=LarsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: str = "zero0"
+    """DeepSpeed config of stage 0: LARS needs the norms of whole matrices."""
+    seed: int = 0
+    """Decides sample order, crops and initial weights."""
+    replay: int | None = None
+    """Run this optimiser step of the run again, alone, and show the first value that is not finite.
+    Nothing is written."""
+
+
+RunConfig = PretrainConfig | FinetuneConfig | LinprobeConfig
+
+
 AT_LEAST = {
     "seed": 0,
     "replay": 1,
@@ -167,6 +365,7 @@ AT_LEAST = {
     "train.max_bad_steps": 1,
     "train.log_every": 1,
     "train.hang_timeout": 10,
+    "train.validate_epochs": 1,
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,

@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     DEVICE_SEED = 5
     REPLACEMENT = 6
     WRITE_ORDER = 7
+    IMAGE_OPERATIONS = 8
+    MIX = 9
 
 
 def hash64(*keys: IntLike) -> npt.NDArray[np.uint64]:

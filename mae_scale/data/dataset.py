@@ -20,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mae_scale.data.augment import Augment
 from mae_scale.data.cache import FetchError, ShardCache
 from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import ShardSet, is_remote
 from mae_scale.data.transforms import (
     TRAIN_UNIFORMS,
-    Scratch,
     decode_image,
-    decode_train_crop,
     eval_crop,
 )
 from mae_scale.errors import UserError
@@ -243,18 +242,23 @@ class _BatchDataset(torch.utils.data.Dataset):
 
 
 class TrainDataset(_BatchDataset):
-    """RandomResizedCrop and flip of samples in training order; damaged ones are replaced.
+    """Augmented crops of samples in training order; damaged ones are replaced.
 
     A sample that cannot be decoded gives its place to another one, which follows from
     (seed, epoch, sample) alone.
     """
 
     def __init__(
-        self, shards: ShardSet, img_size: int, order: SampleOrder, cache: ShardCache | None = None
+        self,
+        shards: ShardSet,
+        img_size: int,
+        order: SampleOrder,
+        cache: ShardCache | None = None,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(shards, img_size, cache)
         self.order = order
-        self._scratch = Scratch()
+        self._augment = augment or Augment()
 
     def batch(self, key: BatchKey) -> Batch:
         samples = self.order.samples(key.epoch, key.positions)
@@ -265,10 +269,13 @@ class TrainDataset(_BatchDataset):
             wanted = int(samples[i])
             u = uniforms[i]
             for attempt in range(_REPLACEMENT_TRIES):
+                sample = int(samples[i])
+                keys = (self.order.seed, key.epoch, sample)
+                augment = partial(self._augment, size=self.img_size, uniforms=u, keys=keys)
                 try:
-                    return self._decode(int(samples[i]), partial(self._crop, uniforms=u))
+                    return self._decode(sample, augment)
                 except ValueError as error:
-                    damaged[int(samples[i])] = str(error)
+                    damaged[sample] = str(error)
                 samples[i] = self.order.replacement(key.epoch, wanted, attempt)
                 u = self._uniforms(key.epoch, samples[i : i + 1])[0]
             raise UserError(
@@ -280,9 +287,6 @@ class TrainDataset(_BatchDataset):
         batch = self._fill(key, samples, pixels)
         batch.damaged = damaged
         return batch
-
-    def _crop(self, data: bytearray, uniforms: npt.NDArray[np.float64]) -> torch.Tensor:
-        return decode_train_crop(data, self.img_size, uniforms, self._scratch)
 
     def _uniforms(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         draws = np.arange(TRAIN_UNIFORMS)

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
+from mae_scale.data.augment import Augment
 from mae_scale.data.cache import ShardCache
 from mae_scale.data.dataset import (
     Batch,
@@ -131,6 +132,7 @@ class TrainLoader(_Loader):
         pin_memory: put images into page-locked memory.
         cache_dir, cache_bytes: where remote shards are staged, and how many bytes may lie there.
         max_bad_fraction: of the dataset's samples that may be damaged before the run ends.
+        augment: what makes an image vary; None is pre-training's crop and flip.
 
     Raises:
         UserError: fewer samples than a batch, or a batch that does not divide.
@@ -154,6 +156,7 @@ class TrainLoader(_Loader):
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         max_bad_fraction: float = 1e-4,
+        augment: Augment | None = None,
     ) -> None:
         order = SampleOrder(shards.samples, seed, lanes, window)
         if global_batch_size % (micro_batch_size * world_size):
@@ -179,7 +182,10 @@ class TrainLoader(_Loader):
                     cache_bytes / 1e9, lanes, shards.root, need / 1e9,
                 )  # fmt: skip
         super().__init__(
-            TrainDataset(shards, img_size, order, cache), micro_batch_size, workers, pin_memory
+            TrainDataset(shards, img_size, order, cache, augment),
+            micro_batch_size,
+            workers,
+            pin_memory,
         )
         self._shards = shards
         self._global_batch_size = global_batch_size
@@ -259,6 +265,9 @@ class EvalLoader(_Loader):
         workers: processes that decode; 0 decodes in this one.
         crop_ratio: see `eval_crop`; by default 0.875 up to 224 pixels, 1.0 above (official).
         pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
+
+    Attributes:
+        most_batches: of any rank.
     """
 
     def __init__(
@@ -283,6 +292,8 @@ class EvalLoader(_Loader):
         )
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
+        self.batch_size = batch_size
+        self.most_batches = -(-(-(-n // world_size)) // batch_size)
 
     def __len__(self) -> int:
         """Batches of this rank."""

@@ -1,0 +1,124 @@
+"""What makes a training image vary; all of it follows from (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from mae_scale.data.transforms import (
+    IMAGENET_MEAN,
+    Scratch,
+    decode_train_crop,
+    denormalize,
+    normalize,
+)
+from mae_scale.errors import UserError
+from mae_scale.randomness import Purpose, hash64
+
+
+class Augment:
+    """RandomResizedCrop and flip, then RandAugment, then random erasing (paper Table 9).
+
+    The latter two are timm's. They draw from the global generators of Python, numpy and torch,
+    which are seeded anew for each image; torch's is put back. The noise of an erased rectangle is
+    normal after normalisation, as in the official code, but pixels travel as uint8: values beyond
+    black and white, 3 % of them, are clipped to these.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area in a crop.
+        hflip: flip half of the images.
+        rand_augment: timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: none.
+        erasing: share of the images in which a rectangle becomes noise.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    def __init__(
+        self,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        hflip: bool = True,
+        rand_augment: str | None = None,
+        erasing: float = 0.0,
+    ) -> None:
+        low, high = crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"augment.crop_scale {list(crop_scale)} must rise from above 0 to 1")
+        if not 0 <= erasing <= 1:
+            raise UserError(f"augment.erasing {erasing} must lie in 0 to 1")
+        self._crop_scale, self._hflip = crop_scale, hflip
+        self._rand_augment, self._erasing = rand_augment, erasing
+        self._scratch = Scratch()
+        self._operations: dict[int, Any] = {}  # RandAugment by image size
+        if rand_augment is not None:
+            self._operations_for(224)
+
+    def __call__(
+        self,
+        data: bytearray,
+        size: int,
+        uniforms: npt.NDArray[np.float64],
+        keys: tuple[int, int, int],
+    ) -> torch.Tensor:
+        """Pixels of an image file.
+
+        Args:
+            data: the image file.
+            size: pixels of a side of the result.
+            uniforms: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
+            keys: seed, epoch and sample, for the rest.
+
+        Returns:
+            uint8 [3, size, size].
+
+        Raises:
+            ValueError: not an image, or a damaged one.
+        """
+        pixels = decode_train_crop(
+            data, size, uniforms, self._scratch, self._crop_scale, self._hflip
+        )
+        if self._rand_augment is None and not self._erasing:
+            return pixels
+        key = int(hash64(Purpose.IMAGE_OPERATIONS, *keys))
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        if self._rand_augment is not None:
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image = self._operations_for(size)(image)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if random.random() < self._erasing:
+            pixels = _erase(pixels, key)
+        return pixels
+
+    def _operations_for(self, size: int) -> Any:
+        if size not in self._operations:
+            from timm.data.auto_augment import rand_augment_transform
+
+            hints = {  # as timm's create_transform gives them
+                "translate_const": int(size * 0.45),
+                "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
+                "interpolation": Image.Resampling.BICUBIC,
+            }
+            try:
+                self._operations[size] = rand_augment_transform(self._rand_augment, hints)
+            except (AssertionError, ValueError, IndexError, KeyError):
+                raise UserError(
+                    f"augment.rand_augment '{self._rand_augment}' is not in timm's spelling; "
+                    "expected something like rand-m9-mstd0.5-inc1"
+                ) from None
+        return self._operations[size]
+
+
+def _erase(pixels: torch.Tensor, key: int) -> torch.Tensor:
+    """Fill a rectangle with noise; its place comes from Python's generator, as seeded."""
+    from timm.data.random_erasing import RandomErasing
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key >> 1)
+        erased = RandomErasing(probability=1.0, mode="pixel", device="cpu")(normalize(pixels))
+    return (denormalize(erased) * 255).round().to(torch.uint8)
