@@ -15,9 +15,12 @@ from mae_scale.errors import RunError, UserError
 # called for: --help and a mistyped key must not wait for torch and DeepSpeed.
 COMMANDS = {
     "pretrain": ("mae_scale.tasks.pretrain", "train a masked autoencoder on shards"),
+    "finetune": ("mae_scale.tasks.finetune", "train a classifier, from weights or from scratch"),
+    "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
+    "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
     "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
 }
-TRAINING = {"pretrain"}
+TRAINING = {"pretrain", "finetune", "linprobe"}
 
 
 def usage() -> str:

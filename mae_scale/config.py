@@ -393,6 +393,7 @@ MAY_CHANGE = (
     "train.max_bad_steps",
     "train.log_every",
     "train.hang_timeout",
+    "train.validate_epochs",
     "checkpoint",
     "replay",
 )

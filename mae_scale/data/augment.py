@@ -105,7 +105,7 @@ class Augment:
                 "interpolation": Image.Resampling.BICUBIC,
             }
             try:
-                self._operations[size] = rand_augment_transform(self._rand_augment, hints)
+                self._operations[size] = rand_augment_transform(str(self._rand_augment), hints)
             except (AssertionError, ValueError, IndexError, KeyError):
                 raise UserError(
                     f"augment.rand_augment '{self._rand_augment}' is not in timm's spelling; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import mmap
 import os
 import signal
@@ -267,6 +268,7 @@ class EvalLoader(_Loader):
         pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
 
     Attributes:
+        img_size, batch_size: as given.
         most_batches: of any rank.
     """
 
@@ -292,8 +294,8 @@ class EvalLoader(_Loader):
         )
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
-        self.batch_size = batch_size
-        self.most_batches = -(-(-(-n // world_size)) // batch_size)
+        self.img_size, self.batch_size = img_size, batch_size
+        self.most_batches = math.ceil(math.ceil(n / world_size) / batch_size)
 
     def __len__(self) -> int:
         """Batches of this rank."""

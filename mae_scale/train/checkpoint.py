@@ -55,6 +55,8 @@ class Commit:
     """Steps so far that were not applied since the loss or gradient was not finite."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and SHA-256 of each file."""
+    score: float | None = None
+    """Top-1 in percent where this step was validated; the best one is kept."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -115,6 +117,11 @@ def damage(folder: Path, config_hash: str | None = None) -> str | None:
     return None
 
 
+def exists(run_dir: Path) -> bool:
+    """Whether anything has been committed, intact or not."""
+    return any((folder / COMMITTED).exists() for folder in _folders(run_dir))
+
+
 def newest_intact(
     run_dir: Path, config_hash: str | None = None, last: int | None = None
 ) -> Path | None:
@@ -127,7 +134,7 @@ def newest_intact(
     for folder in _folders(run_dir):
         if not (folder / COMMITTED).exists():
             continue
-        if last is not None and int(folder.name.removeprefix("step-")) > last:
+        if last is not None and _step_of(folder) > last:
             continue
         wrong = damage(folder, config_hash)
         if wrong is None:
@@ -250,15 +257,47 @@ def _run_errors(folder: Path) -> Iterator[None]:
 
 def _prune(run_dir: Path, keep: int) -> None:
     """Remove the checkpoints that need not be kept and the leftovers of interrupted saves."""
-    kept = 0
+    kept, best = 0, best_of(run_dir)
     for folder in _folders(run_dir):
         committed = (folder / COMMITTED).exists()
-        if committed and (kept < keep or Commit.read(folder).milestone):
+        if committed and (kept < keep or Commit.read(folder).milestone or folder == best):
             kept += 1
             continue
         # The commit goes first: a removal that is cut short must not look like a checkpoint.
         (folder / COMMITTED).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def best_of(run_dir: Path) -> Path | None:
+    """The committed checkpoint with the highest validation score, the first of equal ones."""
+    scores = _scores(run_dir)
+    return max(scores, key=lambda folder: (scores[folder], -_step_of(folder)), default=None)
+
+
+def best_score(run_dir: Path) -> float | None:
+    """The highest validation score of the committed checkpoints."""
+    return max(_scores(run_dir).values(), default=None)
+
+
+def _scores(run_dir: Path) -> dict[Path, float]:
+    found = {}
+    for folder in _folders(run_dir):
+        with contextlib.suppress(OSError, ValueError):
+            score = Commit.read(folder).score
+            if score is not None:
+                found[folder] = score
+    return found
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def add_score(folder: Path, score: float) -> None:
+    """Write down the validation score of a committed checkpoint; one process calls."""
+    commit = Commit.read(folder)
+    commit.score = score
+    write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
 
 
 def load(engine: DeepSpeedEngine, folder: Path, order: list[str]) -> None:

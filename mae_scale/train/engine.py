@@ -10,12 +10,13 @@ from typing import Any
 
 import hjson
 import torch
+import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mae_scale.config import OptimConfig, TrainConfig, flatten
+from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig, TrainConfig, flatten
 from mae_scale.errors import UserError
-from mae_scale.train.distributed import World
+from mae_scale.train.distributed import World, on_rank0
 from mae_scale.train.ds import (
     DeepSpeedBF16Config,
     DeepSpeedConfig,
@@ -23,6 +24,7 @@ from mae_scale.train.ds import (
     DeepSpeedEngine,
     deepspeed,
 )
+from mae_scale.train.optimizers import inner_optimizer, keep_moving_average, make_optimizer
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
@@ -203,21 +205,37 @@ def zero_stage(config: dict[str, Any]) -> int:
     return config["zero_optimization"]["stage"]
 
 
-def fill_in(model: nn.Module, seed: int, deepspeed_config: dict[str, Any]) -> None:
+def fill_in(
+    model: nn.Module,
+    seed: int,
+    deepspeed_config: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Give initial weights to a model that was made on the meta device; all ranks call.
 
     They follow from the seed, whatever the ZeRO stage. Under stage 3 each module is sharded as
-    soon as it has its weights, so that no rank ever holds the whole model.
+    soon as it has its weights, so that no rank but 0 ever holds the whole model.
 
     Args:
         model: has a method `initialize_module` that sets the parameters of one of its modules.
+        weights: on rank 0, fp32 values of some parameters and buffers that count instead.
     """
     torch.manual_seed(seed)
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
-    for module in model.modules():
+    given = on_rank0(lambda: set(weights or ()))
+    for prefix, module in model.named_modules():
         module.to_empty(device="cpu", recurse=False)
         model.initialize_module(module)  # type: ignore[operator]
         own = list(module.parameters(recurse=False))
+        for name, value in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            key = f"{prefix}.{name}" if prefix else name
+            if key in given:
+                if weights:
+                    value.data.copy_(weights[key])
+                dist.broadcast(value.data, src=0)
         if own and zero_stage(deepspeed_config) == 3:
             if deepspeed_config["bf16"]["enabled"]:
                 for parameter in own:
@@ -225,37 +243,16 @@ def fill_in(model: nn.Module, seed: int, deepspeed_config: dict[str, Any]) -> No
             deepspeed.zero.Init(nn.ParameterList(own), config_dict_or_path=deepspeed_config)
 
 
-def optimizer_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trained parameters without weight decay (biases and norms), and those with it."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # A parameter that ZeRO-3 has sharded is flat; its own shape is in ds_shape.
-    matrices = {name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) > 1}
-    return [
-        {"params": [p for name, p in trained if name not in matrices], "weight_decay": 0.0},
-        {
-            "params": [p for name, p in trained if name in matrices],
-            "weight_decay": optim.weight_decay,
-        },
-    ]
-
-
-def optimizer_order(model: nn.Module, optim: OptimConfig) -> list[str]:
-    """Names of the trained parameters in the order of `build_engine`'s optimiser groups."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer_groups(model, optim)
-    return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
-
-
 def build_engine(
-    model: nn.Module, optim: OptimConfig, deepspeed_config: dict[str, Any]
+    model: nn.Module, optim: OptimConfig | LarsConfig, deepspeed_config: dict[str, Any]
 ) -> DeepSpeedEngine:
-    """Wrap a model: AdamW with weight decay on matrices only, sharded as the config says.
+    """Wrap a model with its optimiser, sharded as the config says.
 
     The learning rate is set by the loop at each step.
     """
-    groups = optimizer_groups(model, optim)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
-    if zero_stage(deepspeed_config) == 3:
+    stage = zero_stage(deepspeed_config)
+    optimizer = make_optimizer(model, optim, stage)
+    if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and
         # nothing of DeepSpeed's happens inside of a compiled block.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -264,9 +261,14 @@ def build_engine(
     )
     # Under stage 0 in bf16 DeepSpeed 0.19 takes a trial step with zero gradients to make AdamW's
     # state, and leaves it counted: the bias correction would be that of one step later.
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for state in inner.state.values():
-        state["step"].zero_()
+    for state in inner_optimizer(engine).state.values():
+        if "step" in state:
+            state["step"].zero_()
+    for buffer in model.buffers():  # statistics, which bf16 could not keep
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    if isinstance(optim, FinetuneOptimConfig) and optim.ema_decay is not None:
+        keep_moving_average(engine, optim.ema_decay)
     return engine
 
 

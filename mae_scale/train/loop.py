@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
+from mae_scale.config import CheckpointConfig, LarsConfig, OptimConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.randomness import Purpose, hash64
-from mae_scale.train.checkpoint import Commit, Saver
-from mae_scale.train.distributed import World, gather_to_all
+from mae_scale.train.checkpoint import Commit, Saver, add_score, best_score, folder_of
+from mae_scale.train.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import Record
 from mae_scale.train.mfu import mfu
@@ -32,6 +32,23 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass
+class Validation:
+    """What a run measures now and then besides its loss."""
+
+    every_epochs: int
+    """The last epoch counts, too."""
+    run: Callable[[DeepSpeedEngine, Callable[[], bool]], dict[str, float] | None]
+    """Scores, the same on all ranks; None where the function it is given has said stop."""
+    best_by: str
+    """The score whose highest value makes the best checkpoint."""
+
+    def is_due(self, step: int, steps_per_epoch: int, epochs: int) -> bool:
+        """Whether the model is to be measured after so many steps."""
+        last = step == epochs * steps_per_epoch
+        return step > 0 and (last or step % (self.every_epochs * steps_per_epoch) == 0)
+
+
+@dataclass
 class Loop:
     """Everything a run needs to go from one step to the next.
 
@@ -43,13 +60,13 @@ class Loop:
     """
 
     engine: DeepSpeedEngine
-    loss_of: Callable[[Batch], torch.Tensor]
-    """Loss, a scalar, of a micro-batch on this rank's device."""
+    loss_of: Callable[[Batch, int, int], torch.Tensor]
+    """Loss, a scalar, of a micro-batch on this rank's device; steps done, number in the step."""
     world: World
     run_dir: Path
     seed: int
     train: TrainConfig
-    optim: OptimConfig
+    optim: OptimConfig | LarsConfig
     checkpoint: CheckpointConfig
     steps_per_epoch: int
     accumulation: int
@@ -63,6 +80,9 @@ class Loop:
     """Shard and member of a sample id, for messages."""
     bad_steps: int = 0
     """Steps of the run so far that were not applied."""
+    validation: Validation | None = None
+    validates_first: bool = False
+    """Whether a signal came before the validation of the last step done."""
 
     def __post_init__(self) -> None:
         self._guard = StepGuard(self.engine)
@@ -90,7 +110,7 @@ class Loop:
             batch, log_every = self.train.global_batch_size, self.train.log_every
             record = Record(
                 self.run_dir, step, self.total_steps, self.steps_per_epoch, batch, log_every,
-                self.data_workers, self._mfu,
+                self.data_workers, self._mfu, self.validation is not None,
             )  # fmt: skip
         saver = Saver(self.engine, self.run_dir, self.world, self.checkpoint)
         saved_step, saved_time = step, time.monotonic()
@@ -106,7 +126,7 @@ class Loop:
                 self._settle(given, record)
             given = None
 
-        def save() -> None:
+        def save(score: float | None = None) -> None:
             nonlocal saved_step, saved_time
             settle()
             if saved_step == step:
@@ -114,10 +134,31 @@ class Loop:
             watchdog.doing(f"saving step {step}")
             if record:
                 record.sync()  # before the commit: a checkpoint must not be ahead of the record
-            saver.start(self._commit_of(step))
+            saver.start(self._commit_of(step, score))
             saved_step, saved_time = step, time.monotonic()
 
+        best = on_rank0(lambda: best_score(self.run_dir))
+
+        def validate() -> None:
+            """Measure, and save if there was no better step; a signal may come in between."""
+            nonlocal best
+            settle()
+            score = self._validate(step, record)
+            if score is None:
+                agreed.stop = True
+            elif saved_step == step:  # it was stopped in its validation
+                saver.finish()
+                if record:
+                    record.sync()
+                    add_score(folder_of(self.run_dir, step), score)
+            elif best is None or score > best:
+                save(score)
+            if score is not None:
+                best = score if best is None else max(best, score)
+
         try:
+            if self.validates_first:
+                validate()
             while step < self.total_steps and not agreed.stop:
                 minutes = self.checkpoint.every_minutes
                 save_due = minutes is not None and time.monotonic() - saved_time > minutes * 60
@@ -125,6 +166,8 @@ class Loop:
                 step += 1
                 settle()
                 given = new
+                if self._validates_at(step):
+                    validate()
                 every = self.checkpoint.every_steps
                 if agreed.save or self._is_milestone(step) or (every and step % every == 0):
                     save()
@@ -136,6 +179,24 @@ class Loop:
         finally:
             if record:
                 record.close()
+
+    def _validates_at(self, step: int) -> bool:
+        epochs = self.train.epochs
+        return self.validation is not None and self.validation.is_due(
+            step, self.steps_per_epoch, epochs
+        )
+
+    def _validate(self, step: int, record: Record | None) -> float | None:
+        """Validate, record, and give what the best checkpoint is chosen by; None: stopped."""
+        assert self.validation is not None
+        self.engine.eval()
+        scores = self.validation.run(self.engine, lambda: stop_request.reason is not None)
+        self.engine.train()
+        if scores is None:
+            return None
+        if record:
+            record.add_validation(step, scores)
+        return scores[self.validation.best_by]
 
     def replay(self, batches: Iterator[Batch], step: int, target: int) -> str:
         """Go from `step` steps done to `target` without writing, watching the last step closely.
@@ -169,7 +230,7 @@ class Loop:
             epochs=self.train.epochs,
         )
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         wait, samples = 0.0, []
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=self.engine.device)
         for micro in range(self.accumulation):
@@ -182,7 +243,7 @@ class Loop:
             wait += time.monotonic() - began
             samples.append(batch["sample"])
             watchdog.doing(f"computing step {step + 1}")
-            loss = self.loss_of(self._to_device(batch))
+            loss = self.loss_of(self._to_device(batch), step, micro)
             losses[micro] = loss.detach()
             self.engine.backward(loss)
             if micro == self.accumulation - 1:
@@ -256,13 +317,14 @@ class Loop:
         epochs = self.checkpoint.milestone_epochs
         return epochs is not None and step % (epochs * self.steps_per_epoch) == 0
 
-    def _commit_of(self, step: int) -> Commit:
+    def _commit_of(self, step: int, score: float | None) -> Commit:
         return Commit(
             step=step,
             samples=step * self.train.global_batch_size,
             milestone=self._is_milestone(step),
             bad_steps=self.bad_steps,
             files={},
+            score=score,
             **self.commit,
         )
 

@@ -21,6 +21,7 @@ from mae_scale.files import write_atomically
 
 log = logging.getLogger("mae_scale")
 
+VALIDATION = "validation.jsonl"  # in the run folder
 SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time and seconds, after which it is worth a line
 
 
@@ -39,10 +40,15 @@ class MetricsLog:
     Args:
         run_dir: folder of the run.
         step: optimiser steps done so far; later rows, of steps that will be done again, go.
+        file: name of the file in the folder.
+        group: of the curves in TensorBoard.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        path = run_dir / "metrics.jsonl"
+    def __init__(
+        self, run_dir: Path, step: int, file: str = "metrics.jsonl", group: str = "train"
+    ) -> None:
+        path = run_dir / file
+        self._group = group
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
@@ -54,7 +60,7 @@ class MetricsLog:
         self._file.flush()
         for key, value in row.items():
             if value is not None and key != "step":
-                self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
+                self._tensorboard.add_scalar(f"{self._group}/{key}", value, row["step"])
 
     def sync(self) -> None:
         """Put all rows on disk."""
@@ -133,6 +139,11 @@ class Meter:
         self._wait += wait
         self._at = at
 
+    def restart(self) -> None:
+        """Leave out the time since the last step."""
+        self._began += time.monotonic() - self._at
+        self._at = time.monotonic()
+
     def rates(self) -> dict[str, float]:
         """`images_per_second` and `data_wait` (0 to 1) since the last call."""
         seconds = self._at - self._began
@@ -169,6 +180,7 @@ class Record:
         total_steps, steps_per_epoch, batch, log_every: of the run; batch in images.
         workers: data-loading processes per rank, for advice.
         mfu_of: model FLOPs utilisation at so many images per second over all ranks, or None.
+        validates: keep validation.jsonl, too.
     """
 
     def __init__(
@@ -181,10 +193,14 @@ class Record:
         log_every: int,
         workers: int,
         mfu_of: Callable[[float], float | None],
+        validates: bool = False,
     ) -> None:
         self._mfu_of = mfu_of
         self._steps_per_epoch, self._batch, self._log_every = steps_per_epoch, batch, log_every
         self._metrics = MetricsLog(run_dir, step)
+        self._validations = None
+        if validates:
+            self._validations = MetricsLog(run_dir, step, VALIDATION, "validation")
         self._progress = Progress(total_steps, step, steps_per_epoch)
         self._meter = Meter(batch, workers)
 
@@ -224,14 +240,27 @@ class Record:
         self._metrics.write(row)
         self._progress.show(row)
 
+    def add_validation(self, step: int, scores: dict[str, float]) -> None:
+        """Write down what the model scored after a step; training rates leave the time out."""
+        assert self._validations is not None
+        epoch = step / self._steps_per_epoch
+        self._validations.write({"step": step, "epoch": epoch, **scores, "time": time.time()})
+        text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
+        log.info("validation after step %d: %s", step, text)
+        self._meter.restart()
+
     def sync(self) -> None:
         """Put all rows on disk, so that a checkpoint never is ahead of them."""
         self._metrics.sync()
+        if self._validations is not None:
+            self._validations.sync()
 
     def close(self) -> None:
         """Leave the last state on the screen."""
         self._progress.close()
         self._metrics.close()
+        if self._validations is not None:
+            self._validations.close()
 
 
 def memory_gb() -> float:

@@ -21,7 +21,8 @@ from torch import nn
 from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.distributed import World, start
-from mae_scale.train.engine import build_engine, fill_deepspeed_config, optimizer_order
+from mae_scale.train.engine import build_engine, fill_deepspeed_config
+from mae_scale.train.optimizers import optimizer_order
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 BATCH = 12

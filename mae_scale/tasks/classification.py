@@ -1,0 +1,140 @@
+"""What fine-tuning and probing share: classes, initial weights, validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from mae_scale.config import FinetuneConfig, LinprobeConfig
+from mae_scale.data.loader import EvalLoader
+from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.errors import UserError
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.weights import fit_to_classifier, read_weights
+from mae_scale.train import checkpoint
+from mae_scale.train.distributed import World
+from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.loop import Validation
+from mae_scale.train.validation import averaged_weights, evaluate
+
+CLASSES = "classes.json"  # in the run folder
+
+
+def classes_of(shards: ShardSet) -> list[str]:
+    """The names of the classes in the order of their labels.
+
+    Raises:
+        UserError: labels outside of the list, or too few classes.
+    """
+    labels = shards.index["label"]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(shards.classes):
+        raise UserError(
+            f"{shards.root} has labels from {low} to {high}, but {len(shards.classes)} classes; "
+            "expected 0 to one less than the classes (-1 is a sample without a label)"
+        )
+    if len(shards.classes) < 2:
+        raise UserError(f"{shards.root} has {len(shards.classes)} class; nothing to classify")
+    return shards.classes
+
+
+def initial_weights(
+    spec: str | None, model: Classifier, new_head: bool = False
+) -> Callable[[], dict[str, torch.Tensor]] | None:
+    """A function that reads the weights to start from; None: from scratch."""
+    if spec is None:
+        return None
+    return lambda: fit_to_classifier(read_any(Path(spec)), model, new_head=new_head)
+
+
+def read_any(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run of ours (its best or newest checkpoint), of a step folder, or of a file.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not is_ours(path):
+        return read_weights(path)
+    return checkpoint.load_weights(best_checkpoint(path))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is a run folder or a committed step folder."""
+    return (path / checkpoint.COMMITTED).exists() or (path / "config.yaml").exists()
+
+
+def best_checkpoint(path: Path) -> Path:
+    """Of a run folder the best checkpoint by validation, or else the newest; of a step folder it.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
+    return checkpoint.find_checkpoint(best or path)
+
+
+def run_config(folder: Path) -> dict:
+    """The config.yaml of the run that a step folder is of."""
+    return yaml.safe_load((folder.parents[1] / "config.yaml").read_text())
+
+
+def notes(classes: list[str]) -> dict[str, str]:
+    """What the run folder tells evaluation."""
+    return {CLASSES: json.dumps(classes) + "\n"}
+
+
+def validation(
+    config: FinetuneConfig | LinprobeConfig, world: World, train: ShardSet, with_ema: bool = False
+) -> Validation | None:
+    """Top-1, top-5 and loss on data.val; of the moving average as well, where there is one.
+
+    Raises:
+        UserError: no shards, or their classes are not those of the training shards.
+    """
+    if config.data.val is None:
+        return None
+    shards = open_shards(config.data.val, config.data.cache_dir)
+    if classes_of(shards) != train.classes:
+        raise UserError(
+            f"data.val {shards.root} has {len(shards.classes)} classes that are not the "
+            f"{len(train.classes)} of data.train; their manifests must list the same"
+        )
+    loader = EvalLoader(
+        shards,
+        img_size=config.model.img_size,
+        batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        crop_ratio=config.model.crop_ratio,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+    )
+
+    def scores(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+        found = evaluate(
+            engine,
+            loader,
+            classes=len(train.classes),
+            device=world.device,
+            what="validating",
+            stop=stop,
+        )
+        return None if found is None else found.row()
+
+    def run(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+        own = scores(engine, stop)
+        if own is None or not with_ema:
+            return own
+        with averaged_weights(engine):
+            average = scores(engine, stop)
+        if average is None:
+            return None
+        return own | {f"ema_{key}": average[key] for key in ("top1", "top5", "loss")}
+
+    return Validation(config.train.validate_epochs, run, "ema_top1" if with_ema else "top1")

@@ -1,0 +1,153 @@
+"""Optimisers: AdamW with layer-wise decay, LARS, and the moving average of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import Lars
+from torch import nn
+
+from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.errors import UserError
+from mae_scale.train.ds import DeepSpeedEngine
+
+EMA = "ema"  # key in the optimiser's state of a parameter
+
+
+def optimizer_groups(model: nn.Module, optim: OptimConfig | LarsConfig) -> list[dict[str, Any]]:
+    """Trained parameters by weight decay and, for fine-tuning, by layer.
+
+    Biases and norms have no weight decay; in fine-tuning class token and position embedding have
+    none either. A group's `lr_scale` multiplies the learning rate: under layer-wise decay it is
+    `layer_decay ** (last layer - layer)` (paper Table 9).
+    """
+    not_decayed: tuple[str, ...] = ()
+    layer_decay = 1.0
+    if isinstance(optim, FinetuneOptimConfig):
+        not_decayed, layer_decay = ("cls_token", "pos_embed"), optim.layer_decay
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # A parameter that ZeRO-3 has sharded is flat; its own shape is in ds_shape.
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        decays = is_matrix and name not in not_decayed
+        layer, scale = 0, 1.0
+        if layer_decay != 1:
+            layer, last = model.layer_of(name), model.layer_of("head")  # type: ignore[operator]
+            scale = layer_decay ** (last - layer)
+        new = {
+            "params": [],
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "lr_scale": scale,
+        }
+        groups.setdefault((layer, decays), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def optimizer_order(model: nn.Module, optim: OptimConfig | LarsConfig) -> list[str]:
+    """Names of the trained parameters in the order of the optimiser's groups."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer_groups(model, optim)
+    return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig | LarsConfig, zero_stage: int
+) -> torch.optim.Optimizer:
+    """The optimiser of a run; the learning rate is set by the loop at each step.
+
+    Raises:
+        UserError: LARS under a ZeRO stage that cuts matrices into pieces.
+    """
+    groups = optimizer_groups(model, optim)
+    if isinstance(optim, LarsConfig):
+        check_lars(zero_stage)
+        return GuardedLars(groups, optim.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+
+
+def check_lars(zero_stage: int) -> None:
+    """Raise a UserError where ZeRO breaks the norms that LARS needs."""
+    if zero_stage != 0:
+        raise UserError(
+            f"deepspeed: ZeRO-{zero_stage} cuts the weights into pieces, and LARS scales its step "
+            "by the norms of whole matrices; use zero0 (only the probe's linear layer is trained)"
+        )
+
+
+class GuardedLars(Lars):
+    """timm's LARS, which adapts and decays only tensors of more than one dimension.
+
+    Like fused AdamW it leaves everything as it is where the scalar `found_inf` is 1.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
+        for group in groups:
+            group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
+        super().__init__(groups, lr=0.0, momentum=momentum, foreach=False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; gradients are there."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        tensors = [t for p in parameters for t in (p, self.state[p]["momentum_buffer"])]
+        before = [tensor.clone() for tensor in tensors]
+        super().step(closure)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            after = [t for p in parameters for t in (p, self.state[p]["momentum_buffer"])]
+            for tensor, old in zip(after, before, strict=True):
+                tensor.copy_(torch.where(found_inf > 0, old, tensor))
+
+
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """PyTorch's optimiser behind DeepSpeed's wrapper, if there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The fp32 tensors of this rank that the optimiser steps on: parameters, or pieces of them."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in inner_optimizer(engine).param_groups for p in group["params"]]
+
+
+def master_of(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What the optimiser steps on for a trained parameter under stage 0: itself, or a copy."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp16_groups"):  # bf16: the forward pass uses copies of the masters
+        for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for own, master in zip(low, high, strict=True):
+                if own is parameter:
+                    return master
+    return parameter
+
+
+def keep_moving_average(engine: DeepSpeedEngine, decay: float) -> None:
+    """Let the optimiser keep a moving average of the fp32 weights (paper Table 11).
+
+    It is one more state of the optimiser beside AdamW's moments. So each rank keeps it for what it
+    steps on, whatever the ZeRO stage, in fp32, without a message; and it is saved, loaded and
+    converted to other world sizes with them.
+    """
+    inner = inner_optimizer(engine)
+    for master in masters(engine):
+        state = inner.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        state[EMA] = master.detach().clone()
+
+    @torch.no_grad()
+    def update(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for master in group["params"]:
+                weight = (1 - decay) * (1 - optimizer.found_inf)  # a step that is not applied
+                optimizer.state[master][EMA].lerp_(master, weight)
+
+    inner.register_step_post_hook(update)

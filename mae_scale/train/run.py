@@ -1,0 +1,220 @@
+"""A run from its start to its end: what is the same for every task that trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from mae_scale.config import RunConfig, identity_hash
+from mae_scale.data.augment import Augment
+from mae_scale.data.loader import TrainLoader
+from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.errors import UserError
+from mae_scale.train import checkpoint
+from mae_scale.train.distributed import World, be_patient, on_rank0, process_group
+from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.engine import (
+    accumulation_steps,
+    build_engine,
+    compile_blocks,
+    fill_deepspeed_config,
+    fill_in,
+    resolve_precision,
+    zero_stage,
+)
+from mae_scale.train.loop import Batch, Loop, Validation, total_steps
+from mae_scale.train.metrics import VALIDATION, read_metrics
+from mae_scale.train.optimizers import optimizer_order
+from mae_scale.train.run_dir import add_history, check_run, open_run
+from mae_scale.train.stopping import STOPPED, stop_request
+from mae_scale.train.watchdog import watchdog
+
+log = logging.getLogger("mae_scale")
+
+
+@dataclass
+class Parts:
+    """What a task puts together; making it is where bad input is found."""
+
+    model: nn.Module
+    """On the meta device: `train` fills it in. Has `set_activation_checkpointing`."""
+    shards: ShardSet
+    """To train on."""
+    loader: TrainLoader
+    loss_of: Callable[[DeepSpeedEngine, Batch, int, int], torch.Tensor]
+    """Loss of a micro-batch: engine, batch, steps done, number of the micro-batch in the step."""
+    flops_per_image: int
+    """Of a training step."""
+    weights: Callable[[], dict[str, torch.Tensor]] | None = None
+    """Reads what to start from, on rank 0, where there is no checkpoint to go on from."""
+    validation: Validation | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    """Files of the run folder that tell later readers what they need: content by name."""
+
+
+def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
+    """The filled-in DeepSpeed config of a run."""
+    precision = resolve_precision(config.train.precision, world.device)
+    return fill_deepspeed_config(config.deepspeed, config.train, world, precision)
+
+
+def training_data(
+    config: RunConfig, world: World, augment: Augment | None = None
+) -> tuple[ShardSet, TrainLoader]:
+    """The training shards, and the stream of this rank.
+
+    Raises:
+        UserError: no shards, too few samples, or a batch that does not divide.
+    """
+    shards = open_shards(config.data.train, config.data.cache_dir)
+    loader = TrainLoader(
+        shards,
+        img_size=config.model.img_size,
+        seed=config.seed,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        max_bad_fraction=config.data.max_bad_fraction,
+        augment=augment,
+    )
+    return shards, loader
+
+
+def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Parts) -> int:
+    """Train until the end or a signal, from the newest checkpoint if there is one.
+
+    Returns:
+        The exit code: 0 finished, 85 stopped early.
+    """
+    model, loader = parts.model, parts.loader
+    model.set_activation_checkpointing(  # type: ignore[operator]
+        config.train.activation_checkpointing, config.train.activation_offload
+    )
+    if config.train.compile and config.replay is None:  # a replay looks inside the blocks
+        compile_blocks(model)
+
+    run_dir = Path(config.run_dir)
+    total = total_steps(config.train, loader.steps_per_epoch)
+    with process_group(world, config.train.hang_timeout), closing(loader):
+        locks: list[IO[str]] = []  # held by rank 0 until the end
+        weights: dict[str, torch.Tensor] = {}  # on rank 0
+
+        def read_weights() -> None:
+            if parts.weights is not None and not weights:
+                watchdog.doing("reading weights")
+                weights.update(parts.weights())
+
+        def lacks_validation(step: int) -> bool:
+            """Whether a signal came before the validation of this step."""
+            due = parts.validation is not None and parts.validation.is_due(
+                step, loader.steps_per_epoch, config.train.epochs
+            )
+            return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
+
+        def open_folder() -> None:
+            if not checkpoint.exists(run_dir):
+                read_weights()  # what is wrong with them is said before anything is made
+            locks.append(open_run(run_dir, config, parts.notes))
+
+        on_rank0(open_folder if config.replay is None else lambda: check_run(run_dir, config))
+        run_hash = identity_hash(config)
+        watchdog.doing("looking for a checkpoint")
+        resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
+        step, bad_steps = 0, 0
+        if resume is not None:
+            commit = checkpoint.Commit.read(resume)
+            step, bad_steps = commit.step, commit.bad_steps
+        validates_first = on_rank0(lambda: lacks_validation(step))
+        if step >= total and config.replay is None and not validates_first:
+            log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
+            return 0
+        watchdog.doing("building the engine")
+        if resume is None:
+            on_rank0(read_weights)
+        fill_in(model, config.seed, ds_config, weights)
+        weights.clear()
+        order = optimizer_order(model, config.optim)
+        engine = build_engine(model, config.optim, ds_config)
+        be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
+        if resume is not None:
+            watchdog.doing(f"loading {resume.name}")
+            checkpoint.load(engine, resume, order)
+
+        facts = {
+            "world_size": world.size,
+            "zero_stage": zero_stage(ds_config),
+            "precision": resolve_precision(config.train.precision, world.device),
+        }
+        loop = Loop(
+            engine=engine,
+            loss_of=lambda batch, step, micro: parts.loss_of(engine, batch, step, micro),
+            world=world,
+            run_dir=run_dir,
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            checkpoint=config.checkpoint,
+            steps_per_epoch=loader.steps_per_epoch,
+            accumulation=accumulation_steps(config.train, world.size),
+            commit={**facts, "config_hash": run_hash, "data": parts.shards.fingerprint},
+            flops_per_image=parts.flops_per_image,
+            data_workers=config.data.workers,
+            name_of=loader.name_of,
+            bad_steps=bad_steps,
+            validation=parts.validation,
+            validates_first=validates_first,
+        )
+        if config.replay is not None:
+            log.info("going to step %d from step %d, writing nothing", config.replay, step)
+            found = loop.replay(loader.batches(step), step, config.replay)
+            log.info("%s", found)
+            return 0
+        if world.rank == 0:
+            add_history(run_dir, "started" if resume is None else "resumed", step, **facts)
+        log.info(
+            "%s step %d of %d: %s on %d images, %d processes, ZeRO-%d, %s",
+            "starting at" if resume is None else f"going on from {resume.name},",
+            *(step, total, config.model.name, len(parts.shards), *facts.values()),
+        )
+        step, finished = loop.run(loader.batches(step), step)
+        if world.rank == 0:
+            add_history(run_dir, "finished" if finished else "stopped", step)
+        if finished:
+            log.info("finished: %d steps; everything is in %s", step, run_dir)
+        else:
+            reason = stop_request.reason or "a signal to another rank"
+            log.info("stopped by %s after step %d; the same command goes on", reason, step)
+        return 0 if finished else STOPPED
+
+
+def _resume_point(config: RunConfig, run_hash: str, data: str) -> Path | None:
+    """The checkpoint to go on from; damaged ones after it no longer count.
+
+    Raises:
+        UserError: the checkpoint was trained on other shards.
+    """
+    run_dir, replay = Path(config.run_dir), config.replay
+    before = None if replay is None else replay - 1
+    newest = checkpoint.newest_intact(run_dir, run_hash, before)
+    if newest is not None and checkpoint.Commit.read(newest).data != data:
+        raise UserError(
+            f"data.train holds other shards than those {run_dir} was trained on "
+            "(its manifest.json differs); use the same ones or another run_dir"
+        )
+    if replay is None:
+        checkpoint.discard_newer(run_dir, newest)
+    return newest

@@ -1,0 +1,172 @@
+"""Accuracy and loss of a classifier on a data set: exact, at any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from mae_scale.data.loader import EvalLoader
+from mae_scale.data.transforms import normalize
+from mae_scale.errors import RunError, UserError
+from mae_scale.train.ds import DeepSpeedEngine, deepspeed
+from mae_scale.train.optimizers import EMA, inner_optimizer, master_of
+from mae_scale.train.watchdog import watchdog
+
+
+@dataclass
+class Scores:
+    """What was counted over all ranks, by the label's class."""
+
+    images: torch.Tensor
+    """int64 [classes]."""
+    top1: torch.Tensor
+    """int64 [classes], images whose label has the highest logit."""
+    top5: torch.Tensor
+    """int64 [classes], images whose label is among the five highest logits."""
+    loss: float
+    """Mean cross-entropy over all images."""
+
+    def row(self) -> dict[str, Any]:
+        """Images, top-1 and top-5 in percent, and loss."""
+        images = int(self.images.sum())
+        return {
+            "images": images,
+            "top1": 100 * int(self.top1.sum()) / images,
+            "top5": 100 * int(self.top5.sum()) / images,
+            "loss": self.loss,
+        }
+
+    def per_class(self) -> list[float | None]:
+        """Top-1 in percent of each class; None where it has no image."""
+        counts = zip(self.top1.tolist(), self.images.tolist(), strict=True)
+        return [100 * right / images if images else None for right, images in counts]
+
+
+def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many classes come before the label's: int64 [B].
+
+    Of equal logits the first class comes first, so that no device or sort decides. Where logits
+    are not finite the label comes last.
+
+    Args:
+        logits: float [B, classes].
+        labels: int64 [B].
+    """
+    own = logits.gather(1, labels[:, None])
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    return torch.where(logits.isfinite().all(dim=1), before.sum(dim=1), logits.shape[1])
+
+
+@torch.no_grad()
+def evaluate(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    loader: EvalLoader,
+    *,
+    classes: int,
+    device: torch.device,
+    what: str = "evaluating",
+    stop: Callable[[], bool] = lambda: False,
+    label_of: torch.Tensor | None = None,
+) -> Scores | None:
+    """Run a classifier over each image once; all ranks call, and get the same.
+
+    Every batch has the same size, filled up with black images, and every rank runs as many: ranks
+    stay together under ZeRO-3, and what an image gets does not depend on how many there are.
+
+    Args:
+        logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes].
+        loader: this rank's part of the data set.
+        classes: number of classes that logits are of.
+        device: of this rank.
+        what: for the message of a rank that hangs.
+        stop: asked before each batch; where any rank says yes, all give up.
+        label_of: int64; the class of each label of the data set, if they differ.
+
+    Returns:
+        The scores; None where it was stopped.
+
+    Raises:
+        RunError: an image is damaged, or a shard cannot be read.
+    """
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    batches = iter(loader)
+    for number in range(loader.most_batches):
+        watchdog.doing(f"{what}, batch {number + 1} of {loader.most_batches}")
+        stopping = torch.tensor(float(stop()))
+        dist.all_reduce(stopping)
+        if stopping:
+            loader.close()
+            return None
+        try:
+            batch = next(batches, None)
+        except (UserError, OSError) as error:
+            raise RunError(str(error)) from error  # on this rank alone
+        image, label = _filled(batch, loader)
+        logits = logits_of(normalize(image.to(device, non_blocking=True)))[: len(label)].float()
+        label = (label if label_of is None else label_of[label]).to(device)
+        rank = rank_of_label(logits, label)
+        for count, right in zip(counts, (rank >= 0, rank < 1, rank < 5), strict=True):
+            count += torch.bincount(label[right], minlength=classes)
+        loss += F.cross_entropy(logits, label, reduction="none").double().sum()
+    dist.all_reduce(counts)
+    dist.all_reduce(loss)
+    counts = counts.cpu()
+    return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()))
+
+
+def _filled(
+    batch: dict[str, torch.Tensor] | None, loader: EvalLoader
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of a whole batch, and the labels of those that are real."""
+    if batch is None:
+        size = loader.img_size
+        image = torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8)
+        return image, torch.zeros(0, dtype=torch.int64)
+    image, missing = batch["image"], loader.batch_size - len(batch["label"])
+    if missing:
+        image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
+    return image, batch["label"]
+
+
+@contextmanager
+def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Put the moving average in the place of the trained weights for a while; all ranks call."""
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False  # if so, perhaps to older ones
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    before = [p.detach().clone() for p in trained] if stage == 0 else []
+    for parameter in trained:
+        _set(parameter, _average_of(engine, parameter), stage)
+    try:
+        yield
+    finally:
+        for number, parameter in enumerate(trained):
+            # Under ZeRO the weights are those of the master copies, without which no step works.
+            full = deepspeed.utils.safe_get_full_fp32_param
+            _set(parameter, before[number] if stage == 0 else full(parameter), stage)
+
+
+def _average_of(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole moving average of a parameter."""
+    if engine.zero_optimization_stage() > 0:
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, EMA)
+    return inner_optimizer(engine).state[master_of(engine, parameter)][EMA]
+
+
+def _set(parameter: torch.nn.Parameter, value: torch.Tensor, stage: int) -> None:
+    if stage == 3:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value.view_as(parameter))
+    else:
+        parameter.data.copy_(value)
