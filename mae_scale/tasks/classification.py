@@ -95,6 +95,9 @@ def validation(
     Raises:
         UserError: no shards, or their classes are not those of the training shards.
     """
+    ratio = config.model.crop_ratio
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UserError(f"model.crop_ratio {ratio} must lie in 0 to 1, not 0")
     if config.data.val is None:
         return None
     shards = open_shards(config.data.val, config.data.cache_dir)

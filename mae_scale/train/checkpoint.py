@@ -344,6 +344,18 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value.float() for key, value in state.items()}
 
 
+def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:
+    """The moving averages of the trained parameters of a checkpoint, flat, by name, in fp32.
+
+    All ranks call; rank 0 converts the checkpoint, unless it was.
+
+    Args:
+        order: names of the trained parameters in the order of the optimiser's groups.
+    """
+    stage = Commit.read(folder).zero_stage
+    return elastic.averages(on_rank0(lambda: elastic.convert(folder, stage, order)))
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint meant by a run folder (its newest intact one) or by a step folder.
 

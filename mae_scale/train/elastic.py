@@ -22,11 +22,12 @@ import torch
 
 from mae_scale.files import checksums, sync_folder, sync_tree
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed, ds_to_universal
+from mae_scale.train.optimizers import EMA
 
 log = logging.getLogger("mae_scale")
 
 CHECKSUMS = "checksums.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTS = ["exp_avg", "exp_avg_sq"]  # of AdamW
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
@@ -41,8 +42,8 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
         order: names of the trained parameters in the order of the optimiser's groups.
 
     Returns:
-        The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, `common.pt`, and
-        `checksums.json` of these.
+        The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, or what else the optimiser
+        keeps, `common.pt`, and `checksums.json` of these.
     """
     universal, unfinished = folder / "universal", folder / "universal.unfinished"
     if universal.exists():
@@ -56,11 +57,15 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
     state = _read(models[0])
     unsharded = stage == 0
-    step = _convert_unsharded(state, order, out) if unsharded else _convert_sharded(folder, out)
+    if unsharded:
+        step, kept = _convert_unsharded(state, order, out)
+    else:
+        step, kept = _convert_sharded(folder, out, unfinished / "average")
     rest = {name: value for name, value in state["module"].items() if name not in set(order)}
     if stage == 3:
         rest |= _gather_frozen(models, state["frozen_param_shapes"] or {})
-    common = {"step": step, "rest": {name: value.clone() for name, value in rest.items()}}
+    common: dict[str, Any] = {"step": step, "kept": kept}
+    common["rest"] = {name: value.clone() for name, value in rest.items()}
     torch.save({**common, **{key: state[key] for key in COUNTERS}}, out / "common.pt")
     (out / CHECKSUMS).write_text(json.dumps(checksums(out)))
     sync_tree(out)
@@ -89,8 +94,13 @@ def _read(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
 
 
-def _convert_unsharded(state: dict[str, Any], order: list[str], out: Path) -> float:
-    """Write the parameters of a stage-0 checkpoint; gives AdamW's step."""
+def _convert_unsharded(
+    state: dict[str, Any], order: list[str], out: Path
+) -> tuple[float | None, list[str]]:
+    """Write the parameters of a stage-0 checkpoint.
+
+    Gives AdamW's step, None of another optimiser, and the names of what it keeps beside it.
+    """
     optimizer = state["optimizer"]
     if "fp32_groups" in optimizer:  # bf16: master weights beside the module
         masters = dict(
@@ -99,17 +109,51 @@ def _convert_unsharded(state: dict[str, Any], order: list[str], out: Path) -> fl
     else:
         masters = state["module"]
     moments = optimizer.get("optimizer_state_dict", optimizer)["state"]
+    kept = [key for key in moments[0] if key != "step"]
     for number, name in enumerate(order):
         place = out / "zero" / name
         place.mkdir(parents=True)
         torch.save({"param": masters[name].float().clone()}, place / "fp32.pt")
-        for key in MOMENTS:
+        for key in kept:
             torch.save({"param": moments[number][key].clone()}, place / f"{key}.pt")
-    return float(moments[0]["step"])
+    return float(moments[0]["step"]) if "step" in moments[0] else None, kept
 
 
-def _convert_sharded(folder: Path, out: Path) -> float:
-    """Let DeepSpeed write the parameters of ZeRO 1 to 3; gives AdamW's step."""
+def _convert_sharded(folder: Path, out: Path, scratch: Path) -> tuple[float, list[str]]:
+    """Let DeepSpeed write the parameters of ZeRO 1 to 3; gives as `_convert_unsharded`.
+
+    DeepSpeed knows AdamW's two moments only. A moving average of the weights goes through it in
+    the place of the first one, in `scratch`.
+    """
+    _let_deepspeed_convert(folder, out)
+    optimizer = _read(next(folder.glob("*zero_pp_rank_0_*optim_states.pt")))["optimizer_state_dict"]
+    state = next(iter(_inner_state(optimizer).values()))
+    if EMA not in state:
+        return float(state["step"]), MOMENTS
+    scratch.mkdir()
+    for path in folder.glob("*_states.pt"):
+        if not path.name.endswith("optim_states.pt"):
+            (scratch / path.name).hardlink_to(path)
+            continue
+        content = _read(path)
+        for piece in _inner_state(content["optimizer_state_dict"]).values():
+            piece[MOMENTS[0]] = piece[EMA]
+        torch.save(content, scratch / path.name)
+    averages = scratch / "out"
+    averages.mkdir()
+    _let_deepspeed_convert(scratch, averages)
+    for path in averages.glob(f"zero/*/{MOMENTS[0]}.pt"):
+        path.rename(out / "zero" / path.parent.name / f"{EMA}.pt")
+    return float(state["step"]), [*MOMENTS, EMA]
+
+
+def _inner_state(optimizer: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """The state of PyTorch's optimiser, by its parameters, in a file of ZeRO 1 to 3."""
+    inner = optimizer.get("optimizer_state_dict", optimizer)
+    return optimizer.get("base_optimizer_state", inner)["state"]
+
+
+def _let_deepspeed_convert(folder: Path, out: Path) -> None:
     arguments = Namespace(
         input_folder=str(folder),
         output_folder=str(out),
@@ -122,10 +166,6 @@ def _convert_sharded(folder: Path, out: Path) -> float:
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         ds_to_universal(arguments)
-    optimizer = _read(next(folder.glob("*zero_pp_rank_0_*optim_states.pt")))["optimizer_state_dict"]
-    inner = optimizer.get("optimizer_state_dict", optimizer)
-    inner = optimizer.get("base_optimizer_state", inner)
-    return float(next(iter(inner["state"].values()))["step"])
 
 
 def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -159,6 +199,14 @@ def load(engine: DeepSpeedEngine, universal: Path) -> None:
         setattr(engine, key, common[key])
 
 
+def averages(universal: Path) -> dict[str, torch.Tensor]:
+    """The moving averages of the parameters in what `convert` made: flat, by name, in fp32."""
+    return {
+        path.parent.name: _value(universal, path.parent.name, EMA, torch.Size([-1]))
+        for path in sorted(universal.glob(f"zero/*/{EMA}.pt"))
+    }
+
+
 def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Tensor:
     saved = torch.load(
         universal / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=True
@@ -166,12 +214,16 @@ def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Ten
     return (saved["param"] if isinstance(saved, dict) else saved).reshape(shape)  # flat by stage 3
 
 
-def _make_adam_state(optimizer: Any, masters: list[torch.Tensor], step: float) -> None:
+def _make_state(optimizer: Any, masters: list[torch.Tensor], common: dict[str, Any]) -> None:
     for master in masters:
-        optimizer.state[master] = {
-            "step": torch.tensor(step, dtype=torch.float32, device=master.device),
-            **{key: torch.zeros_like(master) for key in MOMENTS},
-        }
+        optimizer.state[master] = {key: torch.zeros_like(master) for key in _kept(common)}
+        if common["step"] is not None:
+            step = torch.tensor(common["step"], dtype=torch.float32, device=master.device)
+            optimizer.state[master]["step"] = step
+
+
+def _kept(common: dict[str, Any]) -> list[str]:
+    return common.get("kept", MOMENTS)  # which was not written down before there were others
 
 
 def _load_stages_0_to_2(
@@ -183,7 +235,7 @@ def _load_stages_0_to_2(
     wrapper = engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     masters = [p for group in inner.param_groups for p in group["params"]]
-    _make_adam_state(inner, masters, common["step"])
+    _make_state(inner, masters, common)
     sharded = engine.zero_optimization_stage() > 0
     master_of: dict[int, torch.Tensor] = {}
     if sharded:
@@ -203,7 +255,7 @@ def _load_stages_0_to_2(
         else:
             master = master_of.get(id(parameter), parameter)
             master.data.copy_(value)
-        for key in MOMENTS:
+        for key in _kept(common):
             value = _value(universal, name, key, parameter.shape)
             if sharded:
                 parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
@@ -218,7 +270,7 @@ def _load_stage_3(
     parameters: dict[str, torch.nn.Parameter],
 ) -> None:
     wrapper, rank = engine.optimizer, engine.global_rank
-    _make_adam_state(wrapper.optimizer, wrapper.fp32_partitioned_groups_flat, common["step"])
+    _make_state(wrapper.optimizer, wrapper.fp32_partitioned_groups_flat, common)
     for name, parameter in parameters.items():
         shape = parameter.ds_shape  # type: ignore[attr-defined]
         trained = parameter.requires_grad
@@ -228,7 +280,7 @@ def _load_stage_3(
                 parameter.data.copy_(value)
         if not trained:
             continue
-        for key in (None, *MOMENTS):
+        for key in (None, *_kept(common)):
             part, _ = wrapper._get_fp32_opt_state_partition(
                 parameter, release_swap_buffers=False, optim_state_key=key
             )

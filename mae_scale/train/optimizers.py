@@ -145,9 +145,11 @@ def keep_moving_average(engine: DeepSpeedEngine, decay: float) -> None:
 
     @torch.no_grad()
     def update(optimizer: Any, args: Any, kwargs: Any) -> None:
+        weight = 1 - decay
+        if getattr(optimizer, "found_inf", None) is not None:  # a step that may not be applied
+            weight = weight * (1 - optimizer.found_inf)
         for group in optimizer.param_groups:
             for master in group["params"]:
-                weight = (1 - decay) * (1 - optimizer.found_inf)  # a step that is not applied
                 optimizer.state[master][EMA].lerp_(master, weight)
 
     inner.register_step_post_hook(update)

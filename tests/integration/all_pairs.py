@@ -18,13 +18,14 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
+from mae_scale.config import CheckpointConfig, FinetuneOptimConfig, TrainConfig
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.distributed import World, start
 from mae_scale.train.engine import build_engine, fill_deepspeed_config
-from mae_scale.train.optimizers import optimizer_order
+from mae_scale.train.optimizers import EMA, optimizer_order
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+KEPT = (*elastic.MOMENTS, EMA)
 BATCH = 12
 State = dict[str, torch.Tensor]
 
@@ -81,7 +82,7 @@ def in_ranks(size: int, function: Callable[[World], None]) -> None:
 def make_engine(world: World, config: str, precision: str, seed: int):  # type: ignore[no-untyped-def]
     """An engine with initial weights of its own, and its optimiser's order."""
     train = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // world.size)
-    optim = OptimConfig()
+    optim = FinetuneOptimConfig(ema_decay=0.7)  # a state more than AdamW's own
     torch.manual_seed(seed)
     model = Odd()
     order = optimizer_order(model, optim)
@@ -125,11 +126,11 @@ def state_of(engine) -> State:  # type: ignore[no-untyped-def]
         elif stage == 0:
             master = masters.get(id(p), p)
             state[f"fp32 {name}"] = master.data.clone()
-            for key in elastic.MOMENTS:
+            for key in KEPT:
                 state[f"{key} {name}"] = inner.state[master][key].clone()
         else:
             state[f"fp32 {name}"] = safe_get_full_fp32_param(p).clone()
-            for key in elastic.MOMENTS:
+            for key in KEPT:
                 state[f"{key} {name}"] = safe_get_full_optimizer_state(p, key).clone()
     counted = {float(s["step"]) for s in inner.state.values() if "step" in s}
     state["adam step"] = torch.tensor(sorted(counted))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -48,15 +51,29 @@ def shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.fixture(scope="session")
+def val_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 241 of them, a prime number, with the same list of classes."""
+    out = tmp_path_factory.mktemp("shards") / "val"
+    shutil.copytree(shards, out)
+    for name in ("index.npy", "checksums.npy"):
+        np.save(out / name, np.load(out / name)[:241])
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["shards"][-1]["samples"] -= 9
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
 @dataclass
 class Run:
-    """One `mae-scale pretrain` and its folder.
+    """One `mae-scale pretrain`, or another task, and its folder.
 
     Args:
         run_dir, shards: folders.
         settings: config keys beside those of `SMALL`.
         launcher: "" for none, or torchrun or deepspeed.
         processes: of the launcher.
+        task: that trains.
     """
 
     run_dir: Path
@@ -64,10 +81,16 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     launcher: str = ""
     processes: int = 1
+    task: str = "pretrain"
 
     def command(self) -> list[str]:
         """The command as a user types it."""
-        settings = {**SMALL, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
+        small = {
+            key: value
+            for key, value in SMALL.items()
+            if self.task == "pretrain" or not key.startswith("model.decoder")
+        }
+        settings = {**small, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
         arguments = [f"--{key}={value}" for key, value in settings.items()]
         n = self.processes
         port = free_port()
@@ -79,7 +102,7 @@ class Run:
             "deepspeed": f"-m deepspeed.launcher.runner --num_gpus {n} --master_port {port} "
             "--module mae_scale",
         }[self.launcher]
-        return [sys.executable, *launch.split(), "pretrain", *arguments]
+        return [sys.executable, *launch.split(), self.task, *arguments]
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a shell does."""
@@ -114,10 +137,10 @@ class Run:
         assert not alive, f"left behind: {alive}\n{output}"
         return output
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl without what depends on the clock and the machine."""
+    def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """Rows of a record without what depends on the clock and the machine."""
         clock = ("images_per_second", "data_wait", "memory_gb", "time")
-        rows = read_metrics(self.run_dir / "metrics.jsonl")
+        rows = read_metrics(self.run_dir / file)
         return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mae_scale.cli import main
 from mae_scale.config import (
+    FinetuneConfig,
+    LinprobeConfig,
     PretrainConfig,
     as_yaml,
     differences,
+    flatten,
     identity_hash,
     parse,
     recipe_names,
@@ -50,14 +55,110 @@ def test_recipes_are_table_8(size: str) -> None:
     assert tuple(config.optim.betas) == (0.9, 0.95)
 
 
+TASKS = {
+    "finetune": FinetuneConfig,
+    "scratch": FinetuneConfig,
+    "linprobe": LinprobeConfig,
+    "pretrain": PretrainConfig,
+    "demo": PretrainConfig,
+}
+
+
+def read_recipe(name: str, *argv: str) -> Any:
+    return parse(TASKS[name.split("_")[0]], [*NEEDED, "--config", name, *argv], "mae-scale")
+
+
 def test_every_recipe_reads_and_is_headed_by_what_it_reproduces() -> None:
     assert {"demo", "pretrain_vit_base"} <= set(recipe_names())
     for name in recipe_names():
-        config = read("--config", name)
+        config = read_recipe(name)
         path = Path(__file__).parents[2] / "mae_scale" / "recipes" / f"{name}.yaml"
         head = path.read_text().split("\nmodel:")[0]
         assert head.startswith("#") and "eproduces" in head
-        assert read("--config", name, "--seed", "3").seed == 3 != config.seed
+        if not name.startswith("demo"):
+            assert "# Hardware: " in head and "Time: " in head
+        assert read_recipe(name, "--seed", "3").seed == 3 != config.seed
+
+
+REGULARISED = {  # Tables 9 and 11
+    "augment.rand_augment": "rand-m9-mstd0.5-inc1",
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "augment.label_smoothing": 0.1,
+    "augment.crop_scale": (0.08, 1.0),
+    "model.pool": "mean",
+    "model.head": "linear",
+}
+TABLE_9 = {
+    **REGULARISED,
+    "augment.erasing": 0.25,
+    "train.global_batch_size": 1024,
+    "optim.warmup_epochs": 5,
+    "optim.min_lr": 1e-6,
+    "optim.weight_decay": 0.05,
+    "optim.betas": (0.9, 0.999),
+    "optim.ema_decay": None,
+    "train.tune_blocks": None,
+}
+TABLE_9_BY_SIZE = {
+    "base": {"train.epochs": 100, "optim.base_lr": 5e-4, "optim.layer_decay": 0.65,
+             "model.drop_path": 0.1},
+    "large": {"train.epochs": 50, "optim.base_lr": 1e-3, "optim.layer_decay": 0.75,
+              "model.drop_path": 0.2},
+    "huge": {"train.epochs": 50, "optim.base_lr": 1e-3, "optim.layer_decay": 0.75,
+             "model.drop_path": 0.3},
+}  # fmt: skip
+TABLE_10 = {
+    "model.pool": "token",
+    "augment.crop_scale": (0.08, 1.0),
+    "train.global_batch_size": 16384,
+    "optim.base_lr": 0.1,
+    "optim.min_lr": 0,
+    "optim.warmup_epochs": 10,
+    "optim.weight_decay": 0,
+    "optim.momentum": 0.9,
+    "deepspeed": "zero0",
+}
+TABLE_11 = {
+    **REGULARISED,
+    "weights": None,
+    "augment.erasing": 0,
+    "train.global_batch_size": 4096,
+    "optim.base_lr": 1e-4,
+    "optim.warmup_epochs": 20,
+    "optim.weight_decay": 0.3,
+    "optim.betas": (0.9, 0.95),
+    "optim.layer_decay": 1.0,
+    "optim.ema_decay": 0.9999,
+    "train.tune_blocks": None,
+}
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+@pytest.mark.parametrize("kind", ["finetune", "finetune_448", "linprobe", "scratch"])
+def test_recipes_are_tables_9_to_11(kind: str, size: str) -> None:
+    task, _, pixels = kind.partition("_")
+    name = f"{task}_vit_{size}" + (f"_{pixels}" if pixels else "")
+    flat = flatten(dataclasses.asdict(read_recipe(name)))
+    patch = 14 if size == "huge" else 16
+    expected: dict[str, Any] = {
+        "model.name": f"mae_vit_{size}_patch{patch}",
+        "model.img_size": int(pixels or 224),
+        "model.crop_ratio": None,
+    }
+    if task == "finetune":
+        expected |= {**TABLE_9, **TABLE_9_BY_SIZE[size]}
+    elif task == "linprobe":
+        expected |= {**TABLE_10, "train.epochs": 90 if size == "base" else 50}
+    else:
+        drop_path, epochs = (0.1, 300) if size == "base" else (0.2, 200)
+        expected |= {**TABLE_11, "model.drop_path": drop_path, "train.epochs": epochs}
+    if task != "scratch":
+        expected["weights"] = f"mae_pretrain_vit_{size}.pth"
+    found = {key: tuple(v) if isinstance(v := flat[key], list) else v for key in expected}
+    assert found == expected
+    micro = flat["train.micro_batch_size"]
+    assert flat["train.global_batch_size"] % (8 * micro) == 0  # runs on one node of eight
 
 
 def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
