@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_scale.data.transforms import (
     IMAGENET_MEAN,
@@ -89,7 +89,10 @@ class Augment:
         np.random.seed(key & 0xFFFFFFFF)
         if self._rand_augment is not None:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            image = self._operations_for(size)(image)
+            try:
+                image = self._operations_for(size)(image)
+            except ValueError as error:  # which would mean that the image is damaged
+                raise RuntimeError(f"RandAugment failed: {error}") from error
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if random.random() < self._erasing:
             pixels = _erase(pixels, key)
@@ -105,13 +108,24 @@ class Augment:
                 "interpolation": Image.Resampling.BICUBIC,
             }
             try:
-                self._operations[size] = rand_augment_transform(str(self._rand_augment), hints)
+                operations = rand_augment_transform(str(self._rand_augment), hints)
             except (AssertionError, ValueError, IndexError, KeyError):
                 raise UserError(
                     f"augment.rand_augment '{self._rand_augment}' is not in timm's spelling; "
                     "expected something like rand-m9-mstd0.5-inc1"
                 ) from None
+            for operation in operations.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+            self._operations[size] = operations
         return self._operations[size]
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's, which at the highest magnitude keeps 0 bits: black, which newer Pillows refuse."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def _erase(pixels: torch.Tensor, key: int) -> torch.Tensor:

@@ -133,7 +133,7 @@ def _convert_sharded(folder: Path, out: Path, scratch: Path) -> tuple[float, lis
     scratch.mkdir()
     for path in folder.glob("*_states.pt"):
         if not path.name.endswith("optim_states.pt"):
-            (scratch / path.name).hardlink_to(path)
+            (scratch / path.name).symlink_to(path.resolve())
             continue
         content = _read(path)
         for piece in _inner_state(content["optimizer_state_dict"]).values():

@@ -17,6 +17,7 @@ from mae_scale.data.augment import Augment
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import World, be_patient, on_rank0, process_group
 from mae_scale.train.ds import DeepSpeedEngine
@@ -125,12 +126,13 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             )
             return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
 
-        def open_folder() -> None:
-            if not checkpoint.exists(run_dir):
-                read_weights()  # what is wrong with them is said before anything is made
-            locks.append(open_run(run_dir, config, parts.notes))
-
-        on_rank0(open_folder if config.replay is None else lambda: check_run(run_dir, config))
+        if not on_rank0(lambda: checkpoint.exists(run_dir)):
+            on_rank0(read_weights)  # what is wrong with them is said before anything is made
+        if config.replay is None:
+            on_rank0(lambda: locks.append(open_run(run_dir, config)))
+            on_rank0(lambda: _write(run_dir, parts.notes))
+        else:
+            on_rank0(lambda: check_run(run_dir, config))
         run_hash = identity_hash(config)
         watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
@@ -199,6 +201,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             reason = stop_request.reason or "a signal to another rank"
             log.info("stopped by %s after step %d; the same command goes on", reason, step)
         return 0 if finished else STOPPED
+
+
+def _write(run_dir: Path, notes: dict[str, str]) -> None:
+    for name, content in notes.items():
+        write_atomically(run_dir / name, content)
 
 
 def _resume_point(config: RunConfig, run_hash: str, data: str) -> Path | None:

@@ -22,10 +22,8 @@ log = logging.getLogger("mae_scale")
 LOCK_WAIT_S = 30
 
 
-def open_run(run_dir: Path, config: Any, notes: dict[str, str] | None = None) -> IO[str]:
+def open_run(run_dir: Path, config: Any) -> IO[str]:
     """Make the folder with its config.yaml, or check that it was made with the same config.
-
-    `notes` are further files, content by name.
 
     Gives the lock of the folder, held until it is closed or the process ends. Only rank 0 calls.
 
@@ -44,8 +42,6 @@ def open_run(run_dir: Path, config: Any, notes: dict[str, str] | None = None) ->
         _wait_for(lock, run_dir)
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
-    for name, content in (notes or {}).items():
-        write_atomically(run_dir / name, content)
     write_atomically(path, as_yaml(config))
     return lock
 

@@ -71,6 +71,13 @@ def test_erases_the_share_it_should_with_normal_noise(photographs: list[bytearra
     assert min(shares) > 0.01 and max(shares) < 0.36  # timm's 2 % to a third of the area
 
 
+def test_posterize_down_to_no_bits(photographs: list[bytearray]) -> None:
+    """timm asks for 0 bits at the highest magnitude, which newer Pillows refuse."""
+    augment = Augment(rand_augment="rand-m10-inc1")
+    pixels = [augment(photographs[0], 32, uniforms(0), (0, 0, sample)) for sample in range(150)]
+    assert any(not image.any() for image in pixels)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
