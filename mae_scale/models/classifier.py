@@ -31,10 +31,18 @@ def build_classifier(name: str, num_classes: int, **overrides: Any) -> Classifie
     return Classifier(num_classes=num_classes, **{**own, **overrides})
 
 
+def keep_statistics_in_fp32(model: nn.Module) -> None:
+    """Take running statistics back to fp32 after a change of the model's dtype; bf16 loses them."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+
+
 class ProbeHead(nn.Sequential):
     """A linear layer on normalised features: BatchNorm without affine, then Linear (Table 10).
 
-    The features are normalised in fp32 whatever the dtype of the weights.
+    The features are normalised in fp32 whatever the dtype of the weights; after a change of that
+    call `keep_statistics_in_fp32`.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:

@@ -17,7 +17,11 @@ from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
-from mae_scale.models.classifier import Classifier, build_classifier
+from mae_scale.models.classifier import (
+    Classifier,
+    build_classifier,
+    keep_statistics_in_fp32,
+)
 from mae_scale.models.weights import fit_to_classifier, read_weights
 from mae_scale.tasks import classification
 from mae_scale.train import checkpoint
@@ -121,6 +125,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     model = loaded.model.eval().to(world.device)
     if resolve_precision(options.precision, world.device) == "bf16":
         model = model.bfloat16()
+        keep_statistics_in_fp32(model)
 
     def scores_on(name: str, shards: ShardSet) -> Scores:
         loader = EvalLoader(

@@ -16,6 +16,7 @@ from torch import nn
 
 from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig, TrainConfig, flatten
 from mae_scale.errors import UserError
+from mae_scale.models.classifier import keep_statistics_in_fp32
 from mae_scale.train.distributed import World, on_rank0
 from mae_scale.train.ds import (
     DeepSpeedBF16Config,
@@ -264,9 +265,7 @@ def build_engine(
     for state in inner_optimizer(engine).state.values():
         if "step" in state:
             state["step"].zero_()
-    for buffer in model.buffers():  # statistics, which bf16 could not keep
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.float()
+    keep_statistics_in_fp32(model)
     if isinstance(optim, FinetuneOptimConfig) and optim.ema_decay is not None:
         keep_moving_average(engine, optim.ema_decay)
     return engine

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Run, ranks
 
+from mae_scale.cli import main
 from mae_scale.models import build_mae
 from mae_scale.train.stopping import STOPPED
 
@@ -131,8 +132,7 @@ def test_the_best_checkpoint_is_kept_and_evaluated_exactly(
         for name in ("val", "train"):
             row, first = found["sets"][name], results[0]["sets"][name]
             assert row["loss"] == pytest.approx(first["loss"], rel=1e-12)
-            del row["loss"]
-            assert row == {k: v for k, v in first.items() if k != "loss"}
+            assert {**row, "loss": 0} == {**first, "loss": 0}
     row = results[0]["sets"]["val"]
     assert (row["top1"], row["top5"]) == (best["top1"], best["top5"])
     shown = [value for value in row["per_class"].values() if value is not None]
@@ -144,21 +144,21 @@ def test_training_learns_and_scratch_keeps_an_average_over_world_sizes(
     run: Run, shards: Path, tmp_path: Path
 ) -> None:
     """The moving average goes from 2 ranks under ZeRO-3 to 1 under ZeRO-1 and is evaluated."""
-    settings = {**CLASSIFIER, "data.val": shards, "optim.ema_decay": 0.5, "train.epochs": 30,
-                "optim.base_lr": 5e-3, "deepspeed": "zero3", "train.max_steps": 150,
+    settings = {**CLASSIFIER, "data.val": shards, "optim.ema_decay": 0.5, "train.epochs": 15,
+                "optim.base_lr": 0.02, "deepspeed": "zero3", "train.max_steps": 70,
                 "augment.rand_augment": "null", "augment.mixup": 0, "augment.cutmix": 0,
                 "augment.erasing": 0, "augment.label_smoothing": 0, "train.validate_epochs": 5,
                 "augment.crop_scale": "[0.9, 1.0]", "train.micro_batch_size": 12}  # fmt: skip
     run = replace(run, task="finetune", settings=settings, launcher="torchrun", processes=2)
     run.finish()
     run = replace(run, launcher="", processes=1)
-    run.settings |= {"deepspeed": "zero1", "train.max_steps": 300}
+    run.settings |= {"deepspeed": "zero1", "train.max_steps": 150}
     assert "converting it for 1 under ZeRO-1" in run.finish()
     validations = run.rows("validation.jsonl")
-    assert [row["step"] for row in validations] == [50, 100, 150, 200, 250, 300]
+    assert [row["step"] for row in validations] == [50, 100, 150]
     last = validations[-1]
-    assert last["top1"] > 50 and last["ema_top1"] > 50 and last["loss"] < validations[0]["loss"]
-    step = run.run_dir / "checkpoints" / "step-00000300"
+    assert last["top1"] > 20 and last["ema_top1"] > 20 and last["loss"] < validations[0]["loss"]
+    step = run.run_dir / "checkpoints" / "step-00000150"
     plain = evaluate(replace(run, run_dir=step), tmp_path / "plain.json", f"train={shards}")
     average = evaluate(
         replace(run, run_dir=step), tmp_path / "ema.json", f"train={shards}", "--ema"
@@ -225,29 +225,54 @@ def test_from_a_run_of_pretraining_under_zero_3(run: Run, tmp_path: Path) -> Non
     assert trained["pos_embed"].shape == (1, 65, 192)
 
 
+WRONG = [
+    ("finetune", {"model.img_size": 30}, "img_size 30 is no multiple of patch_size 8"),
+    ("finetune", {"train.tune_blocks": 1.5}, "train.tune_blocks 1.5 must be 0, 0.5 or"),
+    ("finetune", {"train.micro_batch_size": 3}, "train.micro_batch_size 3 must be even"),
+    ("finetune", {"optim.layer_decay": 0}, "optim.layer_decay 0.0"),
+    ("finetune", {"optim.ema_decay": 1}, "optim.ema_decay 1.0"),
+    ("finetune", {"model.drop_path": 1}, "drop_path 1.0"),
+    ("finetune", {"augment.erasing": 2}, "augment.erasing 2.0"),
+    ("finetune", {"augment.rand_augment": "strong"}, "augment.rand_augment 'strong'"),
+    ("finetune", {"model.crop_ratio": 0}, "model.crop_ratio 0.0"),
+    ("finetune", {"data.val": "/nowhere"}, "/nowhere"),
+    ("linprobe", {"deepspeed": "zero2"}, "ZeRO-2 cuts the weights into pieces, and LARS"),
+]
+
+
+@pytest.mark.parametrize(("task", "settings", "message"), WRONG)
+def test_bad_settings_get_one_line_and_leave_nothing(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    task: str,
+    settings: dict,
+    message: str,
+) -> None:
+    """In this process, whose signals they must not take over."""
+    monkeypatch.setattr("mae_scale.train.stopping.StopRequest.install", lambda self: None)
+    run = replace(run, task=task, settings={"model.depth": 3, **settings})
+    command = run.command()
+    assert main(command[command.index(task) :]) == 2
+    error = capfd.readouterr().err.strip()
+    assert message in error and error.startswith("mae-scale: error: ") and "\n" not in error
+    assert not run.run_dir.exists()
+
+
 @pytest.mark.parametrize(
-    ("task", "settings", "message"),
+    ("settings", "message"),
     [
-        ("finetune", {"weights": "nowhere.pth"}, "weights: there is no file or folder nowhere.pth"),
-        ("finetune", {"model.depth": 4}, "weights do not fit the model: missing: blocks.3.norm1"),
-        ("finetune", {"model.img_size": 30}, "img_size 30 is no multiple of patch_size 8"),
-        ("finetune", {"train.tune_blocks": 1.5}, "train.tune_blocks 1.5 must be 0, 0.5 or"),
-        ("finetune", {"train.micro_batch_size": 3}, "train.micro_batch_size 3 must be even"),
-        ("finetune", {"optim.layer_decay": 0}, "optim.layer_decay 0.0"),
-        ("finetune", {"optim.ema_decay": 1}, "optim.ema_decay 1.0"),
-        ("finetune", {"model.drop_path": 1}, "drop_path 1.0"),
-        ("finetune", {"augment.erasing": 2}, "augment.erasing 2.0"),
-        ("finetune", {"model.crop_ratio": 0}, "model.crop_ratio 0.0"),
-        ("linprobe", {"deepspeed": "zero2"}, "ZeRO-2 cuts the weights into pieces, and LARS"),
+        ({"weights": "nowhere.pth"}, "weights: there is no file or folder nowhere.pth"),
+        ({"model.depth": 4}, "weights do not fit the model: missing: blocks.3.norm1.weight"),
     ],
 )
-def test_bad_input_gets_one_line_and_leaves_nothing(
-    run: Run, pretrained: Path, task: str, settings: dict, message: str
+def test_bad_weights_get_one_line_and_leave_nothing(
+    run: Run, pretrained: Path, settings: dict, message: str
 ) -> None:
-    process = replace(
-        run, task=task, settings={"model.depth": 3, "weights": pretrained, **settings}
-    )
-    output = process.finish(2)
+    """Which rank 0 alone has read."""
+    run = replace(run, task="finetune", launcher="deepspeed", processes=2)
+    run.settings = {"model.depth": 3, "weights": pretrained, **settings}
+    output = run.finish(2)
     lines = [line for line in output.splitlines() if "mae-scale: error:" in line]
     assert len(lines) == 1 and message in lines[0]
     assert "Traceback" not in output and not run.run_dir.exists()
