@@ -116,7 +116,6 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
 
         def read_weights() -> None:
             if parts.weights is not None and not weights:
-                watchdog.doing("reading weights")
                 weights.update(parts.weights())
 
         def lacks_validation(step: int) -> bool:
@@ -126,6 +125,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             )
             return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
 
+        watchdog.doing("reading weights")
         if not on_rank0(lambda: checkpoint.exists(run_dir)):
             on_rank0(read_weights)  # what is wrong with them is said before anything is made
         if config.replay is None:

@@ -59,8 +59,9 @@ def evaluate(run: Run, out: Path, *options: Any, processes: int = 1) -> dict[str
 def test_an_interrupted_run_equals_an_undisturbed_one(
     tuning: Run, tmp_path: Path, processes: int, stage: int, ema: bool
 ) -> None:
-    """Losses, validations and the moving average, bit for bit."""
-    tuning.settings |= {"deepspeed": f"zero{stage}", "optim.ema_decay": 0.9 if ema else "null"}
+    """Losses, validations and the moving average, bit for bit; recomputed blocks, dropped paths."""
+    tuning.settings |= {"deepspeed": f"zero{stage}", "optim.ema_decay": 0.9 if ema else "null",
+                        "train.activation_checkpointing": "full"}  # fmt: skip
     if processes > 1:
         tuning = replace(tuning, launcher="torchrun", processes=processes)
     whole = replace(tuning, run_dir=tmp_path / "whole")
@@ -80,6 +81,11 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
         assert row["images"] == 241 and math.isfinite(row["loss"])
         assert ("ema_loss" in row) is ema
         assert not ema or row["ema_loss"] != row["loss"]
+    if stage == 0:  # each layer has had its share of the learning rate
+        last = whole.run_dir / "checkpoints" / "step-00000020" / "mp_rank_00_model_states.pt"
+        groups = torch.load(last, weights_only=False)["optimizer"]["param_groups"]
+        scales = {group["lr"] / whole.rows()[-1]["lr"] for group in groups}
+        assert sorted(scales) == pytest.approx([0.65**k for k in (4, 3, 2, 1, 0)])
 
 
 def test_validation_and_averaging_do_not_touch_the_training(tuning: Run, tmp_path: Path) -> None:
