@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,7 +74,10 @@ def _read_file(path: Path) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The authors' own checkpoints also hold the arguments of their program.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"weights: {path} cannot be read as weights: {first}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -138,6 +139,16 @@ def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(tmp_path / "bad.pth")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_the_authors_program_and_of_old_pytorch(
+    tmp_path: Path, zipped: bool
+) -> None:
+    state = classifier().state_dict()
+    content = {"model": state, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    assert read_weights(tmp_path / "c.pth").keys() == state.keys()
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
