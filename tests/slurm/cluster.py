@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -21,6 +22,7 @@ NODES = ("n1", "n2")
 CPUS = 4  # of each node, whatever the machine has
 CRED_EXPIRE_S = 5  # a requeued job waits for so long
 NODE_TIMEOUT_S = 10  # a node that does not answer is down
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 # Partitions: batch preempts by what each has of PriorityTier. `low` gives 60 s to save, `harsh`
 # none beyond KillWait.
@@ -80,6 +82,50 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.1)
+
+
+@dataclass
+class Job:
+    """A job that was submitted.
+
+    Args:
+        cluster, number: where it is, and its number there.
+        log: what it prints.
+    """
+
+    cluster: Cluster
+    number: str
+    log: Path
+
+    def record(self) -> dict[str, str]:
+        """What `scontrol show job` knows of it."""
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+        """Wait for something to become true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                told = f"{self.record()}\n{self.output()}\n{self.cluster.logs()}"
+                raise AssertionError(f"not within {seconds:.0f} s: {what}\n{told}")
+            time.sleep(0.1)
+
+    def wait_for_text(self, text: str, times: int = 1, seconds: float = 120) -> None:
+        """Wait until it has printed something."""
+        self.wait_for(lambda: self.output().count(text) >= times, text, seconds)
+
+    def finish(self, state: str = "COMPLETED", code: int = 0, seconds: float = 180) -> str:
+        """Wait for its end, check how it ended, and give what it has printed."""
+        self.wait_for(lambda: self.record()["JobState"] in ENDS, "the end", seconds)
+        record = self.record()
+        ended = (record["JobState"], record["ExitCode"])
+        assert ended == (state, f"{code}:0"), f"{record}\n{self.output()}"
+        return self.output()
 
 
 class Cluster:
@@ -161,10 +207,15 @@ class Cluster:
         """Nodes that wait for work."""
         return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
-    def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` knows of it."""
-        shown = self.run("scontrol", "-o", "show", "job", job)
-        return dict(re.findall(r"(\w+)=(\S*)", shown))
+    def submit(self, template: Path, *arguments: str | Path, cwd: Path, options: str = "") -> Job:
+        """`sbatch OPTIONS TEMPLATE ARGUMENTS` in the folder `cwd`, which gets the log."""
+        log = cwd / f"{template.stem} {len(list(cwd.glob('*.log')))}.log"
+        command = ["sbatch", "--parsable", f"--output={log}", *options.split(), template]
+        done = subprocess.run(
+            [*command, *arguments], env=self.env, cwd=cwd, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return Job(self, done.stdout.strip(), log)
 
     def logs(self) -> str:
         """The end of the daemons' logs."""
