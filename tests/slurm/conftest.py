@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +13,19 @@ from runs import REPOSITORY
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, n1 and n2, of four CPUs each; jobs use this Python and this checkout."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (apt: slurm-wlm, munge)")
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster(Path(folder))
-        path = os.pathsep.join([str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split()])
-        cluster.env |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        try:
-            cluster.start()
-            yield cluster
-        finally:
-            cluster.close()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    path = os.pathsep.join([str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split()])
+    cluster.env |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ def test_slurm_accepts_the_template(cluster: Cluster, templates: Path, name: str
     cluster.run("sbatch", "--test-only", "--nodes=2", templates / f"{name}.sbatch", "--x")
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck(templates: Path) -> None:
     files = sorted([*templates.glob("*.sbatch"), *templates.glob("*.sh")])
     assert len(files) == len(TEMPLATES) + 2
