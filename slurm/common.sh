@@ -16,7 +16,7 @@ fi
 
 task_options=() # of srun
 
-say() { echo "$(date +%T) slurm: $*"; }
+say() { printf '%(%T)T slurm: %s\n' -1 "$*"; }
 
 die() {
   say "$*" >&2
@@ -104,7 +104,7 @@ requeue() {
   local now
   until now=$(record); do
     say "slurmctld does not answer; trying again"
-    sleep 10
+    sleep 10 || true
   done
   case $now in
     *" JobState=RUNNING "* | *" Reason=TimeLimit "*) ;;
@@ -118,26 +118,32 @@ requeue() {
       ;;
   esac
   say "saved; requeueing job $job"
-  scontrol requeue "$job" || {
+  # Slurm then ends this script and its children, scontrol perhaps before that has answered.
+  local refused=0
+  scontrol requeue "$job" &
+  wait $! || refused=$?
+  if ((refused > 0 && refused < 128)); then
     say "the job could not be requeued; sbatch goes on from here"
-    exit 85
-  }
-  sleep infinity & # Slurm ends this script
-  wait
+  fi
 }
 
 # A failure on a node that no longer answers is Slurm's to judge: it takes the job back once the
-# node counts as down, unless the job has ended before.
+# node counts as down (SlurmdTimeout), unless the job has ended before.
 wait_for_verdict() {
+  local seconds
+  is_running || return 0
   if srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" true 2>/dev/null; then
-    return
+    return 0
   fi
-  local timeout
-  timeout=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
-  say "a node does not answer; Slurm requeues the job when it counts as down (SlurmdTimeout)"
-  sleep $((${timeout:-300} + 60)) &
-  wait
+  seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+  say "a node does not answer; waiting up to $((${seconds:-300} + 60)) s for Slurm's verdict"
+  for ((seconds = ${seconds:-300} + 60; seconds > 0; seconds -= 2)); do
+    is_running || return 0
+    sleep 2 || true
+  done
 }
+
+is_running() { [[ $(record) == *" JobState=RUNNING "* ]]; }
 
 # launch COMMAND ...: run it under srun, one process per task, and do what its exit code asks for.
 launch() {

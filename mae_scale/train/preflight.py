@@ -32,7 +32,7 @@ from mae_scale.world import World, host
 log = logging.getLogger("mae_scale")
 
 CLOCKS_S = 5.0  # clocks that differ by more are worth a warning
-VISIBLE_S = 30.0  # until a new file must be seen on every node; NFS caches folders that long
+VISIBLE_S = 10.0  # until a new file must be seen on every node
 BYTES_PER_PARAMETER = 16  # of a checkpoint, at the most: weights, masters and two moments in fp32
 BESIDE = ("torch", "deepspeed", "timm", "numpy")  # packages whose version must be the same, too
 MAY_DIFFER = ("data.workers",)  # config keys that follow from the node

@@ -16,7 +16,7 @@ from mae_scale.train.run_dir import read_history
 
 TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet")
 FOUR = "--nodes=2 --ntasks-per-node=2"
-STEPS = 150
+STEPS = 70
 
 
 @dataclass
@@ -40,9 +40,10 @@ class Training:
             **SMALL,
             "run_dir": "run dir",
             "data.train": self.shards,
+            "train.micro_batch_size": 2,
             "train.epochs": 1000,
             "train.max_steps": STEPS,
-            "checkpoint.every_steps": 20,
+            "checkpoint.every_steps": 10,
             **self.settings,
         }
         return [f"--{key}={value}" for key, value in settings.items()]
@@ -110,14 +111,14 @@ def test_preempted_and_then_a_node_is_lost(training: Training, undisturbed: Trai
     """Requeued each time, with the loss curve of a run to which nothing has happened."""
     cluster = training.cluster
     job = training.submit(f"{FOUR} --partition=low")
-    training.wait_for_step(job, 25)
+    training.wait_for_step(job, 12)
     preempt(cluster)
     assert "stopped by SIGTERM" in job.output()
     assert "slurm: saved; requeueing job" in job.output()
     saved = training.run.rows()[-1]["step"]
-    assert 25 <= saved < STEPS
+    assert 12 <= saved < STEPS
     job.wait_for_text(f"going on from step-{saved:08d}")
-    training.wait_for_step(job, min(saved + 15, STEPS - 15))
+    training.wait_for_step(job, min(saved + 12, STEPS - 12))
     cluster.kill_node("n2")
     job.wait_for(lambda: job.record()["Restarts"] == "2", "Slurm notices the loss of a node")
     cluster.start_node("n2")
@@ -131,13 +132,13 @@ def test_preempted_and_then_a_node_is_lost(training: Training, undisturbed: Trai
 
 def test_preemption_without_grace(training: Training) -> None:
     """Slurm takes the job back itself; KillWait is enough for the save."""
-    training.settings = {"train.max_steps": 60}
+    training.settings = {"train.max_steps": 40}
     job = training.submit("--nodes=1 --ntasks=2 --partition=harsh")
     training.wait_for_step(job, 5)
     preempt(training.cluster)
     output = job.finish()
     assert "slurm: saved; Slurm has requeued the job" in output
-    assert [row["step"] for row in training.run.rows()] == list(range(1, 61))
+    assert [row["step"] for row in training.run.rows()] == list(range(1, 41))
     assert training.events() == ["started", "stopped", "restarted", "resumed", "finished"]
 
 
