@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from runs import REPOSITORY, SMALL
+from runs import SMALL
 
 # What a user's own batch script holds, besides ARGUMENTS.
 SCRIPTS = {
@@ -33,7 +33,7 @@ def test_it_starts(cluster: Cluster, shards: Path, tmp_path: Path, launcher: str
     script = tmp_path / "job.sh"
     command = SCRIPTS[launcher].format(
         python=sys.executable,
-        program=REPOSITORY / "mae_scale" / "__main__.py",
+        program=Path(sys.prefix) / "bin" / "mae-scale",
         arguments=" ".join(arguments),
     )
     script.write_text(f"#!/bin/bash\n{command}\n")
