@@ -9,23 +9,21 @@ the state to host memory, and what else is lost is the slower steps while the th
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from machine import header
 
 from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
 from mae_scale.models import build_mae
 from mae_scale.train.checkpoint import Commit, Saver
 from mae_scale.train.distributed import World, process_group
-from mae_scale.train.ds import TorchCheckpointEngine, deepspeed
+from mae_scale.train.ds import TorchCheckpointEngine
 from mae_scale.train.engine import build_engine, fill_deepspeed_config, resolve_precision
 
 
@@ -78,14 +76,15 @@ def measure(args: argparse.Namespace, world: World, scratch: Path) -> None:
         os.sync()
         for name in ("foreground", "background"):
             number += 1
-            config = CheckpointConfig(keep=1, background=name == "background")
+            least = 0.0 if name == "background" else None
+            config = CheckpointConfig(keep=1, background_gb=least)
             saver = Saver(engine, scratch / "run", world, config)
             commit = Commit(number, number, 1, 1, precision, "", "", False, 0, {})
             began = time.perf_counter()
             saver.start(commit)
             stall[name].append(time.perf_counter() - began)
             slow = []
-            while not saver.written:
+            while name == "background" and not saver.written:
                 slow.append(step())
             finish = time.perf_counter()
             saver.finish()
@@ -95,11 +94,7 @@ def measure(args: argparse.Namespace, world: World, scratch: Path) -> None:
                 lost.append(sum(slow) - len(slow) * statistics.median(quiet))
             os.sync()
 
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
-    print(
-        f"{datetime.date.today()}  {device}, {len(os.sched_getaffinity(0))} cores, Python "
-        f"{sys.version.split()[0]}, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}"
-    )
+    print(header("deepspeed"))
     print(
         f"{args.model}, {precision}, {bytes_saved / 1e9:.2f} GB a save, a step of "
         f"{args.micro_batch} images takes {statistics.median(quiet):.2f} s; medians of "

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Bytes of model states per rank under ZeRO 0 to 3, measured beside the formula.
 
-Measured are the tensors that rank 0 holds between backward pass and optimiser step of its second
-step, each storage once: weights (those of the module), optimiser states (fp32 master weights and
-AdamW's two moments), and all others, which are gradients and DeepSpeed's buffers for sending.
+Measured are the tensors that rank 0 holds after the backward passes of two micro-batches, the
+larger of both moments, each storage once: weights (those of the module), optimiser states (fp32
+master weights and AdamW's two moments), and all others: gradients and buffers for sending.
 
 The formula is that of ZeRO (arXiv 1910.02054, section 5) for N ranks and P parameters: weights 2 P
 bytes in bf16 or 4 P in fp32, gradients, which are summed in fp32, 4 P, optimiser states 12 P (8 P
 where the weights are fp32 and nothing is sharded: they are their own masters). Stage 1 divides the
-optimiser states by N, stage 2 also the gradients, stage 3 also the weights. Stage 1 keeps bf16
-gradients beside their fp32 sums, 2 P more. Stage 3 keeps its bucket for sending gradients, 4 bytes
-x reduce_bucket_size of the JSON; both are in the formula's last column.
+optimiser states by N, stage 2 also the gradients, stage 3 also the weights. Stages 1 and 3 keep
+their bucket for sending gradients, 4 bytes x reduce_bucket_size of the JSON: in the last column.
 """
 
 from __future__ import annotations
@@ -72,12 +71,14 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
         side = model.patch_size * model.patch_embed.grid_size[0]
         images = torch.rand(1, 3, side, side, device=engine.device)
         noise = torch.rand(1, model.num_patches, device=engine.device)
+        moments = []
         for micro in range(4):  # two steps of two micro-batches
             loss, _, _ = engine(images, noise)
             engine.backward(loss)
             del loss
-            if micro < 3:
-                engine.step()
+            if micro >= 2:
+                moments.append(storages(live_tensors()))
+            engine.step()
         parameters = list(engine.module.parameters())
         weights = storages(parameters)
         weights |= storages(getattr(p, "ds_tensor", None) for p in parameters)
@@ -86,14 +87,13 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
         masters += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # of stage 3
         state = [value for values in inner.state.values() for value in values.values()]
         optimizer = storages([*masters, *(v for v in state if torch.is_tensor(v))])
-        everything = storages(live_tensors())
-        engine.step()
+    known = {**weights, **optimizer}
     return {
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         "weights": sum(weights.values()),
         "optimizer": sum(size for place, size in optimizer.items() if place not in weights),
-        "others": sum(
-            size for place, size in everything.items() if place not in {**weights, **optimizer}
+        "others": max(
+            sum(size for place, size in moment.items() if place not in known) for moment in moments
         ),
     }
 
@@ -103,12 +103,9 @@ def formula(parameters: float, stage: int, ranks: int, precision: str) -> dict[s
     masters = 4 if precision == "bf16" or stage > 0 else 0
     whole = {"weights": 2 if precision == "bf16" else 4, "others": 4, "optimizer": 8 + masters}
     bucket = 0
-    if precision == "bf16" and stage == 0:
-        whole["others"] = 2  # stage 0 sums in the precision of the weights
-    if precision == "bf16" and stage == 1:
-        whole["others"] += 2
-    if stage == 3:
-        bucket = 4 * load_deepspeed_config("zero3")["zero_optimization"]["reduce_bucket_size"]
+    if stage in (1, 3):
+        zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
+        bucket = 4 * zero["reduce_bucket_size"]
     sharded_from = {"optimizer": 1, "others": 2, "weights": 3}
     sizes = {
         kind: parameters * size / (ranks if stage >= sharded_from[kind] else 1)

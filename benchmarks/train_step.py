@@ -34,7 +34,7 @@ from mae_scale.models.masking import mask_noise
 from mae_scale.train.distributed import World, start
 from mae_scale.train.engine import build_engine, compile_blocks, fill_deepspeed_config
 from mae_scale.train.logs import set_up_logging
-from mae_scale.train.loop import memory_gb
+from mae_scale.train.metrics import memory_gb
 from mae_scale.train.mfu import mfu
 
 MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")

@@ -132,8 +132,9 @@ class CheckpointConfig:
     """Minutes between two checkpoints; null: by steps only."""
     keep: int = 3
     """Number of newest checkpoints kept."""
-    background: bool = True
-    """Whether files are written while training goes on, from a copy of the state in host memory."""
+    background_gb: float | None = 0.25
+    """Gigabytes (1e9 bytes) of a rank's state from which on files are written while training goes
+    on, from a copy in host memory, and not before the next step; null: never."""
     milestone_epochs: int | None = None
     """Also save at, and keep for good, the end of every so many epochs; null: none."""
 
@@ -172,6 +173,7 @@ AT_LEAST = {
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
+    "checkpoint.background_gb": 0,
     "checkpoint.milestone_epochs": 1,
 }
 

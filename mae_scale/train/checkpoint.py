@@ -149,7 +149,7 @@ def discard_newer(run_dir: Path, newest: Path | None) -> None:
 
 
 class Saver:
-    """Saves a run: one checkpoint at a time, written in the background, committed when whole.
+    """Saves a run: one checkpoint at a time, committed when all ranks have written their files.
 
     `start` and `finish` are called by all ranks.
 
@@ -163,12 +163,13 @@ class Saver:
     ) -> None:
         self._engine, self._run_dir, self._world = engine, run_dir, world
         self._keep = config.keep
-        self._writer = engine.checkpoint_engine = BackgroundWriter(config.background)
+        least = None if config.background_gb is None else config.background_gb * 1e9
+        self._writer = engine.checkpoint_engine = BackgroundWriter(least)
         self._commit: Commit | None = None
         self._began = self._stall = 0.0  # seconds
 
     def start(self, commit: Commit) -> None:
-        """Copy the state and begin to write it; first finish what is still under way.
+        """Write the state, or copy it and begin to; first finish what is still under way.
 
         Args:
             commit: what to write into COMMITTED.json; its `files` are filled in later.
@@ -192,6 +193,8 @@ class Saver:
         self._commit = commit
         self._writer.start()
         self._stall = time.monotonic() - self._began
+        if all(gather_to_all(self._writer.finished)):
+            self.finish()
 
     @property
     def written(self) -> bool:

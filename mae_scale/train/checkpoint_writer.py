@@ -1,4 +1,4 @@
-"""Writing a checkpoint's files while training goes on."""
+"""Writing a checkpoint's files, while training goes on if they are large."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from mae_scale.train.ds import TorchCheckpointEngine
 
 
 class BackgroundWriter(TorchCheckpointEngine):
-    """DeepSpeed's checkpoint engine, whose `save` only copies the state to host memory.
+    """DeepSpeed's checkpoint engine; `start` writes what its `save` was given.
 
-    A thread writes the copies, syncs and hashes them: what it does leaves the interpreter to
-    others. DeepSpeed's own decoupled engine neither syncs nor hashes, and compiles an op first.
+    A large state is copied to host memory, and a thread writes, syncs and hashes the copy: what it
+    does leaves the interpreter to others. A small one is written at once, so that a save is whole
+    before the next step. DeepSpeed's own decoupled engine neither syncs nor hashes, and compiles
+    an op first.
 
     Args:
-        background: False writes in `start` itself, without a copy, and stalls training so long.
+        background_bytes: size of the state from which on it is written in the background; None:
+            always at once, which needs no memory for the copy.
     """
 
-    def __init__(self, background: bool) -> None:
+    def __init__(self, background_bytes: float | None) -> None:
         super().__init__()
-        self._background = background
+        self._background_bytes = background_bytes
         self._states: list[tuple[Path, Any]] = []
         self._facts: dict[str, dict[str, Any]] = {}
         self._error: OSError | None = None
@@ -34,15 +37,16 @@ class BackgroundWriter(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Take a state, called by DeepSpeed once for each file."""
-        state = _host_copy(state_dict, {}) if self._background else state_dict
-        self._states.append((Path(path), state))
+        self._states.append((Path(path), state_dict))
 
     def start(self) -> None:
-        """Begin to write what was taken."""
+        """Write what was taken, or begin to; then training may change the state."""
         self._facts, self._error = {}, None
-        if not self._background:
+        least = self._background_bytes
+        if least is None or sum(_size(state) for _, state in self._states) < least:
             self._write()
             return
+        self._states = [(path, _host_copy(state, {})) for path, state in self._states]
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
@@ -112,6 +116,15 @@ def _write_synced(path: Path, state: Any) -> dict[str, Any]:
         if file.error is not None:
             raise file.error from None
         raise
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in `value`."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _host_copy(value: Any, copies: dict[int, torch.Tensor]) -> Any:

@@ -139,8 +139,6 @@ def fill_deepspeed_config(
         )
     config["zero_optimization"]["stage"] = stage = int(stage)
     accumulation = accumulation_steps(train, world.size)
-    # Stage 0 sums micro-batches in the precision of the weights and knows no other.
-    sums_in = "fp32" if stage > 0 else precision
     decided: dict[str, tuple[object, str]] = {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
@@ -148,7 +146,7 @@ def fill_deepspeed_config(
         "gradient_clipping": (0.0, "the recipe's gradient clipping"),
         "bf16.enabled": (precision == "bf16", f"train.precision {precision}"),
         "communication_data_type": (train.grad_reduce, "train.grad_reduce"),
-        "data_types.grad_accum_dtype": (sums_in, f"the sum of gradients under ZeRO-{stage}"),
+        "data_types.grad_accum_dtype": ("fp32", "the sum of gradients, which is fp32"),
         "zero_force_ds_cpu_optimizer": (False, "the recipe's AdamW, which is PyTorch's"),
     }
     fixed: dict[str, tuple[object, str]] = {  # not filled in: not every DeepSpeed has them
@@ -174,6 +172,8 @@ def fill_deepspeed_config(
     for key, value in flatten(config).items():
         if value == "auto":
             raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
+    if stage == 0:  # DeepSpeed knows no other there; `_sum_in_fp32` does it
+        config["data_types"]["grad_accum_dtype"] = precision
     _check_with_deepspeed(config, name)
     return config
 
@@ -267,7 +267,33 @@ def build_engine(
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for state in inner.state.values():
         state["step"].zero_()
+    if zero_stage(deepspeed_config) == 0 and engine.bfloat16_enabled():
+        _sum_in_fp32(engine)
     return engine
+
+
+def _sum_in_fp32(engine: DeepSpeedEngine) -> None:
+    """Sum the gradients of micro-batches in fp32 where each parameter's `grad` is bf16.
+
+    The sum is rounded once, to the bf16 that stage 0 reduces and gives to the optimiser.
+    """
+    if engine.gradient_accumulation_steps() == 1:
+        return
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(parameter: nn.Parameter) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        total = sums.pop(parameter).add_(grad) if parameter in sums else grad.float()
+        if engine.is_gradient_accumulation_boundary():
+            parameter.grad = total.to(grad.dtype)
+        else:
+            sums[parameter] = total
+            parameter.grad = None
+
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(take)
 
 
 def compile_blocks(model: nn.Module) -> None:

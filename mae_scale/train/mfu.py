@@ -6,31 +6,24 @@ import re
 
 import torch
 
-# Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, written down from
-# memory and still to be checked against the vendors' data sheets, by a pattern
-# of the device's name; the first that is found counts.
+# Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by a pattern of the
+# device's name; the first that is found counts. Only those on which the tables that others keep of
+# the vendors' data sheets agree (compared on 2026-11-24); of any other GPU the MFU is null.
 PEAK_TFLOPS = {
     r"\bMIG\b": None,  # a slice of a GPU; its name does not say how large
-    r"\b(GB200|GB300)\b": 2500.0,
-    r"\b(B200|B300)\b": 2250.0,
+    r"\bB200\b": 2250.0,
     r"\bB100\b": 1750.0,
-    r"\bH[12]00 NVL\b": 835.5,
+    r"\bH100 NVL\b": 835.5,
     r"\bH100 PCIe\b": 756.5,
+    r"\bH200 NVL\b": None,
     r"\b(H100|H200|H800|GH200)\b": 989.4,
     r"\bH20\b": 148.0,
-    r"\bA100\b": 312.0,
-    r"\bA800\b": 312.0,
-    r"\bA40\b": 149.7,
+    r"\b(A100|A800)\b": 312.0,
     r"\bA30\b": 165.0,
     r"\bA10\b": 125.0,
     r"\bL40S\b": 362.1,
     r"\bL40\b": 181.0,
-    r"\bL4\b": 121.0,
-    r"\bRTX 6000 Ada\b": 364.2,
-    r"\bRTX A6000\b": 154.8,
-    r"\bRTX 5090$": 209.5,
     r"\bRTX 4090$": 165.2,
-    r"\bRTX 3090$": 71.0,
     r"\bMI300X\b": 1307.4,
     r"\bMI250X?\b": 191.5,  # of one of the two devices that a card shows as
 }

@@ -142,6 +142,36 @@ def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) ->
         assert (norms[stage, "bf16"] != norms[stage, "fp32"]) is (stage > 0)
 
 
+ACCUMULATE = """
+import json, torch
+from torch import nn
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import build_engine, fill_deepspeed_config
+from mae_scale.train.nonfinite import StepGuard
+
+world = World()
+with process_group(world, 600):
+    for stage in range(3):
+        train = TrainConfig(global_batch_size=256, micro_batch_size=1)
+        config = fill_deepspeed_config(f"zero{stage}", train, world, "bf16")
+        engine = build_engine(nn.Linear(1, 1, bias=False), OptimConfig(), config)
+        guard = StepGuard(engine)
+        for micro in range(2 * 256):
+            size = 1.0 if micro % 256 == 0 else 2.0**-9
+            engine.backward(engine(torch.full((1, 1), size, dtype=torch.bfloat16)).sum())
+            engine.step()
+        print(json.dumps({"stage": stage, "norm": 256 * float(guard.grad_norm)}))
+"""
+
+
+def test_micro_batches_are_summed_in_fp32(tmp_path: Path) -> None:
+    """Gradients of 1 and 255 times 2 ** -9, each of which a sum in bf16 would lose."""
+    for found in on_ranks(1, ACCUMULATE, tmp_path):
+        rounded = 2**-7 if found["stage"] == 0 else 1e-6
+        assert found["norm"] == pytest.approx(1 + 255 / 512, rel=rounded), found
+
+
 def on_ranks(processes: int, script: str, tmp_path: Path) -> list[dict[str, float]]:
     """Run a script on so many ranks; the JSON lines that it prints."""
     file = tmp_path / "script.py"

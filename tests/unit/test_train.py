@@ -115,7 +115,7 @@ def test_every_deepspeed_config_is_filled_in(name: str, precision: str) -> None:
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer true .* AdamW"),
         (
             {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}},
-            'grad_accum_dtype "bf16" .* sum of gradients under ZeRO-2',
+            'grad_accum_dtype "bf16" .* sum of gradients, which is fp32',
         ),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size .* no recipe"),
         ({"zero_optimization": {"stage": "auto"}}, 'stage "auto" .* is not 0, 1, 2 or 3'),
