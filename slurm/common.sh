@@ -27,10 +27,12 @@ die() {
 python=()
 find_python() {
   if [[ -n $MODULES ]]; then
-    local module
-    for module in $MODULES; do
-      module load "$module"
-    done
+    set +u # in what others wrote
+    # shellcheck source=/dev/null
+    command -v module >/dev/null || source /etc/profile
+    # shellcheck disable=SC2086  # several words
+    module load $MODULES
+    set -u
   fi
   local mounts=()
   case $CONTAINER in
