@@ -1,4 +1,4 @@
-"""`sbatch slurm/shard_imagenet.sbatch`: an array, one of whose tasks is killed."""
+"""`sbatch slurm/shard_imagenet.sbatch`: an array with a task that is killed or stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 from cluster import Cluster, Job
+from runs import handles_sigterm
 
 from mae_scale.files import checksums
 
@@ -28,18 +29,24 @@ def test_an_array_with_a_task_killed(
     for task in submit(whole, "0-0"):
         task.finish()
     tasks = submit(out, "1-3")
-    killed = _kill_task(tasks[0], 1)
+    _find(tasks[0], 1).kill()
     for task in tasks[1:]:
         task.finish()
     tasks[0].finish("FAILED", 137)
-    assert killed and not (out / "manifest.json").exists()
-    for task in submit(out, "1-3"):
+    assert not (out / "manifest.json").exists()
+    # The last task of an array has the number of the array: it alone must be requeued.
+    tasks = submit(out, "1-3")
+    last = _find(tasks[2], 3)
+    tasks[2].wait_for(lambda: handles_sigterm(last.pid), "Python")
+    last.terminate()
+    for task in tasks:
         task.finish()
+    assert [task.record()["Restarts"] for task in tasks] == ["0", "0", "1"]
     assert checksums(out) == checksums(whole)
 
 
-def _kill_task(task: Job, number: int) -> list[int]:
-    """Kill the processes of a task of the array once they write."""
+def _find(task: Job, number: int) -> psutil.Process:
+    """The program of a task of the array."""
     found: list[psutil.Process] = []
 
     def look() -> bool:
@@ -56,6 +63,4 @@ def _kill_task(task: Job, number: int) -> list[int]:
         return bool(found)
 
     task.wait_for(look, "the task")
-    for process in found:
-        process.kill()
-    return [process.pid for process in found]
+    return found[0]
