@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -31,7 +30,8 @@ from mae_scale.train.engine import (
 )
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch, Loop, total_steps
-from mae_scale.train.run_dir import add_history, check_run, open_run
+from mae_scale.train.preflight import ready
+from mae_scale.train.run_dir import add_history, note_restart
 from mae_scale.train.stopping import STOPPED, stop_request
 from mae_scale.train.watchdog import watchdog
 
@@ -77,12 +77,11 @@ def pretrain(config: PretrainConfig, world: World) -> int:
 
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
-    with process_group(world, config.train.hang_timeout), closing(loader):
-        locks: list[IO[str]] = []  # held by rank 0 until the end
-        if config.replay is None:
-            on_rank0(lambda: locks.append(open_run(run_dir, config)))
-        else:
-            on_rank0(lambda: check_run(run_dir, config))
+    with (
+        process_group(world, config.train.hang_timeout),
+        closing(loader),
+        ready(config, world, shards.fingerprint, model, writes=config.replay is None),
+    ):
         run_hash = identity_hash(config)
         watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, shards.fingerprint))
@@ -93,6 +92,8 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         if step >= total and config.replay is None:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        if config.replay is None:
+            on_rank0(lambda: note_restart(run_dir, step))
         watchdog.doing("building the engine")
         fill_in(model, config.seed, ds_config)
         order = optimizer_order(model, config.optim)
