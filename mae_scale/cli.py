@@ -9,7 +9,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from mae_scale.errors import RunError, UserError
+from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.world import World
 
 # Command: (module with a `main(argv, prog) -> exit code`, what it does). Modules are imported when
 # called for: --help and a mistyped key must not wait for torch and DeepSpeed.
@@ -59,8 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[name][0])
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:
-        # Bad input is the same for all processes and said once; the rest can strike any of them.
-        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        world = World.from_environment()
+        if isinstance(error, UserError) and name in TRAINING and world.size > 1:
+            from mae_scale.train.distributed import agreed
+
+            error = agreed(world, error)
+        # What all ranks raise is said once; the rest can strike any of them.
+        if world.rank == 0 or not isinstance(error, (UserError, CommonError)):
             print(f"mae-scale: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.errors import UserError
+from mae_scale.world import cpus
 
 T = TypeVar("T")
 
@@ -60,8 +61,9 @@ class DataConfig:
     """Folder of training shards, as written by data_prep/shard_imagenet.py."""
     val: str | None = None
     """Folder of validation shards; null: no validation. Not used by pre-training."""
-    workers: int = 8
-    """Data-loading processes per rank; 0 loads in the training process itself."""
+    workers: int = field(default_factory=lambda: min(16, max(1, cpus() - 1)))
+    """Data-loading processes per rank, by default one less than its CPUs, 16 at the most; 0 loads
+    in the training process itself."""
     lanes: int = 256
     """Number of places in the dataset that are read at the same time; part of the sample order."""
     window: int = 2048

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on though the program is right, exit code 1: bad data, a NaN loss."""
+
+
+class CommonError(RunError):
+    """One that is raised on all ranks alike, so that they end together and it is said once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -41,3 +42,13 @@ def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"{folder.name}_piece.JPEG"
         images[number * len(images) // CLASSES].save(folder / name, quality=92)
     return root
+
+
+@pytest.fixture(scope="session")
+def shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 250 photographs as shards of 40, at 128 pixels so that decoding takes little time."""
+    out = tmp_path_factory.mktemp("shards") / "with a space" / "train"
+    script = REPOSITORY / "data_prep" / "shard_imagenet.py"
+    options = "--split train --samples-per-shard 40 --resize-short 128 --workers 2"
+    subprocess.run([sys.executable, script, imagenet_tree, out, *options.split()], check=True)
+    return out

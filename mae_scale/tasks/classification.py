@@ -16,10 +16,10 @@ from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier, read_weights
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
 from mae_scale.train.validation import averaged_weights, evaluate
+from mae_scale.world import World
 
 CLASSES = "classes.json"  # in the run folder
 

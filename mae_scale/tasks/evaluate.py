@@ -25,11 +25,12 @@ from mae_scale.models.classifier import (
 from mae_scale.models.weights import fit_to_classifier, read_weights
 from mae_scale.tasks import classification
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World, on_rank0, process_group
+from mae_scale.train.distributed import on_rank0, process_group
 from mae_scale.train.engine import resolve_precision
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.validation import Scores, evaluate
+from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 

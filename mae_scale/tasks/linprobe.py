@@ -12,13 +12,13 @@ from mae_scale.data.transforms import normalize
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.flops import classifier_training_flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
-from mae_scale.train.distributed import World
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.engine import zero_stage
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.optimizers import check_lars
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
+from mae_scale.world import World
 
 
 def main(argv: list[str], prog: str) -> int:

@@ -9,11 +9,11 @@ from mae_scale.data.transforms import normalize
 from mae_scale.models import build_mae
 from mae_scale.models.flops import training_flops
 from mae_scale.models.masking import mask_noise
-from mae_scale.train.distributed import World
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
+from mae_scale.world import World
 
 
 def main(argv: list[str], prog: str) -> int:

@@ -17,8 +17,8 @@ from mae_scale.figures import save_reconstruction_grid
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.masking import mask_noise
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World
 from mae_scale.train.logs import set_up_logging
+from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 

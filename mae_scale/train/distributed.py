@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -13,91 +12,78 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from mae_scale.errors import RunError, UserError
+from mae_scale.errors import CommonError, RunError, UserError
 from mae_scale.train.stopping import waiting_for_others
 from mae_scale.train.watchdog import watchdog
+from mae_scale.world import World, cpus, host, is_slurm_task, slurm_rendezvous
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class World:
-    """This process among the others, as torchrun and deepspeed tell it by the environment."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; alone where they are not set."""
-        env = os.environ
-        size = int(env.get("WORLD_SIZE", 1))
-        return cls(
-            rank=int(env.get("RANK", 0)),
-            size=size,
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """The GPU of this rank, or the CPU where there is none."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
+met = False  # whether the ranks have met: from then on a `UserError` is raised on all of them
 
 
 def start(world: World) -> None:
     """Join the process group: gloo for CPU tensors, NCCL for those on a GPU."""
-    os.environ.update(
-        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
-    )
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    local = world.local_rank if world.device.index is None else world.device.index
+    ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local}
+    ranks["LOCAL_WORLD_SIZE"] = world.local_size
+    os.environ.update({name: str(value) for name, value in ranks.items()})
     backend = "gloo"
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+        if world.device.index < torch.cuda.device_count():  # else the preflight names this rank
+            torch.cuda.set_device(world.device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
     elif "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // world.local_size))
+        torch.set_num_threads(cpus())
     timeout = timedelta(minutes=10)
     if world.size == 1:
         # A port of the kernel's choice: two runs on one machine must not meet.
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    elif {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        with waiting_for_others():
-            dist.init_process_group(backend, timeout=timeout)
-    else:
-        raise UserError("WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT")
+        return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if not is_slurm_task(os.environ):
+            raise UserError(
+                "WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT"
+            )
+        address, port = slurm_rendezvous()
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    with waiting_for_others():
+        dist.init_process_group(backend, timeout=timeout)
 
 
 @contextmanager
-def process_group(world: World, hang_timeout: float) -> Iterator[None]:
+def process_group(
+    world: World, hang_timeout: float, problem: UserError | None = None
+) -> Iterator[None]:
     """All ranks together from `start` to a common end.
 
     A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
-    is raised on all ranks and ends as orderly as success does.
+    or `CommonError` is raised on all ranks and ends as orderly as success does.
 
     Args:
         hang_timeout: seconds without any progress after which the ranks end.
+        problem: what this rank has found wrong before it came here.
     """
+    global met
     try:
         start(world)
         watchdog.start(world.rank, world.size, hang_timeout)
+        met = True
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(error).splitlines()[0]
         raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
-    wrong: UserError | None = None
+    wrong: UserError | CommonError | None = None
     try:
         be_patient(hang_timeout)
         try:
+            _raise_together(problem)
             yield
-        except UserError as error:
+        except (UserError, CommonError) as error:
             wrong = error
         finish()
     except Exception as error:
@@ -106,6 +92,33 @@ def process_group(world: World, hang_timeout: float) -> Iterator[None]:
         raise failure from error
     if wrong is not None:
         raise wrong
+
+
+def _raise_together(problem: UserError | None) -> None:
+    """Raise on all ranks what any of them has found wrong, naming the rank unless it is all."""
+    found = gather_to_all((host(), None if problem is None else str(problem)))
+    texts = {text for _, text in found}
+    if texts == {None}:
+        return
+    if len(texts) == 1:
+        raise UserError(found[0][1])
+    rank, (place, text) = next((r, f) for r, f in enumerate(found) if f[1] is not None)
+    raise UserError(f"rank {rank} ({place}): {text}")
+
+
+def agreed(world: World, error: UserError) -> UserError:
+    """What all ranks end with when this one has found bad input; it may be the only one.
+
+    Where they have not met yet, they meet now: a folder that one node lacks must be named once,
+    not by each rank or by none.
+    """
+    if world.size == 1 or met:
+        return error
+    try:
+        with process_group(world, 60, error):
+            raise AssertionError("a problem ends the process group")
+    except UserError as common:
+        return common
 
 
 def _in_one_line(error: Exception) -> Exception:

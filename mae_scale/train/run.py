@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import World, be_patient, on_rank0, process_group
+from mae_scale.train.distributed import be_patient, on_rank0, process_group
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.engine import (
     accumulation_steps,
@@ -33,9 +33,11 @@ from mae_scale.train.engine import (
 from mae_scale.train.loop import Batch, Loop, Validation, total_steps
 from mae_scale.train.metrics import VALIDATION, read_metrics
 from mae_scale.train.optimizers import optimizer_order
-from mae_scale.train.run_dir import add_history, check_run, open_run
+from mae_scale.train.preflight import ready
+from mae_scale.train.run_dir import add_history, note_restart
 from mae_scale.train.stopping import STOPPED, stop_request
 from mae_scale.train.watchdog import watchdog
+from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
@@ -110,29 +112,23 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
 
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
-    with process_group(world, config.train.hang_timeout), closing(loader):
-        locks: list[IO[str]] = []  # held by rank 0 until the end
-        weights: dict[str, torch.Tensor] = {}  # on rank 0
 
-        def read_weights() -> None:
-            if parts.weights is not None and not weights:
-                weights.update(parts.weights())
+    def lacks_validation(step: int) -> bool:
+        """Whether a signal came before the validation of this step."""
+        due = parts.validation is not None and parts.validation.is_due(
+            step, loader.steps_per_epoch, config.train.epochs
+        )
+        return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
 
-        def lacks_validation(step: int) -> bool:
-            """Whether a signal came before the validation of this step."""
-            due = parts.validation is not None and parts.validation.is_due(
-                step, loader.steps_per_epoch, config.train.epochs
-            )
-            return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
-
-        watchdog.doing("reading weights")
-        if not on_rank0(lambda: checkpoint.exists(run_dir)):
-            on_rank0(read_weights)  # what is wrong with them is said before anything is made
-        if config.replay is None:
-            on_rank0(lambda: locks.append(open_run(run_dir, config)))
+    writes = config.replay is None
+    with (
+        process_group(world, config.train.hang_timeout),
+        closing(loader),
+        _initial_weights(parts, run_dir) as (weights, read_weights),
+        ready(config, world, parts.shards.fingerprint, model, writes=writes),
+    ):
+        if writes:
             on_rank0(lambda: _write(run_dir, parts.notes))
-        else:
-            on_rank0(lambda: check_run(run_dir, config))
         run_hash = identity_hash(config)
         watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
@@ -141,9 +137,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             commit = checkpoint.Commit.read(resume)
             step, bad_steps = commit.step, commit.bad_steps
         validates_first = on_rank0(lambda: lacks_validation(step))
-        if step >= total and config.replay is None and not validates_first:
+        if step >= total and writes and not validates_first:
             log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
             return 0
+        if writes:
+            on_rank0(lambda: note_restart(run_dir, step))
         watchdog.doing("building the engine")
         if resume is None:
             on_rank0(read_weights)
@@ -201,6 +199,27 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             reason = stop_request.reason or "a signal to another rank"
             log.info("stopped by %s after step %d; the same command goes on", reason, step)
         return 0 if finished else STOPPED
+
+
+@contextmanager
+def _initial_weights(
+    parts: Parts, run_dir: Path
+) -> Iterator[tuple[dict[str, torch.Tensor], Callable[[], None]]]:
+    """Weights to start from, on rank 0, and a function that reads them there; all ranks call.
+
+    Where nothing has been saved yet they are read at once: what is wrong with them must be said
+    before the run folder is made.
+    """
+    weights: dict[str, torch.Tensor] = {}
+
+    def read() -> None:
+        if parts.weights is not None and not weights:
+            weights.update(parts.weights())
+
+    watchdog.doing("reading weights")
+    if not on_rank0(lambda: checkpoint.exists(run_dir)):
+        on_rank0(read)
+    yield weights, read
 
 
 def _write(run_dir: Path, notes: dict[str, str]) -> None:

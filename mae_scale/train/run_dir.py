@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import platform
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,18 +15,21 @@ import yaml
 
 from mae_scale import __version__
 from mae_scale.config import as_yaml, differences
-from mae_scale.errors import UserError
+from mae_scale.errors import CommonError, UserError
 from mae_scale.files import write_atomically
+from mae_scale.world import host
 
 log = logging.getLogger("mae_scale")
 
 LOCK_WAIT_S = 30
+IDLE_RESTARTS = 3  # restarts of a job by Slurm, one after the other, that may get nowhere
 
 
 def open_run(run_dir: Path, config: Any) -> IO[str]:
-    """Make the folder with its config.yaml, or check that it was made with the same config.
+    """Make the folder, or check that it was made with the same config.
 
-    Gives the lock of the folder, held until it is closed or the process ends. Only rank 0 calls.
+    Gives the lock of the folder, held until it is closed or the process ends. Only rank 0 calls,
+    then `keep_config` or `abandon`.
 
     Raises:
         UserError: another config made the folder (the message shows the difference), it is no run
@@ -42,8 +46,20 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
         _wait_for(lock, run_dir)
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
-    write_atomically(path, as_yaml(config))
     return lock
+
+
+def keep_config(run_dir: Path, config: Any) -> None:
+    """Make it the folder of a run with this config."""
+    write_atomically(run_dir / "config.yaml", as_yaml(config))
+
+
+def abandon(run_dir: Path) -> None:
+    """Leave nothing behind of a folder that `open_run` has made and that is no run's yet."""
+    if not (run_dir / "config.yaml").exists():
+        with suppress(OSError):  # others may have put something there
+            (run_dir / ".lock").unlink()
+            run_dir.rmdir()
 
 
 def check_run(run_dir: Path, config: Any) -> None:
@@ -83,11 +99,11 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
     """Add a line to `RUN/history.jsonl`: each start, stop and end of the run.
 
     Args:
-        event: started, resumed, stopped or finished.
+        event: started, resumed, restarted (by Slurm, noted before resumed), stopped or finished.
         step: optimiser steps done at that moment.
         facts: what else is worth knowing, such as the world size.
     """
-    row = {"event": event, "step": step, "time": time.time(), "host": platform.node()}
+    row = {"event": event, "step": step, "time": time.time(), "host": host()}
     with (run_dir / "history.jsonl").open("a") as file:
         file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
 
@@ -98,3 +114,27 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def note_restart(run_dir: Path, step: int) -> None:
+    """Note that Slurm has restarted this job, and end one that gets nowhere. Only rank 0 calls.
+
+    Progress is what is saved. A job that somebody submits again counts from the start.
+
+    Args:
+        step: of the checkpoint to go on from, 0 if there is none.
+
+    Raises:
+        CommonError: the last `IDLE_RESTARTS` restarts of this job went on from the same step.
+    """
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    rows = [row for row in read_history(run_dir) if row["event"] == "restarted"]
+    last = [(row["job"], row["step"]) for row in rows[-IDLE_RESTARTS:]]
+    if last == [(job, step)] * IDLE_RESTARTS:
+        raise CommonError(
+            f"Slurm has restarted job {job} {IDLE_RESTARTS} times without getting beyond step "
+            f"{step}; see above what ended each start, mend it, and submit the job again"
+        )
+    add_history(run_dir, "restarted", step, job=job)

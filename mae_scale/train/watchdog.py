@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError
 from mae_scale.train.stopping import stop_request
+from mae_scale.world import host
 
 BEAT_S = 1.0
 SILENCE_S = 60  # without a sign of life: dead, frozen, or the host cannot be reached
@@ -52,8 +52,8 @@ class Peer:
         self.record = record
 
     def __str__(self) -> str:
-        host = self.record.get("host")
-        return f"rank {self.rank} ({host})" if host else f"rank {self.rank}"
+        place = self.record.get("host")
+        return f"rank {self.rank} ({place})" if place else f"rank {self.rank}"
 
 
 def find_lost(peers: list[Peer], limit: float) -> str | None:
@@ -88,7 +88,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._record: dict[str, Any] = {
-            "beat": 0, "host": platform.node(), "moves": 0, "doing": "starting",
+            "beat": 0, "host": host(), "moves": 0, "doing": "starting",
             "waits": False, "broken": None,
         }  # fmt: skip
         self._stop = threading.Event()

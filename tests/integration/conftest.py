@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-
-from mae_scale.train.metrics import read_metrics
-
-REPOSITORY = Path(__file__).parents[2]
-
-# A model that makes a step in a fraction of a second; 13 steps of an epoch on 100 photographs.
-SMALL = {
-    "model.name": "mae_vit_tiny_patch16",
-    "model.img_size": 32,
-    "model.patch_size": 8,
-    "model.decoder_depth": 1,
-    "data.workers": 1,
-    "data.lanes": 4,
-    "data.window": 16,
-    "train.epochs": 2,
-    "train.global_batch_size": 24,
-    "train.micro_batch_size": 4,
-    "train.log_every": 1,
-    "optim.warmup_epochs": 1,
-    "checkpoint.every_minutes": "null",
-}
-
-
-@pytest.fixture(scope="session")
-def shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 250 photographs as shards of 40, at 128 pixels so that decoding takes little time."""
-    out = tmp_path_factory.mktemp("shards") / "with a space" / "train"
-    script = REPOSITORY / "data_prep" / "shard_imagenet.py"
-    options = "--split train --samples-per-shard 40 --resize-short 128 --workers 2"
-    subprocess.run([sys.executable, script, imagenet_tree, out, *options.split()], check=True)
-    return out
+from runs import Run
 
 
 @pytest.fixture(scope="session")
@@ -62,114 +23,6 @@ def val_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest["shards"][-1]["samples"] -= 9
     (out / "manifest.json").write_text(json.dumps(manifest))
     return out
-
-
-@dataclass
-class Run:
-    """One `mae-scale pretrain`, or another task, and its folder.
-
-    Args:
-        run_dir, shards: folders.
-        settings: config keys beside those of `SMALL`.
-        launcher: "" for none, or torchrun or deepspeed.
-        processes: of the launcher.
-        task: that trains.
-    """
-
-    run_dir: Path
-    shards: Path
-    settings: dict[str, Any] = field(default_factory=dict)
-    launcher: str = ""
-    processes: int = 1
-    task: str = "pretrain"
-
-    def command(self) -> list[str]:
-        """The command as a user types it."""
-        small = {
-            key: value
-            for key, value in SMALL.items()
-            if self.task == "pretrain" or not key.startswith("model.decoder")
-        }
-        settings = {**small, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
-        arguments = [f"--{key}={value}" for key, value in settings.items()]
-        n = self.processes
-        port = free_port()
-        # The `deepspeed` script itself does not start from a virtual environment whose path has a
-        # space in it; the module is the same program.
-        launch = {
-            "": "-m mae_scale",
-            "torchrun": f"-m torch.distributed.run --standalone --nproc_per_node {n} -m mae_scale",
-            "deepspeed": f"-m deepspeed.launcher.runner --num_gpus {n} --master_port {port} "
-            "--module mae_scale",
-        }[self.launcher]
-        return [sys.executable, *launch.split(), self.task, *arguments]
-
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        """Start it in a process group of its own, as a shell does."""
-        return subprocess.Popen(
-            self.command(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-            cwd=self.shards.parent,  # not the checkout
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
-
-    def finish(self, code: int = 0) -> str:
-        """Run it to its end, check the exit code, and give its output."""
-        process = self.start()
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == code, output
-        return output
-
-    def stop(self, at_step: int, how: Callable[[subprocess.Popen[str]], None], code: int) -> str:
-        """Start it, call `how` once the metrics have `at_step`, and wait for its end."""
-        process = self.start()
-        family = psutil.Process(process.pid)
-        while process.poll() is None and len(self.rows()) < at_step:
-            time.sleep(0.02)
-        children = family.children(recursive=True)
-        how(process)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == code, output
-        _, alive = psutil.wait_procs(children, timeout=60)
-        assert not alive, f"left behind: {alive}\n{output}"
-        return output
-
-    def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """Rows of a record without what depends on the clock and the machine."""
-        clock = ("images_per_second", "data_wait", "memory_gb", "time")
-        rows = read_metrics(self.run_dir / file)
-        return [{k: v for k, v in row.items() if k not in clock} for row in rows]
-
-
-def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes of a run, without launchers and data workers."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    found = {}
-    for member in family:
-        if "mae_scale" in " ".join(member.cmdline()[:4]) and "RANK" in member.environ():
-            found.setdefault(member.environ()["RANK"], member)  # the parent of its data workers
-    return [found[rank] for rank in sorted(found)]
-
-
-def handles_sigterm(pid: int) -> bool:
-    """Whether a process has taken over SIGTERM."""
-    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def send(number: signal.Signals) -> Callable[[subprocess.Popen[str]], None]:
-    """Send a signal to the process that was started."""
-    return lambda process: process.send_signal(number)
 
 
 @pytest.fixture

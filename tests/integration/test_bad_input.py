@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Run
+from runs import SMALL, Run
 
 from mae_scale.cli import main
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from runs import Run
 
 from mae_scale.files import checksums
 from mae_scale.train import elastic

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
 from PIL import Image
+from runs import REPOSITORY
 
 from mae_scale.train.run_dir import read_history
 

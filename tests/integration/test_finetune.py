@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, ranks
+from runs import Run, ranks
 
 from mae_scale.cli import main
 from mae_scale.models import build_mae

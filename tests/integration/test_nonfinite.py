@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import Run
+from runs import Run
 
 CASES = [
     (name, precision, accumulation)

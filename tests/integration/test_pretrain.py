@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run, handles_sigterm, ranks, send
+from runs import Run, handles_sigterm, ranks, send
 
 from mae_scale.train.run_dir import read_history
 from mae_scale.train.stopping import STOPPED

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
 from PIL import Image
+from runs import Run
 
 from mae_scale.cli import main
 from mae_scale.tasks.reconstruct import load_mae

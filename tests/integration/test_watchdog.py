@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from conftest import Run, free_port, handles_sigterm, ranks
+from runs import Run, free_port, handles_sigterm, ranks
 
 BOUND_S = 60
 """In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""

@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# What differs between clusters, in one place. Nothing here has to be set on a plain CPU cluster.
+#
+# Edit it (or a copy of it, anywhere), then
+#
+#     source slurm/site.sh
+#
+# in the shell that you submit from: sbatch reads the SBATCH_... variables when a job is submitted.
+# The templates read the file itself when the job starts, for all the rest.
+
+MAE_SCALE_SITE=$(realpath "${BASH_SOURCE[0]}")
+export MAE_SCALE_SITE
+
+# --- for sbatch; an option on its command line wins --------------------------------------------
+
+# export SBATCH_ACCOUNT=project
+# export SBATCH_PARTITION=gpu
+# export SBATCH_TIMELIMIT=24:00:00
+
+# GPUs, in the style that your Slurm wants: one of these.
+# export SBATCH_GPUS_PER_NODE=8
+# export SBATCH_GRES=gpu:8
+# export SBATCH_GRES=gpu:a100:8
+
+# Whole nodes, with all their CPUs and memory ...
+# export SBATCH_EXCLUSIVE=exclusive
+# export SBATCH_MEM_PER_NODE=0
+# ... or a share of each.
+# export SBATCH_CPUS_PER_GPU=8
+# export SBATCH_MEM_PER_GPU=60G
+
+# --- for the job; a variable of the same name in your environment wins -------------------------
+
+# Environment modules to load, separated by spaces, such as "python/3.11 cuda/12.4".
+MODULES=${MODULES:-}
+
+# Virtual environment; empty: the .venv of this checkout if there is one, else python3 as found.
+VENV=${VENV:-}
+
+# Container, in its place: "pyxis:IMAGE" or "apptainer:FILE.sif", with the folders that it must
+# see, such as "/data,/runs:/runs".
+CONTAINER=${CONTAINER:-}
+MOUNTS=${MOUNTS:-}
+
+# How tasks are bound to CPUs (srun --cpu-bind).
+CPU_BIND=${CPU_BIND:-cores}
+
+# Network interface of the fast network for NCCL and gloo, such as ib0 or "hsn"; empty: their choice.
+INTERFACE=${INTERFACE:-}

@@ -1,0 +1,181 @@
+"""`sbatch slurm/….sbatch` as users type it, on a real cluster of two nodes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, Job
+from runs import SMALL, Run
+
+from mae_scale.train.run_dir import read_history
+
+TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet")
+FOUR = "--nodes=2 --ntasks-per-node=2"
+STEPS = 70
+
+
+@dataclass
+class Training:
+    """One `sbatch slurm/pretrain.sbatch` and its folder."""
+
+    cluster: Cluster
+    templates: Path
+    shards: Path
+    folder: Path  # of the logs and the run
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Run:
+        """To look at its metrics."""
+        return Run(self.folder / "run dir", self.shards)
+
+    def arguments(self) -> list[str]:
+        """What comes after the template's name."""
+        settings = {
+            **SMALL,
+            "run_dir": "run dir",
+            "data.train": self.shards,
+            "train.micro_batch_size": 2,
+            "train.epochs": 1000,
+            "train.max_steps": STEPS,
+            "checkpoint.every_steps": 10,
+            **self.settings,
+        }
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    def submit(self, options: str) -> Job:
+        """Submit it from its folder, with a run_dir relative to that."""
+        template = self.templates / "pretrain.sbatch"
+        return self.cluster.submit(template, *self.arguments(), cwd=self.folder, options=options)
+
+    def wait_for_step(self, job: Job, step: int) -> None:
+        """Wait until the metrics have this step, past what a restart has taken back."""
+        job.wait_for(lambda: (self.run.rows() or [{"step": 0}])[-1]["step"] >= step, f"step {step}")
+
+    def events(self) -> list[str]:
+        """What has happened to it."""
+        return [row["event"] for row in read_history(self.run.run_dir)]
+
+
+def preempt(cluster: Cluster) -> None:
+    """Run a job of a higher partition that needs all nodes."""
+    urgent = cluster.run(
+        *("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2"),
+        *("--output=/dev/null", "--wrap=sleep 1"),
+    )
+    Job(cluster, urgent.strip(), Path("/dev/null")).finish()
+
+
+@pytest.fixture
+def training(cluster: Cluster, templates: Path, shards: Path, tmp_path: Path) -> Training:
+    """A run in a folder of its own."""
+    return Training(cluster, templates, shards, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: Cluster, templates: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Training:
+    """Two nodes, four tasks, and nothing happens."""
+    training = Training(cluster, templates, shards, tmp_path_factory.mktemp("undisturbed"))
+    output = training.submit(FOUR).finish()
+    assert "preflight: 4 ranks on n1 (2), n2 (2); CPU; mae-scale" in output
+    assert "slurm: finished" in output and "error" not in output.replace("srun: error", "")
+    return training
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_slurm_accepts_the_template(cluster: Cluster, templates: Path, name: str) -> None:
+    cluster.run("sbatch", "--test-only", "--nodes=2", templates / f"{name}.sbatch", "--x")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck(templates: Path) -> None:
+    files = sorted([*templates.glob("*.sbatch"), *templates.glob("*.sh")])
+    assert len(files) == len(TEMPLATES) + 2
+    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_two_nodes_with_four_tasks_finish(undisturbed: Training) -> None:
+    assert [row["step"] for row in undisturbed.run.rows()] == list(range(1, STEPS + 1))
+    assert undisturbed.events() == ["started", "finished"]
+
+
+def test_preempted_and_then_a_node_is_lost(training: Training, undisturbed: Training) -> None:
+    """Requeued each time, with the loss curve of a run to which nothing has happened."""
+    cluster = training.cluster
+    job = training.submit(f"{FOUR} --partition=low")
+    training.wait_for_step(job, 12)
+    preempt(cluster)
+    assert "stopped by SIGTERM" in job.output()
+    assert "slurm: saved; requeueing job" in job.output()
+    saved = training.run.rows()[-1]["step"]
+    assert 12 <= saved < STEPS
+    job.wait_for_text(f"going on from step-{saved:08d}")
+    training.wait_for_step(job, min(saved + 12, STEPS - 12))
+    cluster.kill_node("n2")
+    job.wait_for(lambda: job.record()["Restarts"] == "2", "Slurm notices the loss of a node")
+    cluster.start_node("n2")
+    output = job.finish()
+    assert "Node failure on n2" in output
+    assert training.run.rows() == undisturbed.run.rows()
+    assert training.events() == [
+        *("started", "stopped", "restarted", "resumed", "restarted", "resumed", "finished")
+    ]
+
+
+def test_preemption_without_grace(training: Training) -> None:
+    """Slurm takes the job back itself; KillWait is enough for the save."""
+    training.settings = {"train.max_steps": 40}
+    job = training.submit("--nodes=1 --ntasks=2 --partition=harsh")
+    training.wait_for_step(job, 5)
+    preempt(training.cluster)
+    output = job.finish()
+    assert "slurm: saved; Slurm has requeued the job" in output
+    assert [row["step"] for row in training.run.rows()] == list(range(1, 41))
+    assert training.events() == ["started", "stopped", "restarted", "resumed", "finished"]
+
+
+def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> None:
+    """The limit is crossed twice without a hand; then the run is stopped, and shrunk."""
+    training.settings = {"train.max_steps": 100_000}
+    job = training.submit(f"{FOUR} --time=1 --signal=USR1@10")
+    job.wait_for_text("slurm: saved; requeueing job", 2, seconds=240)
+    assert job.output().count("stopped by SIGUSR1") == 2
+    crossed = training.run.rows()[-1]["step"]
+    training.wait_for_step(job, crossed + 2)
+    training.cluster.run("scancel", job.number)
+    output = job.finish("CANCELLED", 85)
+    assert output.endswith("saved, and cancelled: the job ends; sbatch goes on from here\n")
+    rows = training.run.rows()
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+    training.settings = {"train.max_steps": len(rows) + 3}
+    output = training.submit("--nodes=1 --ntasks=2").finish()
+    assert f"going on from step-{len(rows):08d}" in output
+    assert "preflight: 2 ranks on n1 (2)" in output
+    assert "was saved by 4 processes under ZeRO-1; converting it for 2" in output
+    assert training.run.rows()[: len(rows)] == rows and len(training.run.rows()) == len(rows) + 3
+
+
+def test_a_wrong_config_fails_once(training: Training) -> None:
+    training.settings = {"train.global_batch_size": 25}
+    job = training.submit(FOUR)
+    output = job.finish("FAILED", 2)
+    assert output.count("mae-scale: error:") == 1
+    assert "train.global_batch_size 25 is not a multiple" in output
+    assert job.record()["Restarts"] == "0" and not training.run.run_dir.exists()
+
+
+def test_one_task_per_gpu(training: Training) -> None:
+    """The number of tasks follows from the GPUs, here of a kind that PyTorch does not see."""
+    training.settings = {"train.max_steps": 2}
+    output = training.submit("--nodes=2 --gpus-per-node=2 --exclusive").finish()
+    assert "preflight: 4 ranks on n1 (2), n2 (2); CPU" in output
+    assert "--ntasks-per-node=2 --cpus-per-task=2" in output
