@@ -147,7 +147,7 @@ def test_preemption_without_grace(training: Training) -> None:
 def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> None:
     """The limit is crossed twice without a hand; then the run is stopped, and shrunk."""
     training.settings = {"train.max_steps": 100_000}
-    job = training.submit(f"{FOUR} --time=1 --signal=USR1@10")
+    job = training.submit(f"{FOUR} --time=1 --signal=USR1@5")
     job.wait_for_text("slurm: saved; requeueing job", 2, seconds=240)
     assert job.output().count("stopped by SIGUSR1") == 2
     crossed = training.run.rows()[-1]["step"]
