@@ -8,7 +8,7 @@ repository=$(dirname "$here")
 # shellcheck source=/dev/null
 source "${MAE_SCALE_SITE:-$here/site.sh}"
 
-# An array's first task shares its number with the whole array, so that task has to be named.
+# One task of an array has the number of the whole array, so that it has to be named in full.
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -26,34 +26,36 @@ die() {
 # Python, and what goes before it, as the site settings say.
 python=()
 find_python() {
-  if [[ -n $MODULES ]]; then
+  if [[ -n $MAE_MODULES ]]; then
     set +u # in what others wrote
     # shellcheck source=/dev/null
     command -v module >/dev/null || source /etc/profile
     # shellcheck disable=SC2086  # several words
-    module load $MODULES
+    module load $MAE_MODULES
     set -u
   fi
   local mounts=()
-  case $CONTAINER in
+  case $MAE_CONTAINER in
     pyxis:*)
-      [[ -z $MOUNTS ]] || mounts=("--container-mounts=$MOUNTS")
-      task_options+=("--container-image=${CONTAINER#pyxis:}" "${mounts[@]}")
+      [[ -z $MAE_MOUNTS ]] || mounts=("--container-mounts=$MAE_MOUNTS")
+      task_options+=("--container-image=${MAE_CONTAINER#pyxis:}" "${mounts[@]}")
       python=(python3)
       ;;
     apptainer:*)
-      [[ -z $MOUNTS ]] || mounts=(--bind "$MOUNTS")
+      [[ -z $MAE_MOUNTS ]] || mounts=(--bind "$MAE_MOUNTS")
       [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || mounts+=(--nv)
-      python=(apptainer exec "${mounts[@]}" "${CONTAINER#apptainer:}" python3)
+      python=(apptainer exec "${mounts[@]}" "${MAE_CONTAINER#apptainer:}" python3)
       ;;
     "")
-      if [[ -z $VENV && -x $repository/.venv/bin/python3 ]]; then
-        VENV=$repository/.venv
+      if [[ -z $MAE_VENV && -x $repository/.venv/bin/python3 ]]; then
+        MAE_VENV=$repository/.venv
       fi
-      [[ -z $VENV || -x $VENV/bin/python3 ]] || die "VENV=$VENV holds no bin/python3 (slurm/site.sh)"
-      python=("${VENV:+$VENV/bin/}python3")
+      if [[ -n $MAE_VENV && ! -x $MAE_VENV/bin/python3 ]]; then
+        die "MAE_VENV=$MAE_VENV holds no bin/python3 (slurm/site.sh)"
+      fi
+      python=("${MAE_VENV:+$MAE_VENV/bin/}python3")
       ;;
-    *) die "CONTAINER=$CONTAINER is neither pyxis:IMAGE nor apptainer:FILE (slurm/site.sh)" ;;
+    *) die "MAE_CONTAINER=$MAE_CONTAINER is neither pyxis:IMAGE nor apptainer:FILE" ;;
   esac
 }
 
@@ -74,7 +76,7 @@ place_tasks() {
   fi
   task_options+=("--cpus-per-task=$cpus")
   if [[ $(scontrol show config | grep '^TaskPlugin ') == *@(affinity|cgroup)* ]]; then
-    task_options+=("--cpu-bind=$CPU_BIND")
+    task_options+=("--cpu-bind=$MAE_CPU_BIND")
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 }
@@ -87,8 +89,8 @@ choose_meeting_point() {
   MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
   MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
   export MASTER_ADDR MASTER_PORT
-  if [[ -n $INTERFACE ]]; then
-    export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+  if [[ -n $MAE_INTERFACE ]]; then
+    export NCCL_SOCKET_IFNAME=$MAE_INTERFACE GLOO_SOCKET_IFNAME=$MAE_INTERFACE
   fi
 }
 

@@ -29,21 +29,21 @@ export MAE_SCALE_SITE
 # export SBATCH_CPUS_PER_GPU=8
 # export SBATCH_MEM_PER_GPU=60G
 
-# --- for the job; a variable of the same name in your environment wins -------------------------
+# --- for the job; a variable of the same name in your environment wins --------------------------
 
 # Environment modules to load, separated by spaces, such as "python/3.11 cuda/12.4".
-MODULES=${MODULES:-}
+MAE_MODULES=${MAE_MODULES:-}
 
 # Virtual environment; empty: the .venv of this checkout if there is one, else python3 as found.
-VENV=${VENV:-}
+MAE_VENV=${MAE_VENV:-}
 
 # Container, in its place: "pyxis:IMAGE" or "apptainer:FILE.sif", with the folders that it must
 # see, such as "/data,/runs:/runs".
-CONTAINER=${CONTAINER:-}
-MOUNTS=${MOUNTS:-}
+MAE_CONTAINER=${MAE_CONTAINER:-}
+MAE_MOUNTS=${MAE_MOUNTS:-}
 
 # How tasks are bound to CPUs (srun --cpu-bind).
-CPU_BIND=${CPU_BIND:-cores}
+MAE_CPU_BIND=${MAE_CPU_BIND:-cores}
 
 # Network interface of the fast network for NCCL and gloo, such as ib0 or "hsn"; empty: their choice.
-INTERFACE=${INTERFACE:-}
+MAE_INTERFACE=${MAE_INTERFACE:-}

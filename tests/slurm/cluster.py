@@ -133,7 +133,9 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        other = ("SLURM", "SBATCH_", "MAE_")  # settings of a cluster that the tests may run on
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(other)}
+        self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
 
@@ -207,10 +209,22 @@ class Cluster:
         """Nodes that wait for work."""
         return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
-    def submit(self, template: Path, *arguments: str | Path, cwd: Path, options: str = "") -> Job:
-        """`sbatch OPTIONS TEMPLATE ARGUMENTS` in the folder `cwd`, which gets the log."""
+    def submit(
+        self,
+        template: Path,
+        *arguments: str | Path,
+        cwd: Path,
+        options: str = "",
+        site: Path | None = None,
+    ) -> Job:
+        """`sbatch OPTIONS TEMPLATE ARGUMENTS` in the folder `cwd`, which gets the log.
+
+        With `site`, that file has been sourced before.
+        """
         log = cwd / f"{template.stem} {len(list(cwd.glob('*.log')))}.log"
-        command = ["sbatch", "--parsable", f"--output={log}", *options.split(), template]
+        command = ["sbatch", "--parsable", f"--output={log}", *options.split(), str(template)]
+        if site is not None:
+            command = ["bash", "-c", 'source "$0" && exec "$@"', str(site), *command]
         done = subprocess.run(
             [*command, *arguments], env=self.env, cwd=cwd, capture_output=True, text=True
         )

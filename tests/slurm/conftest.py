@@ -20,7 +20,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (apt: slurm-wlm, munge)")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     path = os.pathsep.join([str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split()])
-    cluster.env |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    cluster.env |= {"MAE_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     try:
         cluster.start()
         yield cluster

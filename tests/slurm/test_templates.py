@@ -48,10 +48,12 @@ class Training:
         }
         return [f"--{key}={value}" for key, value in settings.items()]
 
-    def submit(self, options: str) -> Job:
+    def submit(self, options: str, site: Path | None = None) -> Job:
         """Submit it from its folder, with a run_dir relative to that."""
         template = self.templates / "pretrain.sbatch"
-        return self.cluster.submit(template, *self.arguments(), cwd=self.folder, options=options)
+        return self.cluster.submit(
+            template, *self.arguments(), cwd=self.folder, options=options, site=site
+        )
 
     def wait_for_step(self, job: Job, step: int) -> None:
         """Wait until the metrics have this step, past what a restart has taken back."""
@@ -145,7 +147,7 @@ def test_preemption_without_grace(training: Training) -> None:
 def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> None:
     """The limit is crossed twice without a hand; then the run is stopped, and shrunk."""
     training.settings = {"train.max_steps": 100_000}
-    job = training.submit(f"{FOUR} --time=1 --signal=USR1@10")
+    job = training.submit(f"{FOUR} --time=1 --signal=USR1@5")
     job.wait_for_text("slurm: saved; requeueing job", 2, seconds=240)
     assert job.output().count("stopped by SIGUSR1") == 2
     crossed = training.run.rows()[-1]["step"]
@@ -174,8 +176,18 @@ def test_a_wrong_config_fails_once(training: Training) -> None:
 
 
 def test_one_task_per_gpu(training: Training) -> None:
-    """The number of tasks follows from the GPUs, here of a kind that PyTorch does not see."""
+    """As site settings ask for them; here of a kind that PyTorch does not see."""
     training.settings = {"train.max_steps": 2}
-    output = training.submit("--nodes=2 --gpus-per-node=2 --exclusive").finish()
+    site = training.folder / "my site.sh"
+    text = (training.templates / "site.sh").read_text()
+    for line, edited in (
+        ("# export SBATCH_GPUS_PER_NODE=8", "export SBATCH_GPUS_PER_NODE=2"),
+        ("# export SBATCH_EXCLUSIVE=exclusive", "export SBATCH_EXCLUSIVE=exclusive"),
+        ("MAE_INTERFACE=${MAE_INTERFACE:-}", "MAE_INTERFACE=lo"),
+    ):
+        assert line in text
+        text = text.replace(line, edited)
+    site.write_text(text)
+    output = training.submit("--nodes=2", site).finish()
     assert "preflight: 4 ranks on n1 (2), n2 (2); CPU" in output
     assert "--ntasks-per-node=2 --cpus-per-task=2" in output
