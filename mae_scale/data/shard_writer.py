@@ -95,7 +95,8 @@ def write_shard(shard: int) -> dict[str, Any]:
 class _Piece:
     """Some samples that follow each other, as they lie in the tar."""
 
-    data: bytes
+    parts: list[bytes]  # not joined: copying them would take as long as hashing them
+    size: int  # bytes
     index: list[tuple[int, int, int]]  # offset in the piece, size, label
     checksums: list[int]
     damaged: list[tuple[str, str]]  # name, reason
@@ -106,10 +107,11 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
     index, checksums, damaged = [], [], []
     at = 0
     for piece in _read_ahead(job.plan, job.plan.images(shard)):
-        digest.update(piece.data)
-        stream.write(piece.data)
+        for part in piece.parts:
+            digest.update(part)
+        stream.writelines(piece.parts)
         index += [(at + offset, size, label) for offset, size, label in piece.index]
-        at += len(piece.data)
+        at += piece.size
         checksums += piece.checksums
         damaged += piece.damaged
         job.written[shard] = len(index) + len(damaged)
@@ -147,9 +149,7 @@ def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Piece]:
 
 
 def _prepare(plan: Plan, places: list[int]) -> _Piece:
-    parts: list[bytes] = []
-    piece = _Piece(b"", [], [], [])
-    at = 0
+    piece = _Piece([], 0, [], [], [])
     for place in places:
         data, reason = _image(plan, place)
         if reason is not None:
@@ -157,7 +157,7 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
             continue
         key, label = plan.keys[place], int(plan.source.labels[place])
         cls = b"%d" % label
-        piece.index.append((at + tarfile.BLOCKSIZE, len(data), label))
+        piece.index.append((piece.size + tarfile.BLOCKSIZE, len(data), label))
         piece.checksums.append(zlib.crc32(data))
         sample = (
             tar_header(key + ".jpg", len(data)),
@@ -166,9 +166,8 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
             tar_header(key + ".cls", len(cls)),
             cls.ljust(tarfile.BLOCKSIZE, b"\0"),
         )
-        parts += sample
-        at += sum(map(len, sample))
-    piece.data = b"".join(parts)
+        piece.parts += sample
+        piece.size += sum(map(len, sample))
     return piece
 
 
