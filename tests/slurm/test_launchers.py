@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def test_it_starts(cluster: Cluster, shards: Path, tmp_path: Path, launcher: str
     arguments = [f"'--{key}={value}'" for key, value in settings.items()]
     script = tmp_path / "job.sh"
     command = SCRIPTS[launcher].format(
-        python=sys.executable,
-        program=Path(sys.prefix) / "bin" / "mae-scale",
+        python=shlex.quote(sys.executable),
+        program=shlex.quote(str(Path(sys.prefix) / "bin" / "mae-scale")),
         arguments=" ".join(arguments),
     )
     script.write_text(f"#!/bin/bash\n{command}\n")
