@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
@@ -62,30 +62,64 @@ def run_all(
     waiting = iter(items)
     done = None if counters is None else np.frombuffer(counters, np.int64)
     pool: dict[Connection, ForkProcess] = {}
+    with _signals_held_back() as handle_signals:
+        try:
+            _start(pool, min(workers, len(items)), function, value)
+            busy = {connection for connection in pool if _give(connection, waiting)}
+            with Progress(total, unit) as progress:
+                while busy:
+                    for connection in wait(list(busy), timeout=0.2):
+                        assert isinstance(connection, Connection)
+                        try:
+                            result, error, trace = connection.recv()
+                        except (EOFError, OSError) as gone:
+                            why = "a worker process was killed (out of memory?)"
+                            raise WorkerKilled(why) from gone
+                        if error is not None:
+                            raise error from RuntimeError(trace)
+                        if not _give(connection, waiting):
+                            busy.remove(connection)
+                        yield result
+                    handle_signals()
+                    if done is not None:
+                        progress.show(int(done.sum()))
+        finally:
+            for process in pool.values():
+                process.kill()
+            for connection, process in pool.items():
+                process.join()
+                connection.close()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[Callable[[], None]]:
+    """Run the handlers of signals, which may raise, only when the function given is called.
+
+    An exception anywhere else could leave a process behind that was just being started, for which
+    the interpreter then waits at its end for ever. Blocking signals does not prevent it: another
+    thread, such as one of OpenBLAS, takes them, and the handler still runs in this one.
+    """
+    arrived: list[signal.Signals] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def handle_signals() -> None:
+        while arrived:
+            number = arrived.pop(0)
+            handler = handlers[number]
+            assert callable(handler)
+            handler(number, None)
+
+    held = [number for number, handler in handlers.items() if callable(handler)]
+    if threading.current_thread() is not threading.main_thread():
+        held = []  # handlers run in the main thread only
     try:
-        _start(pool, min(workers, len(items)), function, value)
-        busy = {connection for connection in pool if _give(connection, waiting)}
-        with Progress(total, unit) as progress:
-            while busy:
-                for connection in wait(list(busy), timeout=0.2):
-                    assert isinstance(connection, Connection)
-                    try:
-                        result, error, trace = connection.recv()
-                    except (EOFError, OSError) as gone:
-                        raise WorkerKilled("a worker process was killed (out of memory?)") from gone
-                    if error is not None:
-                        raise error from RuntimeError(trace)
-                    if not _give(connection, waiting):
-                        busy.remove(connection)
-                    yield result
-                if done is not None:
-                    progress.show(int(done.sum()))
+        for number in held:
+            signal.signal(number, lambda number, _: arrived.append(signal.Signals(number)))
+        yield handle_signals
     finally:
-        for process in pool.values():
-            process.kill()
-        for connection, process in pool.items():
-            process.join()
-            connection.close()
+        for number in held:
+            signal.signal(number, handlers[number])
+        handle_signals()
 
 
 def _start(
@@ -95,7 +129,7 @@ def _start(
     value: Any,
 ) -> None:
     context = multiprocessing.get_context("fork")
-    # A signal must not reach a process that is not yet set up.
+    # A signal to all processes must not reach one that is not yet set up.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         for _ in range(max(1, workers)):

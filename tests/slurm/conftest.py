@@ -12,7 +12,7 @@ from cluster import Cluster, missing_programs
 from runs import REPOSITORY
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # so that none of it runs beside the tests of other folders
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, n1 and n2, of four CPUs each; jobs use this Python and this checkout."""
     missing = missing_programs()
