@@ -67,3 +67,31 @@ def test_an_interrupt_at_any_moment_ends_it_at_once() -> None:
         run.send_signal(signal.SIGINT)
         out, _ = run.communicate(timeout=60)
         assert (run.returncode, out) == (0, "stopped\n")
+
+
+AT_THE_START = """
+import os, signal, threading, time
+from multiprocessing.context import ForkProcess
+from mae_scale.data.processes import run_all
+
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()  # takes the signal
+start = ForkProcess.start
+
+def start_and_interrupt(process):
+    start(process)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+ForkProcess.start = start_and_interrupt
+try:
+    for _ in run_all(str, range(1_000_000), 3):
+        pass
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_an_interrupt_while_a_process_is_started_leaves_none_behind() -> None:
+    """Python would wait at its end for a process that nobody gives work or kills."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_START], capture_output=True, timeout=60)
+    assert (run.returncode, run.stdout) == (0, b"stopped\n"), run.stderr
