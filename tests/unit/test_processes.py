@@ -49,6 +49,7 @@ from mae_scale.data.processes import run_all
 def big(item):
     return bytes(300_000)  # more than a pipe holds: a kill comes in the middle of a message
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 print("ready", flush=True)
 try:
     for _ in run_all(big, range(1_000_000), 3):
@@ -74,6 +75,7 @@ import os, signal, threading, time
 from multiprocessing.context import ForkProcess
 from mae_scale.data.processes import run_all
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()  # takes the signal
 start = ForkProcess.start
 
