@@ -38,8 +38,25 @@ class ModelConfig:
     """Side of a patch, in pixels; null takes the one in the model's name."""
     mask_ratio: float = 0.75
     """Share of the patches that is removed, between 0 and 1 (paper Figure 5)."""
+    mask_sampling: Literal["random", "block", "grid"] = "random"
+    """How these are chosen: each by itself, rectangles as in BEiT, or all but one of every four
+    (paper Table 1f)."""
+    mask_tokens_in_encoder: bool = False
+    """Whether the encoder sees mask tokens in the place of removed patches (paper Table 1c)."""
+    target: Literal["pixels", "pca", "tokens"] = "pixels"
+    """What is predicted of a removed patch (paper Table 1d): its pixels, their largest PCA
+    coefficients, or the id that a tokenizer gives to it."""
     norm_pix_loss: bool = True
     """Whether the target is each patch's pixels normalised by their own mean and deviation."""
+    pca_components: int = 96
+    """Coefficients of the target pca; the components are those of the run's first 2048 images."""
+    tokenizer: str | None = None
+    """File of the tokenizer for the target tokens: a TorchScript module (.pt), or a .safetensors
+    of DALL-E's dVAE encoder."""
+    vocabulary_size: int = 8192
+    """Number of different ids that the tokenizer gives."""
+    embed_dim: int | None = None
+    """Width of the encoder, in channels; null takes the architecture's."""
     depth: int | None = None
     """Blocks of the encoder; null takes the architecture's."""
     decoder_embed_dim: int | None = None
@@ -50,7 +67,7 @@ class ModelConfig:
     def build_kwargs(self) -> dict[str, Any]:
         """What `build_mae` gets: the architecture's own values where a key is null."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value is not None}
+        return {k: v for k, v in values.items() if v is not None and k != "tokenizer"}
 
 
 @dataclass
@@ -140,6 +157,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class PretrainAugmentConfig:
+    """What makes training images vary (paper Table 1e); by default a random crop and a flip."""
+
+    crop: Literal["none", "fixed", "random"] = "random"
+    """none: the centre, without a flip; fixed: a square of fixed size somewhere, covering 0.875 of
+    the short side; random: a RandomResizedCrop."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    color_jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
+
+
+@dataclass
 class PretrainConfig:
     """Pre-training of a masked autoencoder (paper section 3, Table 8)."""
 
@@ -147,6 +177,7 @@ class PretrainConfig:
     """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    augment: PretrainAugmentConfig = field(default_factory=PretrainAugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -170,6 +201,8 @@ class ClassifierConfig:
     """Side of the square input image, in pixels; a multiple of the patch size."""
     patch_size: int | None = None
     """Side of a patch, in pixels; null takes the one in the model's name."""
+    embed_dim: int | None = None
+    """Width of the encoder, in channels; null takes the architecture's."""
     depth: int | None = None
     """Blocks of the encoder; null takes the architecture's."""
     pool: Literal["mean", "token"] = "mean"
@@ -277,6 +310,8 @@ class ProbeModelConfig:
     """Side of the square input image, in pixels; a multiple of the patch size."""
     patch_size: int | None = None
     """Side of a patch, in pixels; null takes the one in the model's name."""
+    embed_dim: int | None = None
+    """Width of the encoder, in channels; null takes the architecture's."""
     depth: int | None = None
     """Blocks of the encoder; null takes the architecture's."""
     pool: Literal["mean", "token"] = "token"

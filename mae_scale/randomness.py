@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     WRITE_ORDER = 7
     IMAGE_OPERATIONS = 8
     MIX = 9
+    MASK_BLOCK = 10
+    COLOR_JITTER = 11
 
 
 def hash64(*keys: IntLike) -> npt.NDArray[np.uint64]:
@@ -87,3 +89,11 @@ def hash64_torch(*keys: int | torch.Tensor) -> torch.Tensor:
 def uniform_torch(*keys: int | torch.Tensor) -> torch.Tensor:
     """Uniform float32 in [0, 1) (24 bits, exact) of the broadcast shape, on the keys' device."""
     return _shift_right(hash64_torch(*keys), 40).to(torch.float32) * 2.0**-24
+
+
+def below_torch(limit: torch.Tensor | int, *keys: int | torch.Tensor) -> torch.Tensor:
+    """Uniform int64 in [0, limit), of the broadcast shape, on the keys' device; limit <= 2**24.
+
+    Integers only, so that no device rounds otherwise.
+    """
+    return (_shift_right(hash64_torch(*keys), 40) * limit) >> 24

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +13,21 @@ from PIL import Image, ImageOps
 from mae_scale.data.transforms import (
     IMAGENET_MEAN,
     Scratch,
+    decode_image,
     decode_train_crop,
     denormalize,
+    eval_crop,
+    fixed_crop,
     normalize,
 )
 from mae_scale.errors import UserError
-from mae_scale.randomness import Purpose, hash64
+from mae_scale.randomness import Purpose, hash64, permutation, uniform
 
 
 class Augment:
-    """RandomResizedCrop and flip, then RandAugment, then random erasing (paper Table 9).
+    """Crop and flip, then colour jitter, RandAugment, random erasing (paper Tables 1e and 9).
 
-    The latter two are timm's. They draw from the global generators of Python, numpy and torch,
+    The last two are timm's. They draw from the global generators of Python, numpy and torch,
     which are seeded anew for each image; torch's is put back. The noise of an erased rectangle is
     normal after normalisation, as in the official code, but pixels travel as uint8: values beyond
     black and white, 3 % of them, are clipped to these.
@@ -34,6 +37,10 @@ class Augment:
         hflip: flip half of the images.
         rand_augment: timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: none.
         erasing: share of the images in which a rectangle becomes noise.
+        crop: "random" is a RandomResizedCrop; "fixed" a square of fixed size; "none" the centre,
+            never flipped.
+        color_jitter: s; brightness, contrast and saturation are each multiplied by a factor
+            uniform in 1 - s to 1 + s, in random order; 0: none.
 
     Raises:
         UserError: a value that cannot be.
@@ -45,13 +52,18 @@ class Augment:
         hflip: bool = True,
         rand_augment: str | None = None,
         erasing: float = 0.0,
+        crop: Literal["none", "fixed", "random"] = "random",
+        color_jitter: float = 0.0,
     ) -> None:
         low, high = crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"augment.crop_scale {list(crop_scale)} must rise from above 0 to 1")
         if not 0 <= erasing <= 1:
             raise UserError(f"augment.erasing {erasing} must lie in 0 to 1")
-        self._crop_scale, self._hflip = crop_scale, hflip
+        if not 0 <= color_jitter <= 1:
+            raise UserError(f"augment.color_jitter {color_jitter} must lie in 0 to 1")
+        self._crop, self._crop_scale, self._hflip = crop, crop_scale, hflip
+        self._color_jitter = color_jitter
         self._rand_augment, self._erasing = rand_augment, erasing
         self._scratch = Scratch()
         self._operations: dict[int, Any] = {}  # RandAugment by image size
@@ -79,9 +91,9 @@ class Augment:
         Raises:
             ValueError: not an image, or a damaged one.
         """
-        pixels = decode_train_crop(
-            data, size, uniforms, self._scratch, self._crop_scale, self._hflip
-        )
+        pixels = self._cropped(data, size, uniforms)
+        if self._color_jitter:
+            pixels = _jitter(pixels, self._color_jitter, keys)
         if self._rand_augment is None and not self._erasing:
             return pixels
         key = int(hash64(Purpose.IMAGE_OPERATIONS, *keys))
@@ -97,6 +109,15 @@ class Augment:
         if random.random() < self._erasing:
             pixels = _erase(pixels, key)
         return pixels
+
+    def _cropped(
+        self, data: bytearray, size: int, uniforms: npt.NDArray[np.float64]
+    ) -> torch.Tensor:
+        if self._crop == "none":
+            return eval_crop(decode_image(data), size)
+        if self._crop == "fixed":
+            return fixed_crop(decode_image(data), size, uniforms, self._hflip)
+        return decode_train_crop(data, size, uniforms, self._scratch, self._crop_scale, self._hflip)
 
     def _operations_for(self, size: int) -> Any:
         if size not in self._operations:
@@ -119,6 +140,21 @@ class Augment:
                     operation.aug_fn = _posterize
             self._operations[size] = operations
         return self._operations[size]
+
+
+def _jitter(pixels: torch.Tensor, strength: float, keys: tuple[int, int, int]) -> torch.Tensor:
+    """torchvision's changes of brightness, contrast and saturation, by factors from the keys."""
+    from torchvision.transforms.v2 import functional
+
+    change = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+    )
+    draws = uniform(Purpose.COLOR_JITTER, *keys, np.arange(3))
+    for which in permutation(3, Purpose.COLOR_JITTER, *keys, 3):
+        pixels = change[which](pixels, 1 + strength * (2 * draws[which] - 1))
+    return pixels
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:

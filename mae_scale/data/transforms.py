@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_CROP_RATIO = 0.875  # share of the short side that a crop of fixed size covers
 _TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
 TRAIN_UNIFORMS = 2 * _TRIES + 3  # that `train_crop` takes: area and ratio per try, x, y, flip
 
@@ -219,7 +220,28 @@ def _crop(
     return crop.flip(-1) if flip else crop
 
 
-def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = 0.875) -> torch.Tensor:
+def fixed_crop(
+    image: torch.Tensor, size: int, u: npt.NDArray[np.float64], hflip: bool = True
+) -> torch.Tensor:
+    """A square of fixed size somewhere, as large as `eval_crop`'s, and horizontal flip.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: pixels of a side of the result.
+        u: float64 [TRAIN_UNIFORMS] in [0, 1); of it the place and the flip.
+        hflip: flip half of the images.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    resized = _resize_short(image, int(size / _CROP_RATIO))
+    height, width = resized.shape[1:]
+    top, left = (int(u[2 * _TRIES + i] * (n - size + 1)) for i, n in enumerate((height, width)))
+    crop = resized[:, top : top + size, left : left + size]
+    return crop.flip(-1) if hflip and u[2 * _TRIES + 2] < 0.5 else crop
+
+
+def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = _CROP_RATIO) -> torch.Tensor:
     """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
 
     Args:
@@ -230,15 +252,16 @@ def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = 0.875) -> torc
     Returns:
         uint8 [3, size, size].
     """
-    short = int(size / crop_ratio)
+    resized = _resize_short(image, int(size / crop_ratio))
+    top, left = (round((n - size) / 2) for n in resized.shape[1:])
+    return resized[:, top : top + size, left : left + size]
+
+
+def _resize_short(image: torch.Tensor, short: int) -> torch.Tensor:
     height, width = image.shape[1:]
     if width <= height:
-        new_h, new_w = int(short * height / width), short
-    else:
-        new_h, new_w = short, int(short * width / height)
-    resized = _resize(image, new_h, new_w)
-    top, left = round((new_h - size) / 2), round((new_w - size) / 2)
-    return resized[:, top : top + size, left : left + size]
+        return _resize(image, int(short * height / width), short)
+    return _resize(image, short, int(short * width / height))
 
 
 def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoderViT
-from mae_scale.models.masking import num_kept
 
 
 def blocks_flops(depth: int, tokens: int, width: int, mlp_ratio: int = 4) -> int:
@@ -29,12 +28,12 @@ def forward_flops(model: MaskedAutoencoderViT) -> int:
     """Operations of the forward pass of one image at the model's own mask ratio."""
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
     patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
-    visible = 1 + num_kept(model.num_patches, model.mask_ratio)
+    visible = model.encoder_tokens
     tokens = 1 + model.num_patches
     encoder = blocks_flops(len(model.blocks), visible, embed_dim)
     decoder_embed = 2 * visible * embed_dim * width
     decoder = blocks_flops(len(model.decoder_blocks), tokens, width)
-    decoder_pred = 2 * tokens * width * model.patch_size**2 * 3
+    decoder_pred = 2 * tokens * width * model.decoder_pred.out_features
     return patch_embed + encoder + decoder_embed + decoder + decoder_pred
 
 

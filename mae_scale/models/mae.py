@@ -10,9 +10,23 @@ from torch import nn
 
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder, check_transformer, layer_norm, transformer_block
-from mae_scale.models.masking import num_kept, random_masking
+from mae_scale.models.masking import (
+    Sampling,
+    check_sampling,
+    mask_noise,
+    num_kept,
+    random_masking,
+)
 from mae_scale.models.pos_embed import sincos_pos_embed
-from mae_scale.models.targets import patch_statistics, patchify, reconstruction_loss, unpatchify
+from mae_scale.models.targets import (
+    PatchPCA,
+    Target,
+    mean_squared_error,
+    patch_statistics,
+    patchify,
+    token_cross_entropy,
+    unpatchify,
+)
 
 # Base, large and huge: the authors' models, their decoder being 512 wide and 8 blocks deep (paper
 # Table 1). The small two are ours, for tests, CIFAR and the demo: DeiT's widths, a decoder of the
@@ -69,18 +83,26 @@ def architecture(name: str) -> dict[str, int]:
 class MaskedAutoencoderViT(Encoder):
     """Asymmetric autoencoder: the encoder sees the visible patches, a small decoder all of them.
 
-    State-dict keys are those of the published weights. `pos_embed` and `decoder_pos_embed` are
-    parameters that are not trained.
+    State-dict keys are those of the published weights; `pca.*` joins where that is the target.
+    `pos_embed` and `decoder_pos_embed` are parameters that are not trained. The arguments beyond
+    the decoder's are the switches of the paper's Table 1 and Figure 5.
 
     Args:
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
         mask_ratio: share of patches removed; `int(L * (1 - mask_ratio))` stay.
+        mask_sampling: how the patches to remove are chosen by `noise`: "random", "block", "grid".
+        mask_tokens_in_encoder: the encoder sees all patches, a mask token in the place of each
+            removed one, and the decoder gets what the encoder makes of them (Table 1c).
+        target: "pixels"; "pca", the largest PCA coefficients of a patch's pixels; or "tokens", ids
+            that a tokenizer gives to the patches (Table 1d).
         norm_pix_loss: predict pixels normalised within their patch (paper section 3).
+        pca_components: coefficients under "pca".
+        vocabulary_size: different ids under "tokens".
 
     Raises:
-        UserError: sizes or a mask ratio that do not fit each other.
+        UserError: sizes, a mask ratio or switches that do not fit each other.
     """
 
     def __init__(
@@ -95,28 +117,54 @@ class MaskedAutoencoderViT(Encoder):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mask_ratio: float = 0.75,
+        mask_sampling: Sampling = "random",
+        mask_tokens_in_encoder: bool = False,
+        target: Target = "pixels",
         norm_pix_loss: bool = False,
+        pca_components: int = 96,
+        vocabulary_size: int = 8192,
     ) -> None:
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
-        num_kept(self.num_patches, mask_ratio)
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
+        check_sampling(mask_sampling, self.num_patches, mask_ratio)
+        if target not in ("pixels", "pca", "tokens"):
+            raise UserError(f"target {target!r} must be pixels, pca or tokens")
+        if norm_pix_loss and target != "pixels":
+            raise UserError(
+                f"norm_pix_loss normalises pixels; with target {target} it must be false"
+            )
+        self.mask_ratio, self.mask_sampling = mask_ratio, mask_sampling
+        self.mask_tokens_in_encoder = mask_tokens_in_encoder
+        self.target, self.norm_pix_loss = target, norm_pix_loss
         tokens = 1 + self.num_patches
         self.pos_embed.requires_grad_(False)
         self.norm = layer_norm(embed_dim)
 
         width = decoder_embed_dim
         self.decoder_embed = nn.Linear(embed_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        mask_token_width = embed_dim if mask_tokens_in_encoder else width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_token_width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             transformer_block(width, decoder_num_heads) for _ in range(decoder_depth)
         )
         self.decoder_norm = layer_norm(width)
-        self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
+        patch_values = patch_size**2 * 3
+        outputs = {"pixels": patch_values, "pca": pca_components, "tokens": vocabulary_size}[target]
+        if outputs < 1:
+            raise UserError(f"vocabulary_size {outputs} must be at least 1")
+        self.decoder_pred = nn.Linear(width, outputs)
+        if target == "pca":
+            self.pca = PatchPCA(patch_values, pca_components)
 
         self.initialize_weights()
+
+    @property
+    def encoder_tokens(self) -> int:
+        """What the encoder sees of an image at the model's own mask ratio, class token included."""
+        if self.mask_tokens_in_encoder:
+            return 1 + self.num_patches
+        return 1 + num_kept(self.num_patches, self.mask_ratio)
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
@@ -126,21 +174,37 @@ class MaskedAutoencoderViT(Encoder):
             width = self.decoder_pos_embed.shape[-1]
             self.decoder_pos_embed.copy_(sincos_pos_embed(width, self.patch_embed.grid_size[0]))
             nn.init.normal_(self.mask_token, std=0.02)
+        elif isinstance(module, PatchPCA):
+            module.reset_parameters()
+
+    def noise(
+        self, seed: int, epoch: torch.Tensor, sample: torch.Tensor, mask_ratio: float | None = None
+    ) -> torch.Tensor:
+        """The noise that `forward` takes, for images with these keys: see `masking.mask_noise`."""
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        return mask_noise(seed, epoch, sample, self.num_patches, self.mask_sampling, ratio)
 
     def forward(
-        self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        mask_ratio: float | None = None,
+        token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, encode, decode, compare.
 
         Args:
             images: float [B, 3, H, W], normalised; cast to the weights' dtype for the encoder
                 only, so pass float32 whatever that dtype is.
-            noise: float32 [B, L]; of each image the patches with the smallest values stay.
+            noise: float32 [B, L], as from `noise`; of each image the patches with the smallest
+                values stay.
             mask_ratio: for this call, instead of the model's own.
+            token_ids: int64 [B, L], the tokenizer's, where these are the target.
 
         Returns:
             loss: float32 scalar.
-            pred: [B, L, p*p*3], for kept patches too, normalised by patch under `norm_pix_loss`.
+            pred: [B, L, d] in the target's form, for kept patches too: p*p*3 pixel values
+                (normalised by patch under `norm_pix_loss`), PCA coefficients, or logits of ids.
             mask: float32 [B, L], 0 kept, 1 removed.
         """
         if noise.shape != (len(images), self.num_patches):
@@ -149,10 +213,33 @@ class MaskedAutoencoderViT(Encoder):
             )
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, mask, ids_restore = random_masking(noise, ratio)
-        latent = self.forward_encoder(images, ids_keep)
-        pred = self.forward_decoder(latent, ids_restore)
-        loss = reconstruction_loss(images, pred, mask, self.patch_size, self.norm_pix_loss)
-        return loss, pred, mask
+        if self.mask_tokens_in_encoder:
+            pred = self.decode(
+                self.decoder_embed(self.forward_encoder_with_mask_tokens(images, mask))
+            )
+        else:
+            pred = self.forward_decoder(self.forward_encoder(images, ids_keep), ids_restore)
+        return self.loss(images, pred, mask, token_ids), pred, mask
+
+    def loss(
+        self,
+        images: torch.Tensor,
+        pred: torch.Tensor,
+        mask: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss over the removed patches, float32 scalar; arguments and results as in `forward`."""
+        if self.target == "tokens":
+            if token_ids is None:
+                raise ValueError("the target is token ids; forward needs them")
+            return token_cross_entropy(pred, token_ids, mask)
+        target = patchify(images.float(), self.patch_size)
+        if self.target == "pca":
+            target = self.pca(target)
+        elif self.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        return mean_squared_error(pred, target, mask)
 
     def forward_encoder(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """Encode the class token and the visible patches.
@@ -168,6 +255,22 @@ class MaskedAutoencoderViT(Encoder):
         x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
         return self.norm(self.run_blocks(self.blocks, self.prepend_cls_token(x)))
 
+    def forward_encoder_with_mask_tokens(
+        self, images: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Encode the class token and all patches, the removed ones replaced (Table 1c).
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            mask: [B, L], 1 on removed patches.
+
+        Returns:
+            [B, 1 + L, embed_dim].
+        """
+        mask_tokens = self.mask_token + self.pos_embed[:, 1:]
+        x = torch.where(mask[..., None] > 0, mask_tokens, self.embed_patches(images))
+        return self.norm(self.run_blocks(self.blocks, self.prepend_cls_token(x)))
+
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Predict all patches from the visible ones.
 
@@ -176,16 +279,19 @@ class MaskedAutoencoderViT(Encoder):
             ids_restore: int64 [B, L].
 
         Returns:
-            [B, L, p*p*3].
+            [B, L, d], see `forward`.
         """
         x = self.decoder_embed(latent)
         cls_token, visible = x[:, :1], x[:, 1:]
         removed = ids_restore.shape[1] - visible.shape[1]
         patches = torch.cat([visible, self.mask_token.expand(len(x), removed, -1)], dim=1)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[-1]))
-        x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed
-        x = self.decoder_norm(self.run_blocks(self.decoder_blocks, x))
-        return self.decoder_pred(x)[:, 1:]
+        return self.decode(torch.cat([cls_token, patches], dim=1))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Class token and all patches, without positions, [B, 1 + L, width] -> [B, L, d]."""
+        x = self.run_blocks(self.decoder_blocks, tokens + self.decoder_pos_embed)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     @torch.no_grad()
     def reconstruct(
@@ -194,15 +300,22 @@ class MaskedAutoencoderViT(Encoder):
         """The prediction as an image; arguments as for `forward`.
 
         Under `norm_pix_loss` each predicted patch gets the true patch's mean and deviation, as in
-        the authors' figures.
+        the authors' figures. Of PCA coefficients the image is the sum of the components.
 
         Returns:
             reconstruction: float32 [B, 3, H, W], normalised like `images`, all patches predicted.
             mask: float32 [B, 1, H, W], 0 kept, 1 removed.
+
+        Raises:
+            UserError: the model predicts token ids, which are no image.
         """
+        if self.target == "tokens":
+            raise UserError("the model predicts a tokenizer's ids, of which it can draw no image")
         _, pred, mask = self(images, noise, mask_ratio)
         pred = pred.float()
-        if self.norm_pix_loss:
+        if self.target == "pca":
+            pred = self.pca.inverse(pred)
+        elif self.norm_pix_loss:
             mean, std = patch_statistics(patchify(images.float(), self.patch_size))
             pred = pred * std + mean
         mask_pixels = mask[..., None].expand(-1, -1, self.patch_size**2)

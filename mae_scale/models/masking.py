@@ -1,31 +1,99 @@
-"""Random masking of patches (paper section 3, "Masking"), from noise that is a hash of its keys."""
+"""Which patches are removed (paper section 3, "Masking"; Table 1f), from hashes of their keys."""
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
 import torch
 
 from mae_scale.errors import UserError
-from mae_scale.randomness import Purpose, uniform_torch
+from mae_scale.randomness import Purpose, below_torch, uniform_torch
+
+Sampling = Literal["random", "block", "grid"]
+
+_BLOCKS = 32  # drawn for an image; what they leave uncovered is removed at random
+_SMALLEST_BLOCK = 16 / 196  # of the patches, as in BEiT
+_NARROWEST = 0.3  # a block's smallest height over width, and the inverse of its largest
+_ASPECTS = 64  # between these
 
 
 def mask_noise(
-    seed: int, epoch: torch.Tensor, sample: torch.Tensor, num_patches: int
+    seed: int,
+    epoch: torch.Tensor,
+    sample: torch.Tensor,
+    num_patches: int,
+    sampling: Sampling = "random",
+    mask_ratio: float = 0.75,
 ) -> torch.Tensor:
-    """Uniform noise that decides which patches of each sample are removed.
+    """Noise by which the patches of each sample are removed: those with the largest values.
 
     A pure function of (seed, epoch, sample, patch): the same for a sample on any device, in any
     batch, at any world size.
+
+    - "random": uniform in [0, 1).
+    - "block" removes rectangles, one after the other, as BEiT does (arXiv 2106.08254, algorithm
+      1), at random within the last one. The first of 32 blocks has the largest noise; of each, the
+      area is uniform from 16/196 of the patches to all that are to be removed, height over width
+      log-uniform from 0.3 to 1/0.3, and the place uniform.
+    - "grid" keeps the first of every two by two patches.
 
     Args:
         seed: of the run.
         epoch, sample: int64 [B], on the device where the noise is wanted; sample is the global id.
         num_patches: L, patches per image.
+        sampling: see above (paper Figure 6).
+        mask_ratio: share of the patches that will be removed; "block" makes no larger blocks.
 
     Returns:
-        float32 [B, L] in [0, 1).
+        float32 [B, L].
+
+    Raises:
+        UserError: as `check_sampling`.
     """
+    check_sampling(sampling, num_patches, mask_ratio)
     patch = torch.arange(num_patches, device=sample.device)
-    return uniform_torch(Purpose.MASK, seed, epoch[:, None], sample[:, None], patch)
+    noise = uniform_torch(Purpose.MASK, seed, epoch[:, None], sample[:, None], patch)
+    if sampling == "random":
+        return noise
+    grid = math.isqrt(num_patches)
+    row, column = patch // grid, patch % grid
+    if sampling == "grid":
+        return noise + ((row % 2 > 0) | (column % 2 > 0))
+    number = torch.arange(_BLOCKS, device=sample.device)
+    keys = (Purpose.MASK_BLOCK, seed, epoch[:, None], sample[:, None], number)
+    sizes = _block_sizes(grid, num_patches - num_kept(num_patches, mask_ratio), sample.device)
+    height, width = sizes[below_torch(len(sizes), *keys, 0)].unbind(-1)  # [B, 32]
+    top = below_torch(grid - height + 1, *keys, 1)[..., None]
+    left = below_torch(grid - width + 1, *keys, 2)[..., None]
+    in_rows = (row >= top) & (row < top + height[..., None])  # [B, 32, L]
+    in_columns = (column >= left) & (column < left + width[..., None])
+    blocks_left = (_BLOCKS - number)[:, None] * (in_rows & in_columns)
+    return noise + blocks_left.amax(dim=1)
+
+
+@lru_cache  # a copy to a GPU waits for the work that is queued there
+def _block_sizes(grid: int, removed: int, device: torch.device) -> torch.Tensor:
+    """Height and width of blocks of every area and many aspects: int64 [areas * aspects, 2]."""
+    smallest = min(removed, math.ceil(_SMALLEST_BLOCK * grid**2))
+    area = np.arange(smallest, removed + 1)[:, None]
+    aspect = np.geomspace(_NARROWEST, 1 / _NARROWEST, _ASPECTS)
+    sizes = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], axis=-1)
+    return torch.from_numpy(sizes.round().clip(1, grid).astype(np.int64)).view(-1, 2).to(device)
+
+
+def check_sampling(sampling: str, num_patches: int, mask_ratio: float) -> None:
+    """Raise a UserError where a way of sampling does not go with the patches and the ratio."""
+    if sampling not in ("random", "block", "grid"):
+        raise UserError(f"mask_sampling {sampling!r} must be random, block or grid")
+    kept = num_kept(num_patches, mask_ratio)
+    if sampling == "grid" and (math.isqrt(num_patches) % 2 or 4 * kept != num_patches):
+        raise UserError(
+            f"mask_sampling grid keeps one of every four patches: with mask_ratio {mask_ratio} and "
+            f"{math.isqrt(num_patches)} patches a side it cannot; use 0.75 and an even number"
+        )
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:

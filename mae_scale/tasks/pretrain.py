@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+
 import torch
 
 from mae_scale.config import PretrainConfig, parse
+from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
-from mae_scale.models import build_mae
+from mae_scale.errors import UserError
+from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.flops import training_flops
-from mae_scale.models.masking import mask_noise
+from mae_scale.models.targets import PatchPCA, patchify
+from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
 from mae_scale.world import World
+
+PCA_IMAGES = 2048  # whose patches decide the components
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -27,15 +36,63 @@ def main(argv: list[str], prog: str) -> int:
 def pretrain(config: PretrainConfig, world: World) -> int:
     """Train until the end or a signal. What can be wrong is looked at before anything is made."""
     ds_config = deepspeed_config(config, world)
-    shards, loader = training_data(config, world)
+    shards, loader = training_data(config, world, augmentation(config))
     with torch.device("meta"):  # no weights yet
         model = build_mae(**config.model.build_kwargs())
+    token_ids = tokenizer(config, model, world)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
-        image, epoch, sample = batch["image"], batch["epoch"], batch["sample"]
-        noise = mask_noise(config.seed, epoch, sample, model.num_patches)
-        loss, _, _ = engine(normalize(image), noise)
+        image = batch["image"]
+        noise = model.noise(config.seed, batch["epoch"], batch["sample"])
+        loss, _, _ = engine(normalize(image), noise, token_ids=token_ids and token_ids(image))
         return loss
 
-    parts = Parts(model, shards, loader, loss_of, training_flops(model))
+    weights = (
+        (lambda: pca_state(config, model.patch_size)) if config.model.target == "pca" else None
+    )
+    parts = Parts(model, shards, loader, loss_of, training_flops(model), weights=weights)
     return train(config, world, ds_config, parts)
+
+
+def augmentation(config: PretrainConfig) -> Augment:
+    """What makes the images vary (paper Table 1e)."""
+    wanted = config.augment
+    return Augment(wanted.crop_scale, crop=wanted.crop, color_jitter=wanted.color_jitter)
+
+
+def tokenizer(
+    config: PretrainConfig, model: MaskedAutoencoderViT, world: World
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What gives the target's ids (paper Table 1d); None for another target.
+
+    Raises:
+        UserError: the file is missing or does not fit, or it is not asked for.
+    """
+    section = config.model
+    if (section.target == "tokens") != (section.tokenizer is not None):
+        raise UserError(
+            f"model.target {section.target} with model.tokenizer {section.tokenizer}: the target "
+            "tokens, and no other, needs the file of a tokenizer"
+        )
+    if section.tokenizer is None:
+        return None
+    sizes = (section.img_size, model.num_patches, section.vocabulary_size)
+    return Tokenizer(section.tokenizer, *sizes).to(world.device)
+
+
+def pca_state(config: PretrainConfig, patch_size: int) -> dict[str, torch.Tensor]:
+    """Mean and components of the patches of the run's first images, by the model's keys.
+
+    They follow from the config alone; rank 0 computes them when a run starts, and then they are
+    in its checkpoints.
+    """
+    _, loader = training_data(config, World(), augmentation(config))
+
+    def patches() -> Iterator[torch.Tensor]:
+        batches = -(-PCA_IMAGES // config.train.micro_batch_size)
+        for batch in islice(loader.batches(0), batches):
+            yield patchify(normalize(batch["image"]), patch_size).flatten(0, 1)
+
+    with closing(loader):
+        state = PatchPCA.state_from(patches(), config.model.pca_components)
+    return {f"pca.{key}": value for key, value in state.items()}

@@ -10,12 +10,11 @@ from typing import NoReturn
 import torch
 import yaml
 
-from mae_scale.config import flatten
+from mae_scale.config import ModelConfig
 from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
 from mae_scale.errors import UserError
 from mae_scale.figures import save_reconstruction_grid
 from mae_scale.models import MaskedAutoencoderViT, build_mae
-from mae_scale.models.masking import mask_noise
 from mae_scale.train import checkpoint
 from mae_scale.train.logs import set_up_logging
 from mae_scale.world import World
@@ -63,7 +62,7 @@ def reconstruct(
     size = model.patch_embed.img_size[0]
     pixels = torch.stack([_read(file, size) for file in files])
     number = torch.arange(len(files))
-    noise = mask_noise(seed, torch.zeros_like(number), number, model.num_patches)
+    noise = model.noise(seed, torch.zeros_like(number), number, mask_ratio)
     inputs = normalize(pixels)
     reconstruction, mask = model.reconstruct(inputs, noise, mask_ratio)
     ratio = model.mask_ratio if mask_ratio is None else mask_ratio
@@ -81,7 +80,7 @@ def reconstruct(
 def load_mae(folder: Path) -> MaskedAutoencoderViT:
     """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
     config = yaml.safe_load((folder.parents[1] / "config.yaml").read_text())
-    model = build_mae(**{k: v for k, v in flatten(config["model"]).items() if v is not None})
+    model = build_mae(**ModelConfig(**config["model"]).build_kwargs())
     model.load_state_dict(checkpoint.load_weights(folder))
     return model.eval()
 

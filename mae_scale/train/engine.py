@@ -16,7 +16,6 @@ from torch import nn
 
 from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig, TrainConfig, flatten
 from mae_scale.errors import UserError
-from mae_scale.models.classifier import keep_statistics_in_fp32
 from mae_scale.train.distributed import World, on_rank0
 from mae_scale.train.ds import (
     DeepSpeedBF16Config,
@@ -253,6 +252,7 @@ def build_engine(
     """
     stage = zero_stage(deepspeed_config)
     optimizer = make_optimizer(model, optim, stage)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and
         # nothing of DeepSpeed's happens inside of a compiled block.
@@ -265,7 +265,8 @@ def build_engine(
     for state in inner_optimizer(engine).state.values():
         if "step" in state:
             state["step"].zero_()
-    keep_statistics_in_fp32(model)
+    for name, value in model.named_buffers():  # DeepSpeed has cast them: bf16 loses statistics
+        value.data = buffers[name].to(value.device)
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
     if isinstance(optim, FinetuneOptimConfig) and optim.ema_decay is not None:
