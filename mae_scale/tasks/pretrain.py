@@ -9,6 +9,7 @@ from mae_scale.data.transforms import normalize
 from mae_scale.models import build_mae
 from mae_scale.models.flops import training_flops
 from mae_scale.models.masking import mask_noise
+from mae_scale.tasks.pictures import reconstructions
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
@@ -37,5 +38,13 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         loss, _, _ = engine(normalize(image), noise)
         return loss
 
-    parts = Parts(model, shards, loader, loss_of, training_flops(model))
+    parts = Parts(
+        "pretrain",
+        model,
+        shards,
+        loader,
+        loss_of,
+        training_flops(model),
+        pictures=reconstructions(config, shards),
+    )
     return train(config, world, ds_config, parts)
