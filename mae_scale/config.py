@@ -77,7 +77,7 @@ class DataConfig:
     train: str
     """Folder of training shards, as written by data_prep/shard_imagenet.py."""
     val: str | None = None
-    """Folder of validation shards; null: no validation. Not used by pre-training."""
+    """Folder of validation shards; null: no validation. Pre-training draws pictures of some."""
     workers: int = field(default_factory=lambda: min(16, max(1, cpus() - 1)))
     """Data-loading processes per rank, by default one less than its CPUs, 16 at the most; 0 loads
     in the training process itself."""
@@ -121,6 +121,17 @@ class TrainConfig:
     """Optimiser steps between two rows of metrics.jsonl."""
     hang_timeout: float = 1800.0
     """Seconds without any progress after which a run ends, naming the rank that hangs."""
+    profile: str | None = None
+    """Optimiser steps START-STOP, both included, whose trace is written; null: none."""
+
+
+@dataclass
+class PretrainTrainConfig(TrainConfig):
+    """Length, batch, precision, memory, pictures."""
+
+    reconstruct_every: int | None = 5000
+    """Optimiser steps between two pictures of what becomes of the same eight images, those of
+    data.val if it is given; the last step has one, too; null: none."""
 
 
 @dataclass
@@ -178,7 +189,7 @@ class PretrainConfig:
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: PretrainAugmentConfig = field(default_factory=PretrainAugmentConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: PretrainTrainConfig = field(default_factory=PretrainTrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: str = "zero1"
@@ -404,6 +415,7 @@ AT_LEAST = {
     "train.log_every": 1,
     "train.hang_timeout": 10,
     "train.validate_epochs": 1,
+    "train.reconstruct_every": 1,
     "optim.warmup_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -431,6 +443,8 @@ MAY_CHANGE = (
     "train.log_every",
     "train.hang_timeout",
     "train.validate_epochs",
+    "train.profile",
+    "train.reconstruct_every",
     "checkpoint",
     "replay",
 )

@@ -32,9 +32,11 @@ SMALL = {
     "train.global_batch_size": 24,
     "train.micro_batch_size": 4,
     "train.log_every": 1,
+    "train.reconstruct_every": "null",
     "optim.warmup_epochs": 1,
     "checkpoint.every_minutes": "null",
 }
+PRETRAINING = ("model.decoder", "train.reconstruct")  # keys that other tasks lack
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Run:
         small = {
             key: value
             for key, value in SMALL.items()
-            if self.task == "pretrain" or not key.startswith("model.decoder")
+            if self.task == "pretrain" or not key.startswith(PRETRAINING)
         }
         settings = {**small, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
         arguments = [f"--{key}={value}" for key, value in settings.items()]

@@ -302,13 +302,21 @@ class EvalDataset(_BatchDataset):
         super().__init__(shards, img_size, cache)
         self.crop_ratio = crop_ratio
 
+    def pixels(self, sample: int) -> torch.Tensor:
+        """The crop of a global sample id, uint8 [3, S, S].
+
+        Raises:
+            ValueError: it is damaged.
+            UserError, OSError: as `ShardReader.read`.
+        """
+        return self._decode(
+            sample, lambda data: eval_crop(decode_image(data), self.img_size, self.crop_ratio)
+        )
+
     def batch(self, key: BatchKey) -> Batch:
         def pixels(i: int) -> torch.Tensor:
             try:
-                return self._decode(
-                    int(key.positions[i]),
-                    lambda data: eval_crop(decode_image(data), self.img_size, self.crop_ratio),
-                )
+                return self.pixels(int(key.positions[i]))
             except ValueError as error:
                 raise UserError(f"{self.shards.root}: {error}") from None
 

@@ -171,7 +171,7 @@ class TrainLoader(_Loader):
                 f"{shards.root} holds {len(shards)} samples, fewer than one global batch of "
                 f"{global_batch_size}"
             )
-        cache = _cache(shards, cache_dir, cache_bytes)
+        cache = shard_cache(shards, cache_dir, cache_bytes)
         if cache is not None and cache_bytes is not None:
             # A window of a lane lies in two shards as a rule; all lanes are read at a time.
             need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
@@ -288,7 +288,7 @@ class EvalLoader(_Loader):
     ) -> None:
         if crop_ratio is None:
             crop_ratio = 0.875 if img_size <= 224 else 1.0
-        cache = _cache(shards, cache_dir, cache_bytes)
+        cache = shard_cache(shards, cache_dir, cache_bytes)
         super().__init__(
             EvalDataset(shards, img_size, crop_ratio, cache), batch_size, workers, pin_memory
         )
@@ -347,7 +347,14 @@ def _shared_images(batch_size: int, size: int) -> torch.Tensor:
     return images.permute(0, 3, 1, 2)
 
 
-def _cache(shards: ShardSet, folder: str | Path | None, max_bytes: int | None) -> ShardCache | None:
+def shard_cache(
+    shards: ShardSet, folder: str | Path | None, max_bytes: int | None
+) -> ShardCache | None:
+    """Where the remote shards of a set are staged; None if all are local.
+
+    Raises:
+        UserError: there are some, but no folder for them.
+    """
     if not any(is_remote(file) for file in shards.files):
         return None
     if folder is None:

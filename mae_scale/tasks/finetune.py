@@ -50,6 +50,7 @@ def finetune(config: FinetuneConfig, world: World) -> int:
         return F.cross_entropy(engine(image), label)
 
     parts = Parts(
+        "finetune",
         model,
         shards,
         loader,

@@ -50,6 +50,7 @@ def linprobe(config: LinprobeConfig, world: World) -> int:
         return F.cross_entropy(logits, batch["label"])
 
     parts = Parts(
+        "linprobe",
         model,
         shards,
         loader,

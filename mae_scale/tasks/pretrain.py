@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 
 import torch
@@ -16,6 +17,7 @@ from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.flops import training_flops
 from mae_scale.models.targets import PatchPCA, patchify
 from mae_scale.models.tokenizer import Tokenizer
+from mae_scale.tasks.pictures import reconstructions
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
@@ -47,10 +49,17 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         loss, _, _ = engine(normalize(image), noise, token_ids=token_ids and token_ids(image))
         return loss
 
-    weights = (
-        (lambda: pca_state(config, model.patch_size)) if config.model.target == "pca" else None
+    parts = Parts(
+        "pretrain",
+        model,
+        shards,
+        loader,
+        loss_of,
+        training_flops(model),
+        weights=partial(pca_state, config, model.patch_size) if model.target == "pca" else None,
+        # A tokenizer's ids are no pixels.
+        pictures=None if model.target == "tokens" else reconstructions(config, shards),
     )
-    parts = Parts(model, shards, loader, loss_of, training_flops(model), weights=weights)
     return train(config, world, ds_config, parts)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from mae_scale.config import CheckpointConfig, LarsConfig, OptimConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
@@ -22,6 +23,7 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import Record
 from mae_scale.train.mfu import mfu
 from mae_scale.train.nonfinite import StepGuard, first_nonfinite
+from mae_scale.train.profiling import StepProfiler, profiled_steps
 from mae_scale.train.schedule import learning_rate
 from mae_scale.train.stopping import stop_request
 from mae_scale.train.watchdog import watchdog
@@ -46,6 +48,16 @@ class Validation:
         """Whether the model is to be measured after so many steps."""
         last = step == epochs * steps_per_epoch
         return step > 0 and (last or step % (self.every_epochs * steps_per_epoch) == 0)
+
+
+@dataclass
+class Pictures:
+    """What a run draws now and then of its model, to be looked at."""
+
+    every_steps: int
+    """The last step of the run counts, too."""
+    draw: Callable[[DeepSpeedEngine], Callable[[Path, str], None] | None]
+    """All ranks call; rank 0 uses what it gives to write a PNG with a title. None: no picture."""
 
 
 @dataclass
@@ -83,6 +95,7 @@ class Loop:
     validation: Validation | None = None
     validates_first: bool = False
     """Whether a signal came before the validation of the last step done."""
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         self._guard = StepGuard(self.engine)
@@ -156,16 +169,33 @@ class Loop:
             if score is not None:
                 best = score if best is None else max(best, score)
 
+        def draw() -> None:
+            settle()
+            watchdog.doing(f"drawing after step {step}")
+            write = self._draw()
+            if record and write is not None:
+                record.add_picture(step, write)
+
+        profiler = StepProfiler(profiled_steps(self.train), self.run_dir, self.world.rank)
         try:
             if self.validates_first:
                 validate()
             while step < self.total_steps and not agreed.stop:
                 minutes = self.checkpoint.every_minutes
                 save_due = minutes is not None and time.monotonic() - saved_time > minutes * 60
-                new = self._step(batches, step, _Agreed(False, save_due, saver.written))
+                profiler.before(step + 1)
+                with record_function(f"step {step + 1}"):
+                    new = self._step(batches, step, _Agreed(False, save_due, saver.written))
                 step += 1
                 settle()
                 given = new
+                if profiler.ends_with(step):
+                    settle()
+                    profiler.write()
+                    if record:
+                        record.leave_out()
+                if self._draws_at(step):
+                    draw()
                 if self._validates_at(step):
                     validate()
                 every = self.checkpoint.every_steps
@@ -177,6 +207,7 @@ class Loop:
             saver.finish()
             return step, step >= self.total_steps
         finally:
+            profiler.close()
             if record:
                 record.close()
 
@@ -197,6 +228,18 @@ class Loop:
         if record:
             record.add_validation(step, scores)
         return scores[self.validation.best_by]
+
+    def _draws_at(self, step: int) -> bool:
+        return self.pictures is not None and (
+            step == self.total_steps or step % self.pictures.every_steps == 0
+        )
+
+    def _draw(self) -> Callable[[Path, str], None] | None:
+        assert self.pictures is not None
+        self.engine.eval()
+        write = self.pictures.draw(self.engine)
+        self.engine.train()
+        return write
 
     def replay(self, batches: Iterator[Batch], step: int, target: int) -> str:
         """Go from `step` steps done to `target` without writing, watching the last step closely.
@@ -237,20 +280,24 @@ class Loop:
             began = time.monotonic()
             watchdog.doing(f"waiting for the data of step {step + 1}")
             try:
-                batch = next(batches)
+                with record_function("data wait"):
+                    batch = next(batches)
             except (UserError, OSError) as error:
                 raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
             samples.append(batch["sample"])
             watchdog.doing(f"computing step {step + 1}")
-            loss = self.loss_of(self._to_device(batch), step, micro)
+            with record_function("forward"):
+                loss = self.loss_of(self._to_device(batch), step, micro)
             losses[micro] = loss.detach()
-            self.engine.backward(loss)
+            with record_function("backward"):
+                self.engine.backward(loss)
             if micro == self.accumulation - 1:
                 wishes.stop = stop_request.reason is not None
                 shared = self._agree(losses.mean(), wishes)
                 self._guard.watch(shared[0])
-            self.engine.step()
+            with record_function("optimizer step"):
+                self.engine.step()
         numbers = torch.cat([shared[:1], self._guard.grad_norm.double().view(1), shared[1:]])
         return _Given(step + 1, lr, wait, time.monotonic(), losses, samples, *_to_host(numbers))
 

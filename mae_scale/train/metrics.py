@@ -13,23 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mae_scale.files import write_atomically
+from mae_scale.train.records import VALIDATION, read_metrics
 
 log = logging.getLogger("mae_scale")
 
-VALIDATION = "validation.jsonl"  # in the run folder
+RECONSTRUCTIONS = "reconstructions"  # folder in the run folder
 SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time and seconds, after which it is worth a line
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
 
 class MetricsLog:
@@ -61,6 +57,12 @@ class MetricsLog:
         for key, value in row.items():
             if value is not None and key != "step":
                 self._tensorboard.add_scalar(f"{self._group}/{key}", value, row["step"])
+
+    def show(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG in TensorBoard."""
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def sync(self) -> None:
         """Put all rows on disk."""
@@ -195,7 +197,7 @@ class Record:
         mfu_of: Callable[[float], float | None],
         validates: bool = False,
     ) -> None:
-        self._mfu_of = mfu_of
+        self._run_dir, self._mfu_of = run_dir, mfu_of
         self._steps_per_epoch, self._batch, self._log_every = steps_per_epoch, batch, log_every
         self._metrics = MetricsLog(run_dir, step)
         self._validations = None
@@ -247,6 +249,24 @@ class Record:
         self._validations.write({"step": step, "epoch": epoch, **scores, "time": time.time()})
         text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
         log.info("validation after step %d: %s", step, text)
+        self.leave_out()
+
+    def add_picture(self, step: int, write: Callable[[Path, str], None]) -> None:
+        """Keep a picture of what the model does after a step; training rates leave the time out.
+
+        Args:
+            write: makes the PNG of a path, with a title.
+        """
+        path = self._run_dir / RECONSTRUCTIONS / f"step-{step:08d}.png"
+        try:
+            write(path, f"step {step:,}, epoch {step / self._steps_per_epoch:.4g}")
+            self._metrics.show(RECONSTRUCTIONS, path, step)
+        except OSError as error:  # no reason to end a run
+            log.warning("%s cannot be written: %s", path, error)
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """The time since the last step was no training."""
         self._meter.restart()
 
     def sync(self) -> None:

@@ -20,7 +20,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import be_patient, on_rank0, process_group
-from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.engine import (
     accumulation_steps,
     build_engine,
@@ -30,10 +30,11 @@ from mae_scale.train.engine import (
     resolve_precision,
     zero_stage,
 )
-from mae_scale.train.loop import Batch, Loop, Validation, total_steps
-from mae_scale.train.metrics import VALIDATION, read_metrics
+from mae_scale.train.loop import Batch, Loop, Pictures, Validation, total_steps
 from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.preflight import ready
+from mae_scale.train.profiling import profiled_steps
+from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import add_history, note_restart
 from mae_scale.train.stopping import STOPPED, stop_request
 from mae_scale.train.watchdog import watchdog
@@ -46,6 +47,8 @@ log = logging.getLogger("mae_scale")
 class Parts:
     """What a task puts together; making it is where bad input is found."""
 
+    task: str
+    """Its name on the command line."""
     model: nn.Module
     """On the meta device: `train` fills it in. Has `set_activation_checkpointing`."""
     shards: ShardSet
@@ -58,6 +61,7 @@ class Parts:
     weights: Callable[[], dict[str, torch.Tensor]] | None = None
     """Reads what to start from, on rank 0, where there is no checkpoint to go on from."""
     validation: Validation | None = None
+    pictures: Pictures | None = None
     notes: dict[str, str] = field(default_factory=dict)
     """Files of the run folder that tell later readers what they need: content by name."""
 
@@ -104,6 +108,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
         The exit code: 0 finished, 85 stopped early.
     """
     model, loader = parts.model, parts.loader
+    profiled_steps(config.train)  # else wrong
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
     )
@@ -177,6 +182,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             bad_steps=bad_steps,
             validation=parts.validation,
             validates_first=validates_first,
+            pictures=parts.pictures,
         )
         if config.replay is not None:
             log.info("going to step %d from step %d, writing nothing", config.replay, step)
@@ -184,7 +190,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             log.info("%s", found)
             return 0
         if world.rank == 0:
-            add_history(run_dir, "started" if resume is None else "resumed", step, **facts)
+            event = "started" if resume is None else "resumed"
+            length = {"steps_per_epoch": loader.steps_per_epoch, "total_steps": total}
+            add_history(
+                run_dir, event, step, task=parts.task, **facts, **length, **_platform(world)
+            )
         log.info(
             "%s step %d of %d: %s on %d images, %d processes, ZeRO-%d, %s",
             "starting at" if resume is None else f"going on from {resume.name},",
@@ -199,6 +209,13 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             reason = stop_request.reason or "a signal to another rank"
             log.info("stopped by %s after step %d; the same command goes on", reason, step)
         return 0 if finished else STOPPED
+
+
+def _platform(world: World) -> dict[str, str]:
+    """What the run runs on, for its history."""
+    on_gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_gpu else "cpu"
+    return {"device": device, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
 
 @contextmanager

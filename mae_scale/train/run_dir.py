@@ -17,6 +17,7 @@ from mae_scale import __version__
 from mae_scale.config import as_yaml, differences
 from mae_scale.errors import CommonError, UserError
 from mae_scale.files import write_atomically
+from mae_scale.train.records import HISTORY, read_metrics
 from mae_scale.world import host
 
 log = logging.getLogger("mae_scale")
@@ -104,16 +105,13 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
         facts: what else is worth knowing, such as the world size.
     """
     row = {"event": event, "step": step, "time": time.time(), "host": host()}
-    with (run_dir / "history.jsonl").open("a") as file:
+    with (run_dir / HISTORY).open("a") as file:
         file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of `RUN/history.jsonl`; a last line that a kill cut short is left out."""
-    path = run_dir / "history.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    return read_metrics(run_dir / HISTORY)
 
 
 def note_restart(run_dir: Path, step: int) -> None:

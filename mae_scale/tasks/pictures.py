@@ -1,0 +1,111 @@
+"""Reconstructions of the same few images, again and again while a model is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mae_scale.config import PretrainConfig
+from mae_scale.data.dataset import EvalDataset
+from mae_scale.data.loader import shard_cache
+from mae_scale.data.shards import ShardSet, is_remote, open_shards
+from mae_scale.data.transforms import denormalize, normalize
+from mae_scale.errors import UserError
+from mae_scale.train.distributed import on_rank0
+from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.loop import Pictures
+
+log = logging.getLogger("mae_scale")
+
+IMAGES = 8
+_TRIES = 10  # images, for each, of which one must be whole
+
+Fixed = tuple[torch.Tensor, torch.Tensor]
+
+
+def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
+    """Pictures of images of data.val or else of the training shards, always under the same masks.
+
+    Nothing random is drawn for them, so that the run goes on as it would have without.
+
+    Raises:
+        UserError: data.val is no shard folder.
+    """
+    if config.train.reconstruct_every is None:
+        return None
+    cache_dir = config.data.cache_dir
+    shards = train if config.data.val is None else open_shards(config.data.val, cache_dir)
+    cache = shard_cache(shards, cache_dir, int(config.data.cache_gb * 1e9))
+    fixed: Fixed | None = None
+
+    def read() -> Fixed:
+        dataset = EvalDataset(shards, config.model.img_size, 1.0, cache)
+        with closing(dataset.reader):
+            return fixed_images(dataset)
+
+    @torch.no_grad()
+    def draw(engine: DeepSpeedEngine) -> Callable[[Path, str], None] | None:
+        nonlocal fixed
+        if fixed is None:
+            fixed = on_rank0(read)
+        sample, pixels = (part.to(engine.device) for part in fixed)
+        if not len(sample):
+            return None
+        model, inputs = engine.module, normalize(pixels)
+        noise = model.noise(config.seed, torch.zeros_like(sample), sample)
+        # The compiled blocks are for training: another number of images would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
+        with eager:
+            reconstruction, mask = model.reconstruct(inputs, noise)
+        return partial(
+            _save, denormalize(inputs), mask, denormalize(reconstruction), sample.tolist()
+        )
+
+    return Pictures(config.train.reconstruct_every, draw)
+
+
+def fixed_images(dataset: EvalDataset) -> Fixed:
+    """Images spread evenly over a data set, the next whole one in the place of a damaged one.
+
+    Of a remote set only the first shard is looked at: it is fetched whole, as each would be.
+
+    Returns:
+        Global ids, int64 [n], and pixels, uint8 [n, 3, S, S]; none if they cannot be read.
+    """
+    shards = dataset.shards
+    count = int(shards.samples[0]) if is_remote(shards.files[0]) else len(shards)
+    found: dict[int, torch.Tensor] = {}
+    try:
+        number = min(IMAGES, count)
+        for first in (i * count // number for i in range(number)):
+            for sample in range(first, min(first + _TRIES, count)):
+                try:
+                    found.setdefault(sample, dataset.pixels(sample))
+                    break
+                except ValueError:  # training says so when it meets it
+                    continue
+    except (UserError, OSError) as error:
+        log.warning("reconstructions of %s are not drawn: %s", shards.root, error)
+        found = {}
+    size = (3, dataset.img_size, dataset.img_size)
+    pixels = torch.stack([*found.values()]) if found else torch.empty(0, *size, dtype=torch.uint8)
+    return torch.tensor([*found], dtype=torch.int64), pixels
+
+
+def _save(
+    images: torch.Tensor,
+    mask: torch.Tensor,
+    reconstruction: torch.Tensor,
+    samples: list[int],
+    path: Path,
+    title: str,
+) -> None:
+    from mae_scale.figures import save_reconstruction_grid  # matplotlib, which rank 0 alone needs
+
+    captions = [f"sample {sample}" for sample in samples]
+    save_reconstruction_grid(path, images, mask, reconstruction, title=title, captions=captions)

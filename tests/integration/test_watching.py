@@ -1,0 +1,118 @@
+"""What a run draws and traces while it trains, and that it trains as it would have without."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import Run, ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mae_scale.cli import main
+from mae_scale.data.dataset import EvalDataset
+from mae_scale.data.shards import open_shards
+from mae_scale.data.transforms import denormalize, normalize
+from mae_scale.models.masking import mask_noise
+from mae_scale.tasks.pictures import IMAGES, fixed_images
+from mae_scale.tasks.reconstruct import load_mae
+
+DRAWS = {"train.reconstruct_every": 2, "train.max_steps": 5, "train.profile": "3-4"}
+
+
+def trace(run: Run, rank: int) -> list[str]:
+    """Names of the events of a rank's trace that this program has labelled."""
+    path = run.run_dir / "profile" / f"steps-3-4-rank-{rank}.json.gz"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    own = [e for e in events if e.get("cat") == "user_annotation"]
+    return [e["name"] for e in sorted(own, key=lambda e: e["ts"])]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_pictures_and_traces_do_not_touch_the_training(
+    run: Run, tmp_path: Path, stage: int
+) -> None:
+    """Stopped and gone on with, too."""
+    settings = {"deepspeed": f"zero{stage}", "train.max_steps": 5}
+    run = replace(run, launcher="torchrun", processes=2, settings=settings)
+    run.finish()
+    assert not (run.run_dir / "reconstructions").exists()
+    assert not (run.run_dir / "profile").exists()
+    watched = replace(run, run_dir=tmp_path / "watched", settings=settings | DRAWS)
+
+    def terminate_one_rank(process: subprocess.Popen[str]) -> None:
+        ranks(process)[1].terminate()
+
+    watched.stop(1, terminate_one_rank, 1)
+    assert 1 <= len(watched.rows()) < 5
+    watched.finish()
+    assert watched.rows() == run.rows()
+    pictures = sorted(p.name for p in (watched.run_dir / "reconstructions").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png", "step-00000005.png"]
+    board = EventAccumulator(str(watched.run_dir / "tensorboard")).Reload()
+    assert [event.step for event in board.Images("reconstructions")] == [2, 4, 5]
+
+
+def test_a_picture_shows_what_the_weights_of_its_step_make(run: Run) -> None:
+    """Under ZeRO-3 in bf16, whose weights are gathered for it."""
+    settings = DRAWS | {"deepspeed": "zero3", "train.precision": "bf16"}
+    run = replace(run, launcher="torchrun", processes=2, settings=settings)
+    run.finish()
+    model = load_mae(run.run_dir / "checkpoints" / "step-00000005")
+    sample, pixels = fixed_images(EvalDataset(open_shards(run.shards), 32, 1.0))
+    assert sample.tolist() == [i * 250 // IMAGES for i in range(IMAGES)]
+    noise = mask_noise(0, torch.zeros_like(sample), sample, model.num_patches)
+    expected, _ = model.reconstruct(normalize(pixels), noise)
+    assert expected.std() > 0.1
+    with Image.open(run.run_dir / "reconstructions" / "step-00000005.png") as picture:
+        drawn = np.asarray(picture.convert("RGB"))
+    first = (denormalize(expected)[0] * 255).round().permute(1, 2, 0).numpy()
+    top, left, zoom = 62, 16 + 2 * (160 + 6), 5  # of the third tile
+    tile = drawn[top : top + 160 : zoom, left : left + 160 : zoom]
+    assert np.abs(tile - first).mean() < 3  # of 255: bf16
+    for rank in range(2):
+        labels = trace(run, rank)
+        assert [name for name in labels if name.startswith("step ")] == ["step 3", "step 4"]
+        assert {"data wait", "forward", "backward", "optimizer step"} <= set(labels)
+
+
+def test_a_damaged_image_gives_its_place_to_the_next(shards: Path) -> None:
+    dataset = EvalDataset(open_shards(shards), 32, 1.0)
+    damaged = dataset.shards.checksums.copy()
+    damaged[[0, 1, 31]] ^= 1
+    dataset.shards.__dict__["checksums"] = damaged
+    sample, pixels = fixed_images(dataset)
+    assert sample.tolist() == [2, 32, *(i * 250 // IMAGES for i in range(2, IMAGES))]
+    assert pixels.shape == (IMAGES, 3, 32, 32) and pixels.float().std() > 10
+    damaged[:] ^= 1
+    damaged[[0, 1, 31]] ^= 1
+    sample, pixels = fixed_images(dataset)
+    assert len(sample) == len(pixels) == 0
+
+
+def test_a_run_stopped_inside_of_the_trace_writes_none(run: Run) -> None:
+    run.settings = {"train.profile": "2-100000", "train.epochs": 100000}
+    process = run.start()
+    while len(run.rows()) < 3 and process.poll() is None:
+        pass
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 85 and "Traceback" not in output, output
+    assert not (run.run_dir / "profile").exists()
+
+
+@pytest.mark.parametrize("steps", ["12", "0-3", "9-7", "a-b", "3-", "-3"])
+def test_steps_that_are_no_range_are_refused(
+    run: Run, steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.settings = {"train.profile": steps}
+    assert main(run.command()[3:]) == 2
+    message = capsys.readouterr().err
+    assert f"train.profile '{steps}' must be START-STOP" in message and message.count("\n") == 1
+    assert not run.run_dir.exists()
