@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import shlex
 import signal
@@ -44,8 +43,8 @@ from mae_scale.config import (
 )
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
-from mae_scale.train.stopping import STOPPED
 from mae_scale.train.records import HISTORY, VALIDATION, read_metrics
+from mae_scale.train.stopping import STOPPED
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
