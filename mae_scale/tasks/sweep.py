@@ -92,7 +92,7 @@ def main(argv: list[str], prog: str) -> int:
     if not options.table:
         wanted = sweep.runs if options.row is None else sweep.runs_of(options.row)
         code = run_all(wanted, shlex.split(options.launch))
-    if code != STOPPED and World.from_environment().rank == 0:
+    if code in (0, 1) and World.from_environment().rank == 0:
         results = sweep.results()
         print(table(sweep.title, results))
         if options.run_dir.is_dir():
@@ -238,10 +238,10 @@ def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[s
 def run_all(runs: list[Run], launch: list[str]) -> int:
     """Run them one after the other; finished ones say so and are done.
 
-    What fails does not keep the others from running, but those that start from it.
+    What fails does not keep the others from running, but those that start from it; bad settings do.
 
     Returns:
-        0; 85 where a run was stopped early; else the exit code of the first that failed.
+        0; 85 where a run was stopped early, 2 for bad settings; else the first failure's exit code.
     """
     failed: dict[Path, int] = {}
     with _forwarded_signals() as child:
@@ -252,14 +252,14 @@ def run_all(runs: list[Run], launch: list[str]) -> int:
             print(f"sweep: run {number} of {len(runs)}: {run.task} in {run.run_dir}", flush=True)
             child[:] = [subprocess.Popen([*launch, run.task, *run.arguments])]
             code = child[0].wait()
-            # torchrun ends with 1 whatever its processes end with.
-            if code == STOPPED or (child[1:] and code):
+            # Told by the signal, too: torchrun ends with 1 whatever its processes end with.
+            if child[1:] or code == STOPPED:
                 return STOPPED
+            if code == 2:
+                return 2
             if code:
                 print(f"sweep: {run.run_dir} failed with exit code {code}", file=sys.stderr)
                 failed[run.run_dir] = code
-            if child[1:]:
-                return STOPPED
     return next(iter(failed.values()), 0)
 
 
