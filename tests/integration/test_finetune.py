@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import Run, ranks
 
 from mae_scale.cli import main
@@ -86,6 +87,30 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
         groups = torch.load(last, weights_only=False)["optimizer"]["param_groups"]
         scales = {group["lr"] / whole.rows()[-1]["lr"] for group in groups}
         assert sorted(scales) == pytest.approx([0.65**k for k in (4, 3, 2, 1, 0)])
+
+
+def test_at_448_pixels_it_stops_and_goes_on(run: Run, tmp_path: Path) -> None:
+    """The recipe of ViT-H on a narrow encoder: 32 x 32 patches, from weights of 16 x 16."""
+    torch.manual_seed(0)
+    mae = build_mae("mae_vit_tiny_patch16", img_size=224, patch_size=14, depth=2, decoder_depth=1)
+    weights = tmp_path / "at 224.pth"
+    torch.save({"model": mae.state_dict()}, weights)
+    run = replace(run, task="finetune", launcher="torchrun", processes=2, settings={
+        "config": "finetune_vit_huge_448", "weights": weights, "model.depth": 2,
+        "model.img_size": 448, "model.patch_size": 14,
+        "train.global_batch_size": 4, "train.micro_batch_size": 2, "train.max_steps": 5,
+    })  # fmt: skip
+    whole = replace(run, run_dir=tmp_path / "whole")
+    whole.finish()
+    run.stop(2, lambda process: ranks(process)[1].terminate(), 1)
+    assert 2 <= len(run.rows()) < 5
+    run.finish()
+    assert run.rows() == whole.rows() and len(whole.rows()) == 5
+    assert all(math.isfinite(row["loss"]) for row in whole.rows())
+    config = yaml.safe_load((run.run_dir / "config.yaml").read_text())
+    assert config["train"]["activation_checkpointing"] == "full"
+    last = run.run_dir / "checkpoints" / "step-00000005" / "mp_rank_00_model_states.pt"
+    assert torch.load(last, weights_only=False)["module"]["pos_embed"].shape == (1, 1025, 192)
 
 
 def test_validation_and_averaging_do_not_touch_the_training(tuning: Run, tmp_path: Path) -> None:
