@@ -19,6 +19,8 @@ COMMANDS = {
     "finetune": ("mae_scale.tasks.finetune", "train a classifier, from weights or from scratch"),
     "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
     "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
+    "status": ("mae_scale.tasks.status", "print how runs are doing, on one screen"),
+    "report": ("mae_scale.tasks.report", "write an HTML page that shows one or several runs"),
     "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
 }
 TRAINING = {"pretrain", "finetune", "linprobe"}
