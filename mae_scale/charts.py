@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 Values = npt.NDArray[np.float64]
 
 BINS = 400  # points of a curve at the most
+FEW = 12  # marks that may cross the whole chart
 _INK, _LINE = "#010203", "#040506"  # replaced by the page's variables
 _THEME = {_INK: "var(--ink)", _LINE: "var(--line)"}
 _RC: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
@@ -78,13 +79,16 @@ def thin(x: Values, y: Values, bins: int = BINS) -> tuple[Values, Values, Values
 
 
 def moving_mean(y: Values) -> Values:
-    """The mean of the values around each, a twentieth of the curve wide; NaN does not count."""
-    half = len(y) // 40
+    """The mean of the values around each, [n]; NaN does not count.
+
+    It takes in a twentieth of the curve, and less towards the ends, as much on either side.
+    """
+    i = np.arange(len(y))
+    half = np.minimum(len(y) // 40, np.minimum(i, i[::-1]))
     finite = np.isfinite(y)
     total = np.append(0, np.cumsum(np.where(finite, y, 0.0)))
     count = np.append(0, np.cumsum(finite))
-    first = np.maximum(np.arange(len(y)) - half, 0)
-    last = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    first, last = i - half, i + half + 1
     n = count[last] - count[first]
     return np.where(n > 0, (total[last] - total[first]) / np.maximum(n, 1), np.nan)
 
@@ -105,7 +109,8 @@ def draw(chart: Chart, width: int, height: int) -> str:
             if finite.size:
                 lowest, highest = min(lowest, finite.min()), max(highest, finite.max())
         for x, colour in chart.marks:
-            axes.axvline(x, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
+            top = 1 if len(chart.marks) <= FEW else 0.05  # many would hide the curves
+            axes.axvline(x, 0, top, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
         _set_scale(axes, chart.scale, lowest, highest)
         _style(axes, chart.x_label)
         stream = io.StringIO()
@@ -147,7 +152,7 @@ def _set_scale(axes: Axes, scale: str, lowest: float, highest: float) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         if scale != "auto":
-            axes.set_ylim(bottom=0, top=None if highest > 0 else 1)
+            axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
     percent = scale == "percent"
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda y, _: f"{100 * y:.3g} %" if percent else short(y))

@@ -113,7 +113,8 @@ def _card(run: Shown) -> str:
     numbers["step"] = f"{step:,} of {total:,}" if total else f"{step:,}"
     if len(metrics["step"]):
         numbers["epoch"] = f"{metrics['epoch'][-1]:.4g}"
-        numbers["loss"] = _value(metrics["loss"][-1], ".4f")
+        finite = metrics["loss"][np.isfinite(metrics["loss"])]
+        numbers["loss"] = f"{finite[-1]:.4f}" if len(finite) else "not finite"
         numbers["images/s"] = _value(np.nanmedian(metrics["images_per_second"]), ",.0f")
         numbers["data wait"] = _value(100 * np.nanmedian(metrics["data_wait"]), ".2g", " %")
         numbers["memory"] = _value(np.nanmax(metrics["memory_gb"]), ".3g", " GB")
@@ -209,10 +210,16 @@ def _details(run: Shown) -> list[str]:
     heads = ["step", "time", "size", "processes", "ZeRO", "precision", "top-1", ""]
     starts = sum(row["event"] in SESSION for row in view.history)
     config = yaml.safe_dump(view.config, sort_keys=False, allow_unicode=True)
+
+    def shown(rows: list[Any]) -> str:
+        return f"; the last {ROWS} rows" if len(rows) > ROWS else ""
+
     return [
         f"<h2>{escape(run.label)}</h2>",
-        _folded(f"Starts and stops ({starts} starts)", history),
-        _folded(f"Checkpoints ({len(view.checkpoints)})", _table(heads, saved)),
+        _folded(f"Starts and stops ({starts} starts{shown(view.history)})", history),
+        _folded(
+            f"Checkpoints ({len(view.checkpoints)}{shown(view.checkpoints)})", _table(heads, saved)
+        ),
         _folded("Config", f"<pre>{escape(config)}</pre>"),
     ]
 

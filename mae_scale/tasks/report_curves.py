@@ -41,17 +41,13 @@ class Shown:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps of an epoch; NaN: not known yet."""
-        if len(self.metrics["step"]):
-            return float(self.metrics["step"][-1] / self.metrics["epoch"][-1])
-        return float(self.view.facts.get("steps_per_epoch", np.nan))
+        """Optimiser steps of an epoch, of a run that has rows."""
+        return float(self.metrics["step"][-1] / self.metrics["epoch"][-1])
 
     @property
     def batch(self) -> float:
-        """Images of an optimiser step; NaN: not known yet."""
-        if len(self.metrics["step"]):
-            return float(self.metrics["samples"][-1] / self.metrics["step"][-1])
-        return np.nan
+        """Images of an optimiser step, of a run that has rows."""
+        return float(self.metrics["samples"][-1] / self.metrics["step"][-1])
 
     @property
     def seconds(self) -> float:

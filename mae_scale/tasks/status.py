@@ -64,10 +64,10 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     rows, facts, state = run.last_rows(ROWS), run.facts, run.state
     lines = [f"{printable(str(run.folder))}: {facts.get('task', 'training')} of {run.model}"]
     where = [paint(state, state)]
-    if facts:
-        size = facts.get("world_size")
-        where.append(f"on {facts.get('host')}, {size} process{'' if size == 1 else 'es'}")
-        where.append(f"ZeRO-{facts.get('zero_stage')}, {facts.get('precision')}")
+    if facts.keys() >= {"host", "world_size", "zero_stage", "precision"}:
+        size = facts["world_size"]
+        where.append(f"on {facts['host']}, {size} process{'' if size == 1 else 'es'}")
+        where.append(f"ZeRO-{facts['zero_stage']}, {facts['precision']}")
     lines += [", ".join(where), ""]
 
     def line(name: str, *parts: str | None) -> None:
@@ -127,7 +127,7 @@ def _trend(rows: Rows) -> str | None:
     before = sum(losses[-2 * half : -half]) / half
     change = sum(losses[-half:]) / half - before
     steps = rows[-1]["step"] - rows[-1 - half]["step"]
-    return f"{change:+.4f} from the {steps:,} steps before to the last {steps:,}"
+    return f"mean of the last {steps:,} steps {change:+.4f} against those before"
 
 
 def _saved(run: RunView, now: float, due: float | None) -> tuple[str, str]:
