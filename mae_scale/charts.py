@@ -46,6 +46,8 @@ class Chart:
     title: str
     curves: list[Curve]
     x_label: str
+    x_end: float
+    """The axis goes from 0 to here, so that charts of one page stand over each other."""
     marks: list[tuple[float, str]] = field(default_factory=list)
     """Vertical lines: place and colour."""
     scale: Literal["auto", "zero", "percent"] = "auto"
@@ -113,6 +115,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
             axes.axvline(x, 0, top, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
         _set_scale(axes, chart.scale, lowest, highest)
         _style(axes, chart.x_label)
+        axes.set_xlim(-0.02 * chart.x_end, 1.02 * chart.x_end)
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure)
@@ -144,7 +147,6 @@ def _draw_curve(axes: Axes, curve: Curve, smooth: bool) -> None:
 
 
 def _set_scale(axes: Axes, scale: str, lowest: float, highest: float) -> None:
-    axes.margins(x=0.02)
     if scale == "auto" and lowest > 0 and highest > 5 * lowest and np.isfinite(highest):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))

@@ -87,6 +87,8 @@ def entry() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
+    except KeyboardInterrupt:  # of a command that does not train
+        code = 130
     if "mae_scale.train.distributed" not in sys.modules:
         sys.exit(code)
     atexit._run_exitfuncs()

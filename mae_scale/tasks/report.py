@@ -108,9 +108,8 @@ def page(runs: list[Shown]) -> str:
 def _card(run: Shown) -> str:
     view, facts, metrics = run.view, run.view.facts, run.metrics
     numbers: dict[str, str] = {}
-    step = int(metrics["step"][-1]) if len(metrics["step"]) else 0
     total = facts.get("total_steps")
-    numbers["step"] = f"{step:,} of {total:,}" if total else f"{step:,}"
+    numbers["step"] = f"{view.step:,} of {total:,}" if total else f"{view.step:,}"
     if len(metrics["step"]):
         numbers["epoch"] = f"{metrics['epoch'][-1]:.4g}"
         finite = metrics["loss"][np.isfinite(metrics["loss"])]
@@ -216,7 +215,7 @@ def _details(run: Shown) -> list[str]:
 
     return [
         f"<h2>{escape(run.label)}</h2>",
-        _folded(f"Starts and stops ({starts} starts{shown(view.history)})", history),
+        _folded(f"Starts and stops ({starts}{shown(view.history)})", history),
         _folded(
             f"Checkpoints ({len(view.checkpoints)}{shown(view.checkpoints)})", _table(heads, saved)
         ),

@@ -74,6 +74,7 @@ def curves(runs: list[Shown]) -> list[str]:
     lengths = {(run.batch, round(run.steps_per_epoch, 6)) for run in drawn}
     axis = "step" if len(lengths) == 1 else "epoch"
     label = "optimiser step" if axis == "step" else "epoch"
+    end = max(float(run.metrics[axis][-1]) for run in drawn)
     marks = [
         (step if axis == "step" else step / run.steps_per_epoch, run.colour)
         for run in drawn
@@ -82,7 +83,7 @@ def curves(runs: list[Shown]) -> list[str]:
 
     def chart(title: str, key: str, **how: Any) -> Chart:
         curves = [Curve(run.metrics[axis], run.metrics[key], run.colour) for run in drawn]
-        return Chart(title, curves, label, marks, **how)
+        return Chart(title, curves, label, end, marks, **how)
 
     charts = [
         chart("Learning rate", "lr", scale="zero"),
@@ -95,7 +96,7 @@ def curves(runs: list[Shown]) -> list[str]:
         charts.append(chart("Model FLOPs utilisation", "mfu", scale="percent"))
     if any(np.nanmax(run.metrics["bad_steps"], initial=0) > 0 for run in drawn):
         charts.append(chart("Steps not applied so far", "bad_steps", scale="zero"))
-    scores = _validation_charts(drawn, axis, label, marks)
+    scores = _validation_charts(drawn, axis, label, end, marks)
     loss = chart("Loss", "loss", smooth=True)
     both = draw(loss, 1240, 340).replace("<svg", '<svg class="broad"', 1)
     both += draw(loss, 420, 280).replace("<svg", '<svg class="narrow"', 1)
@@ -118,7 +119,7 @@ def curves(runs: list[Shown]) -> list[str]:
 
 
 def _validation_charts(
-    runs: list[Shown], axis: str, label: str, marks: list[tuple[float, str]]
+    runs: list[Shown], axis: str, label: str, end: float, marks: list[tuple[float, str]]
 ) -> list[Chart]:
     charts = []
     titles = {"top1": "Validation: top-1, %", "top5": "Validation: top-5, %",
@@ -131,7 +132,7 @@ def _validation_charts(
             if np.isfinite(run.validations[name]).any()
         ]
         if curves:
-            charts.append(Chart(title, curves, label, marks))
+            charts.append(Chart(title, curves, label, end, marks))
     return charts
 
 

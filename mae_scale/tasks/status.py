@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,16 +38,15 @@ def main(argv: list[str], prog: str) -> int:
     terminal = sys.stdout.isatty()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     colours = terminal and "NO_COLOR" not in os.environ
-    while True:
-        text = "\n\n".join(status(RunView(folder), colours) for folder in options.runs)
-        clear = "\033[H\033[2J" if options.watch is not None and terminal else ""
-        print(clear + text, flush=True)
-        if options.watch is None:
-            return 0
-        try:
+    clear = "\033[H\033[2J" if options.watch is not None and terminal else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            text = "\n\n".join(status(RunView(folder), colours) for folder in options.runs)
+            print(clear + text, flush=True)
+            if options.watch is None:
+                break
             time.sleep(options.watch)
-        except KeyboardInterrupt:
-            return 0
+    return 0
 
 
 def status(run: RunView, colours: bool = False, now: float | None = None) -> str:
@@ -71,14 +71,16 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     lines += [", ".join(where), ""]
 
     def line(name: str, *parts: str | None) -> None:
-        lines.append(f"  {name:<14}{'   '.join(part for part in parts if part)}".rstrip())
+        lines.append(f"  {name:<15}{'   '.join(part for part in parts if part)}".rstrip())
 
-    step, total = _step(run, rows), facts.get("total_steps")
+    step, total = run.step, facts.get("total_steps")
     if total:
         done = min(BAR, BAR * step // total)
         lines.append(f"  [{'#' * done}{'-' * (BAR - done)}] {100 * step / total:.1f} %")
     per_epoch = facts.get("steps_per_epoch")
-    epochs = f"epoch {step / per_epoch:.2f} of {total / per_epoch:g}" if total and per_epoch else ""
+    epochs = (
+        f"epoch {step / per_epoch:.2f} of {total / per_epoch:.5g}" if total and per_epoch else ""
+    )
     line("step", f"{step:,} of {total:,}" if total else f"{step:,}", epochs)
     pace = pace_of(rows)
     if state == "running" and pace and total:
@@ -110,12 +112,6 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     unhealthy = health(run, rows, state, now)
     lines += [paint(f"  ! {text}", "!") for text in unhealthy] or ["  nothing unusual"]
     return "\n".join(lines)
-
-
-def _step(run: RunView, rows: Rows) -> int:
-    """Steps done, as far as anything says so."""
-    steps = [row["step"] for row in [*rows[-1:], *run.history[-1:]]]
-    return max([*steps, *(saved.commit["step"] for saved in run.checkpoints[-1:])], default=0)
 
 
 def _trend(rows: Rows) -> str | None:

@@ -105,6 +105,12 @@ class RunView:
         return [row["step"] for row in self.history if row["event"] == "resumed"]
 
     @property
+    def step(self) -> int:
+        """Optimiser steps done, as far as anything says so."""
+        steps = [row["step"] for row in [*self.last_rows(1), *self.history[-1:]]]
+        return max([*steps, *(saved.commit["step"] for saved in self.checkpoints[-1:])], default=0)
+
+    @property
     def last_sign(self) -> float | None:
         """When the run last wrote something down, in seconds since 1970."""
         times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
