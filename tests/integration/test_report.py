@@ -306,12 +306,13 @@ def test_silence_a_late_checkpoint_and_damage_are_said(copy: Path) -> None:
     (copy / "config.yaml").write_text(config.replace("every_minutes: null", "every_minutes: 30"))
     (copy / "checkpoints" / "step-00000003" / "mp_rank_00_model_states.pt").write_bytes(b"half")
     (copy / "checkpoints" / "step-00000009").mkdir()
+    os.utime(copy / "checkpoints" / "step-00000006" / "COMMITTED.json", (now, now))
     lock = (copy / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.utime(copy / ".lock", (now - 4000, now - 4000))
     text = status(RunView(copy), now=now + 3000)
     assert "! no row for 50 min 10 s, one every 10 s before" in text
-    assert "! a checkpoint should have been written 20 min" in text
+    assert "! a checkpoint should have been written 20 min ago" in text
     assert "! checkpoint step-00000003 is damaged: mp_rank_00_model_states.pt has 4 bytes" in text
     lock.close()
     assert "! not committed, and not counted: step-00000009" in status(RunView(copy))
