@@ -20,6 +20,8 @@ COMMANDS = {
     "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
     "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
     "sweep": ("mae_scale.tasks.sweep", "run a table of experiments, such as the paper's ablations"),
+    "status": ("mae_scale.tasks.status", "print how runs are doing, on one screen"),
+    "report": ("mae_scale.tasks.report", "write an HTML page that shows one or several runs"),
     "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
 }
 TRAINING = {"pretrain", "finetune", "linprobe"}
@@ -83,6 +85,11 @@ def entry() -> NoReturn:
     """
     try:
         code = main()
+    except KeyboardInterrupt:  # of a command that does not train
+        code = 130
+    except BrokenPipeError:  # whoever read what it prints has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1

@@ -173,8 +173,10 @@ class Loop:
             settle()
             watchdog.doing(f"drawing after step {step}")
             write = self._draw()
-            if record and write is not None:
-                record.add_picture(step, write)
+            if record:
+                if write is not None:
+                    record.add_picture(step, write)
+                record.leave_out()
 
         profiler = StepProfiler(profiled_steps(self.train), self.run_dir, self.world.rank)
         try:

@@ -252,7 +252,7 @@ class Record:
         self.leave_out()
 
     def add_picture(self, step: int, write: Callable[[Path, str], None]) -> None:
-        """Keep a picture of what the model does after a step; training rates leave the time out.
+        """Keep a picture of what the model does after a step.
 
         Args:
             write: makes the PNG of a path, with a title.
@@ -263,7 +263,6 @@ class Record:
             self._metrics.show(RECONSTRUCTIONS, path, step)
         except OSError as error:  # no reason to end a run
             log.warning("%s cannot be written: %s", path, error)
-        self.leave_out()
 
     def leave_out(self) -> None:
         """The time since the last step was no training."""

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mae_scale.cli import main
 from mae_scale.data.dataset import EvalDataset
+from mae_scale.data.loader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.models.masking import mask_noise
@@ -116,3 +117,28 @@ def test_steps_that_are_no_range_are_refused(
     message = capsys.readouterr().err
     assert f"train.profile '{steps}' must be START-STOP" in message and message.count("\n") == 1
     assert not run.run_dir.exists()
+
+
+def test_shards_that_cannot_be_read_cost_the_pictures_and_not_the_run(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(sample: int) -> torch.Tensor:
+        raise OSError("the shard is gone")
+
+    dataset = EvalDataset(open_shards(shards), 32, 1.0)
+    monkeypatch.setattr(dataset, "pixels", read)
+    sample, pixels = fixed_images(dataset)
+    assert len(sample) == 0 and pixels.shape == (0, 3, 32, 32)
+
+
+def test_images_of_remote_shards_lie_in_the_first_one(shards: Path, tmp_path: Path) -> None:
+    """So that one is fetched."""
+    link = tmp_path / "remote"
+    link.symlink_to(shards)
+    remote = open_shards(f"pipe:cat {link}/{{}}", tmp_path / "cache")
+    cache = shard_cache(remote, tmp_path / "cache", None)
+    sample, pixels = fixed_images(EvalDataset(remote, 32, 1.0, cache))
+    assert sample.tolist() == [i * 40 // IMAGES for i in range(IMAGES)]
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
+    local = EvalDataset(open_shards(shards), 32, 1.0)
+    assert torch.equal(pixels, torch.stack([local.pixels(i) for i in sample.tolist()]))

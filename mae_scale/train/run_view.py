@@ -1,0 +1,174 @@
+"""A run folder as those see it who look on: read without torch, while the run goes on or not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_scale.errors import UserError
+from mae_scale.train.records import HISTORY, METRICS, VALIDATION, readable_rows
+from mae_scale.world import host
+
+YOUNG_S = 120  # a row that is no older was written by a run that lives, if its lock cannot be seen
+SESSION = ("started", "resumed")  # events with which a process begins to train
+
+
+@dataclass
+class Saved:
+    """A committed checkpoint."""
+
+    folder: Path
+    commit: Mapping[str, Any]
+    """The content of COMMITTED.json."""
+    time: float
+    """When it was committed, in seconds since 1970."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(facts["bytes"] for facts in self.commit["files"].values())
+
+    def damage(self) -> str | None:
+        """What is wrong with its files at a glance, without reading them; None: nothing."""
+        for name, facts in self.commit["files"].items():
+            file = self.folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        return None
+
+
+class RunView:
+    """What a run folder says of its run.
+
+    Attributes:
+        folder: as it was given.
+        name: of the folder.
+        config: its config.yaml, nested.
+        history: rows of history.jsonl.
+        checkpoints: the committed ones, oldest first.
+        uncommitted: names of step folders that are none: being written, damaged, or left over.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.resolve().name
+        try:
+            self.config = yaml.safe_load((folder / "config.yaml").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            what = "is no run folder: it has no config.yaml" if folder.is_dir() else "is no folder"
+            raise UserError(f"{folder} {what}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{folder}/config.yaml cannot be read: {_line(error)}") from None
+        if not isinstance(self.config, dict):
+            raise UserError(f"{folder}/config.yaml is not the config of a run")
+        self.history = [row for row in readable_rows(folder / HISTORY) if "event" in row]
+        self.checkpoints: list[Saved] = []
+        self.uncommitted: list[str] = []
+        for step in sorted((folder / "checkpoints").glob("step-*")):
+            saved = _saved(step)
+            self.checkpoints.append(saved) if saved else self.uncommitted.append(step.name)
+        self._locked = _is_locked(folder)
+
+    def last_rows(self, most: int) -> list[dict[str, Any]]:
+        """So many of the last rows of metrics.jsonl, however long it is."""
+        return list(readable_rows(self.folder / METRICS, 600 * most))[-most:]
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The rows of validation.jsonl."""
+        return list(readable_rows(self.folder / VALIDATION))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the last start of the run wrote down: length, processes, versions; may be empty."""
+        starts = [row for row in self.history if row["event"] in SESSION]
+        return starts[-1] if starts else {}
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str((self.config.get("model") or {}).get("name", "unknown model"))
+
+    @property
+    def resumes(self) -> list[int]:
+        """Steps from which the run went on."""
+        return [row["step"] for row in self.history if row["event"] == "resumed"]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, as far as anything says so."""
+        steps = [row["step"] for row in [*self.last_rows(1), *self.history[-1:]]]
+        return max([*steps, *(saved.commit["step"] for saved in self.checkpoints[-1:])], default=0)
+
+    @property
+    def last_sign(self) -> float | None:
+        """When the run last wrote something down, in seconds since 1970."""
+        times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
+        return max((t for t in times if isinstance(t, (int, float))), default=None)
+
+    @property
+    def state(self) -> str:
+        """One of: not started, starting, running, stopped, finished, failed.
+
+        A run holds the lock of its folder. One on another host, whose lock may not be seen here,
+        is taken to run as long as it writes rows.
+        """
+        event = self.history[-1] if self.history else {}
+        sign = self.last_sign
+        if self._locked:
+            began = (self.folder / ".lock").stat().st_mtime  # each start writes it
+            return "starting" if sign is None or began > sign else "running"
+        if event.get("event") in ("finished", "stopped"):
+            return str(event["event"])
+        if sign is None:
+            return "not started"
+        elsewhere = event.get("host") != host()
+        return "running" if elsewhere and time.time() - sign < YOUNG_S else "failed"
+
+
+def best_validation(rows: list[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """The score that decides, top1 or that of the moving average, and the first best row."""
+    for score in ("ema_top1", "top1"):
+        scored = [row for row in rows if isinstance(row.get(score), (int, float))]
+        if scored:
+            return score, max(scored, key=lambda row: row[score])
+    return None
+
+
+def _saved(folder: Path) -> Saved | None:
+    path = folder / "COMMITTED.json"
+    try:
+        commit = json.loads(path.read_text())
+        saved = Saved(folder, commit, path.stat().st_mtime)
+        return saved if saved.bytes >= 0 and commit["step"] >= 0 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of the folder.
+
+    A run that begins while this looks finds the lock taken, and asks again a second later.
+    """
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing gives it back
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks on this file system
+        return False
+    return False
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
