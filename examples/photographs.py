@@ -2,8 +2,8 @@
 
     python examples/photographs.py OUT [FOLDER]
 
-writes OUT/train/<photograph>/*.jpg, overlapping square pieces, and OUT/val/<photograph>/*.jpg,
-pieces of other photographs. They come from FOLDER, or else from packages that ship some under
+writes OUT/train/<photograph>/*.jpg, overlapping square pieces; OUT/test/<photograph>/*.jpg, smaller
+pieces of the same photographs; and OUT/val/<photograph>/*.jpg, pieces of others. They come from FOLDER, or else from packages that ship some under
 free licences: scikit-image (public domain and CC0, `skimage.data` names each source), scikit-learn
 (china and flower, CC BY 2.0, danielbuechele and vultilion on Flickr) and matplotlib (grace_hopper,
 public domain, U.S. Navy).
@@ -42,7 +42,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MOST = 100  # photographs of the user's that are taken
 
 
-def pieces(photograph: Path, side: int = 384, stride: int = 32) -> Iterator[Image.Image]:
+def pieces(photograph: Path, side: int, stride: int) -> Iterator[Image.Image]:
     """Square pieces of `side` pixels, `stride` apart, of a photograph scaled to 448 pixels."""
     with Image.open(photograph) as opened:
         image = opened.convert("RGB")
@@ -55,7 +55,7 @@ def pieces(photograph: Path, side: int = 384, stride: int = 32) -> Iterator[Imag
 
 
 def write_photographs(train: list[Path], val: list[Path], out: Path) -> None:
-    """Write both trees; `out` appears only when it is whole.
+    """Write the trees; `out` appears only when it is whole.
 
     Raises:
         UserError: no photograph can be read.
@@ -63,16 +63,21 @@ def write_photographs(train: list[Path], val: list[Path], out: Path) -> None:
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     written = 0
-    for split, photographs in (("train", train), ("val", val)):
+    for split, photographs, side, stride in (
+        ("train", train, 384, 32),
+        ("test", train, 256, 96),
+        ("val", val, 384, 32),
+    ):
         for place, photograph in enumerate(photographs):
             folder = unfinished / split / f"{place:03d}-{photograph.stem}"
             folder.mkdir(parents=True)
             try:
-                for number, piece in enumerate(pieces(photograph)):
+                for number, piece in enumerate(pieces(photograph, side, stride)):
                     piece.save(folder / f"{photograph.stem}-{number:03d}.jpg", quality=92)
                     written += 1
             except (OSError, ValueError, SyntaxError) as error:
-                print(f"left out: {photograph} cannot be read ({error})", file=sys.stderr)
+                if split != "test":  # the same as in train
+                    print(f"left out: {photograph} cannot be read ({error})", file=sys.stderr)
                 shutil.rmtree(folder)
     if not written:
         shutil.rmtree(unfinished)
