@@ -219,6 +219,11 @@ def _crop(
     return crop.flip(-1) if flip else crop
 
 
+def default_crop_ratio(size: int) -> float:
+    """Share of the short side that the official evaluation crops at so many pixels."""
+    return 0.875 if size <= 224 else 1.0
+
+
 def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = 0.875) -> torch.Tensor:
     """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
 
