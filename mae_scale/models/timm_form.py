@@ -80,7 +80,6 @@ def config(
         classes: names of the outputs; none of a pre-trained encoder.
         preprocessing: what timm's `resolve_data_config` is to give.
     """
-    sizes = {k: v for k, v in kwargs.items() if k not in ("num_classes", "global_pool")}
     size = model.patch_embed.img_size[0]
     return {
         "architecture": name,
@@ -88,7 +87,7 @@ def config(
         "num_features": model.cls_token.shape[-1],
         "global_pool": kwargs["global_pool"],
         **({"label_names": classes} if classes else {}),
-        **({"model_args": sizes} if sizes else {}),
+        "model_args": {k: v for k, v in kwargs.items() if k != "num_classes"},
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "fixed_input_size": True,
@@ -96,6 +95,5 @@ def config(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "num_classes": kwargs["num_classes"],
-            "global_pool": kwargs["global_pool"],
         },
     }

@@ -23,7 +23,7 @@ from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights
 from mae_scale.tasks.trained import Trained
 from mae_scale.train import checkpoint
-from mae_scale.train.ds import deepspeed  # noqa: F401, before what it patches is used
+from mae_scale.train.ds import deepspeed
 from mae_scale.train.metrics import read_metrics
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -164,6 +164,19 @@ def test_classifiers(trained: dict[str, Path], tmp_path: Path, name: str) -> Non
         assert_same(again(IMAGES), logits)
 
 
+@pytest.mark.parametrize("name", ["pretrain zero3", "mean"])
+def test_sharded_weights_are_those_that_deepspeed_finds(
+    trained: dict[str, Path], name: str
+) -> None:
+    folder = checkpoint.find_checkpoint(trained[name])
+    found = checkpoint.load_weights(folder)
+    convert = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
+    expected = convert(str(folder.parent), tag=folder.name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32 and torch.equal(found[key], value), key
+
+
 def test_hugging_faces_processor_prepares_images_as_our_evaluation(
     trained: dict[str, Path], imagenet_tree: Path, tmp_path: Path
 ) -> None:
@@ -209,7 +222,7 @@ def test_evaluate_and_reconstruct_take_every_form(
         if to:
             export(run, to, out)
             options = [*options, "--model", "mae_vit_tiny_patch16"]
-        grid = tmp_path / f"{to}.png"
+        grid = tmp_path / f"grid {to}.png"
         assert main(["reconstruct", str(out), image, "--out", str(grid), *options]) == 0
         with Image.open(grid) as picture:
             pixels.append(np.asarray(picture.convert("RGB"))[60:].astype(int))  # not the title
