@@ -83,6 +83,9 @@ def entry() -> NoReturn:
     """
     try:
         code = main()
+    except KeyboardInterrupt:
+        print("mae-scale: interrupted", file=sys.stderr)
+        code = 130  # as shells have it
     except Exception:
         traceback.print_exc()
         code = 1

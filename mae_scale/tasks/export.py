@@ -271,7 +271,10 @@ def _call(name: str, kwargs: dict[str, Any]) -> str:
 
 def _save(form: Form, path: Path, mode: int) -> None:
     if path.suffix == ".pth":
-        torch.save({"model": form.state}, path)
+        try:
+            torch.save({"model": form.state}, path)
+        except RuntimeError:  # its message is about positions in a zip file
+            raise OSError("torch.save failed; is there room on the disk?") from None
     else:
         save_file(form.state, path, metadata={"format": "pt"})
     path.chmod(mode)  # safetensors leaves the file to its owner alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,26 @@ def check_error(capsys: pytest.CaptureFixture[str], command: list[str], message:
     assert main(command) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.startswith("mae-scale: error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize("to", ["official", "timm"])
+def test_a_full_disk_leaves_nothing(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    """As a limit of the size of files looks like; what was there stays."""
+    out = export(trained["token"], "timm", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        assert main(["export", str(trained["token"]), "--to", to, str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"mae-scale: error: {out} cannot be written: ") and "\n" not in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_exported(
