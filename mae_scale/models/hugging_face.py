@@ -100,8 +100,8 @@ def mae_config(model: MaskedAutoencoderViT) -> dict[str, Any]:
     """The config.json of a ViTMAEForPreTraining.
 
     Raises:
-        UserError: it predicts something else than the pixels of its patches, or its decoder sees
-            none of the mask tokens that Hugging Face's has.
+        UserError: it predicts something else than the pixels of its patches, or its mask tokens
+            are not the decoder's.
     """
     outputs, pixels = model.decoder_pred.out_features, model.patch_size**2 * 3
     if outputs != pixels:
