@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,15 +83,13 @@ def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
     """
     check_place(out, to)
     trained = Trained.read(best_checkpoint(run))
-    if ema and trained.config["optim"].get("ema_decay") is None:
-        raise UserError(f"--ema: {trained.run_dir} keeps no moving average (optim.ema_decay)")
     with torch.device("meta"):
         model = trained.mae() if trained.task == "pretrain" else trained.classifier()
     form = FORMATS[to](trained, model, lambda: _weights(trained, model, ema))
     single = out.suffix == SINGLE_FILE.get(to)
     lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
-    file = out if single else out / form.weights
-    code = "\n".join(lines).strip().replace("FOLDER", str(out)).replace("FILE", str(file))
+    places = {"FOLDER": str(out), "FILE": str(out if single else out / form.weights)}
+    code = re.sub("FOLDER|FILE", lambda found: places[found[0]], "\n".join(lines).strip())
     card = model_card(trained, ema, to, form.library, code)
     try:
         if single:
@@ -113,11 +112,12 @@ def check_place(out: Path, to: str) -> None:
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{out} cannot be made: {parent} is no folder")
-    if not out.exists():
-        return
     if out.suffix == wanted:
-        if out.is_dir() or not _is_card(out.with_suffix(".md")):
-            raise UserError(f"{out} exists and is no earlier export; use another name")
+        card = out.with_suffix(".md")
+        if out.is_dir() or ((out.exists() or card.exists()) and not _is_card(card)):
+            raise UserError(f"{out} or {card} exists and is no earlier export; use another name")
+        return
+    if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file; --to {to} writes a folder")

@@ -257,7 +257,7 @@ def test_pretraining_starts_from_an_export(
 
 def test_the_card_says_what_it_is(trained: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     run = trained["mean"]
-    out = export(run, "timm", tmp_path / "with a space" / "out")
+    out = export(run, "timm", tmp_path / "a FILE" / "out")
     text = (out / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -292,6 +292,7 @@ def test_the_same_export_again_and_places_that_hold_something_else(
     export(run, "timm", file)
     (out / "mine.txt").write_text("mine")
     (tmp_path / "mine.pth").write_text("mine")
+    (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "empty").mkdir()
     export(run, "timm", tmp_path / "empty")
     capsys.readouterr()
@@ -299,6 +300,7 @@ def test_the_same_export_again_and_places_that_hold_something_else(
         ("timm", out, "holds something else than an earlier export"),
         ("timm", run, "holds something else than an earlier export"),
         ("official", tmp_path / "mine.pth", "exists and is no earlier export"),
+        ("official", tmp_path / "notes.pth", "notes.md exists and is no earlier export"),
         ("official", tmp_path / "x.safetensors", "writes a folder or a file ending in .pth"),
         ("timm", tmp_path / "x.bin", "writes a folder or a file ending in .safetensors"),
         ("huggingface", tmp_path / "x.safetensors", "--to huggingface writes a folder"),
@@ -307,7 +309,7 @@ def test_the_same_export_again_and_places_that_hold_something_else(
         check_error(capsys, ["export", str(run), "--to", to, str(place)], message)
     assert (out / "mine.txt").read_text() == (tmp_path / "mine.pth").read_text() == "mine"
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["empty", "file.md", "file.safetensors", "mine.pth", "out"]
+    assert left == ["empty", "file.md", "file.safetensors", "mine.pth", "notes.md", "out"]
 
 
 def check_error(capsys: pytest.CaptureFixture[str], command: list[str], message: str) -> None:
