@@ -253,6 +253,11 @@ def test_pretraining_starts_from_an_export(
             missing = {key for key in found.keys() - same if source[key].abs().sum() > 0}
             assert {"decoder_embed.weight", "mask_token", "pos_embed"} <= missing
             assert found.keys() - same <= decoder | {"pos_embed"}
+    run = Run(tmp_path / "of another depth", shards, {"model.depth": 3, "weights": whole})
+    output = run.finish(2)
+    assert output.count("mae-scale: error:") == 1 and "Traceback" not in output
+    assert "weights do not fit the model: missing: blocks.2.norm1.weight" in output
+    assert not run.run_dir.exists()
 
 
 def test_the_card_says_what_it_is(trained: dict[str, Path], shards: Path, tmp_path: Path) -> None:
