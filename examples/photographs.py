@@ -3,10 +3,10 @@
     python examples/photographs.py OUT [FOLDER]
 
 writes OUT/train/<photograph>/*.jpg, overlapping square pieces; OUT/test/<photograph>/*.jpg, smaller
-pieces of the same photographs; and OUT/val/<photograph>/*.jpg, pieces of others. They come from FOLDER, or else from packages that ship some under
-free licences: scikit-image (public domain and CC0, `skimage.data` names each source), scikit-learn
-(china and flower, CC BY 2.0, danielbuechele and vultilion on Flickr) and matplotlib (grace_hopper,
-public domain, U.S. Navy).
+pieces of the same photographs; and OUT/val/<photograph>/*.jpg, pieces of others. They come from
+FOLDER, or else from packages that ship some under free licences: scikit-image (public domain and
+CC0, `skimage.data` names each source), scikit-learn (china and flower, CC BY 2.0, danielbuechele
+and vultilion on Flickr) and matplotlib (grace_hopper, public domain, U.S. Navy).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": ("mae_scale.tasks.sweep", "run a table of experiments, such as the paper's ablations"),
     "status": ("mae_scale.tasks.status", "print how runs are doing, on one screen"),
     "report": ("mae_scale.tasks.report", "write an HTML page that shows one or several runs"),
+    "export": ("mae_scale.tasks.export", "weights for the authors' code, timm or Hugging Face"),
     "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
 }
 TRAINING = {"pretrain", "finetune", "linprobe"}
@@ -86,7 +87,8 @@ def entry() -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt:  # of a command that does not train
-        code = 130
+        print("mae-scale: interrupted", file=sys.stderr)
+        code = 130  # as shells have it
     except BrokenPipeError:  # whoever read what it prints has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -187,6 +187,9 @@ class PretrainConfig:
     run_dir: str
     """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
     data: DataConfig
+    weights: str | None = None
+    """What to start from: a run folder of pretrain or finetune or a step folder in it, a .pth of
+    the authors, a .safetensors, or a folder of timm or Hugging Face; null: from scratch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: PretrainAugmentConfig = field(default_factory=PretrainAugmentConfig)
     train: PretrainTrainConfig = field(default_factory=PretrainTrainConfig)

@@ -34,6 +34,7 @@ from mae_scale.data.dataset import (
 )
 from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.shards import ShardSet, is_remote
+from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
 
 logger = logging.getLogger("mae_scale")
@@ -287,7 +288,7 @@ class EvalLoader(_Loader):
         cache_bytes: int | None = None,
     ) -> None:
         if crop_ratio is None:
-            crop_ratio = 0.875 if img_size <= 224 else 1.0
+            crop_ratio = default_crop_ratio(img_size)
         cache = shard_cache(shards, cache_dir, cache_bytes)
         super().__init__(
             EvalDataset(shards, img_size, crop_ratio, cache), batch_size, workers, pin_memory

@@ -241,6 +241,11 @@ def fixed_crop(
     return crop.flip(-1) if hflip and u[2 * _TRIES + 2] < 0.5 else crop
 
 
+def default_crop_ratio(size: int) -> float:
+    """Share of the short side that the official evaluation crops at so many pixels."""
+    return _CROP_RATIO if size <= 224 else 1.0
+
+
 def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = _CROP_RATIO) -> torch.Tensor:
     """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ from safetensors.torch import load_file
 
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.pos_embed import interpolate_pos_embed
-
-StateDict = dict[str, torch.Tensor]
+from mae_scale.models.encoder import Encoder
+from mae_scale.models.hugging_face import StateDict, from_hugging_face
+from mae_scale.models.mae import MaskedAutoencoderViT
+from mae_scale.models.pos_embed import interpolate_pos_embed, sincos_pos_embed
 
 # In a folder, the first that is there counts. The two with an index are of several files.
 FILES = (
@@ -26,21 +26,7 @@ FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-)
-
-# Of Hugging Face's ViT and ViTMAE, after their prefix "vit." is gone.
-_HUGGING_FACE = (
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.", r"blocks.\1.attn."),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-    (r"layernorm\.", "norm."),
-    (r"classifier\.", "head."),
+    "model.pth",
 )
 
 
@@ -50,7 +36,8 @@ def read_weights(path: Path) -> StateDict:
     Args:
         path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` that `torch.save` wrote, alone or
             under the key `model` or `state_dict`; or a folder with a `model.safetensors` or
-            `pytorch_model.bin`, as timm and Hugging Face write it. Only tensors are unpickled.
+            `pytorch_model.bin`, as timm and Hugging Face write it, or a `model.pth`, as
+            `mae-scale export` does. Only tensors are unpickled.
 
     Raises:
         UserError: nothing is there, or it holds no weights.
@@ -67,7 +54,34 @@ def read_weights(path: Path) -> StateDict:
         state = {k: v for part in parts for k, v in _read_file(path.with_name(part)).items()}
     else:
         state = _read_file(path)
-    return _from_hugging_face(state) if any(".layernorm_before." in key for key in state) else state
+    return from_hugging_face(state) if any(".layernorm_before." in key for key in state) else state
+
+
+def predicts_normalised_pixels(path: Path) -> bool | None:
+    """What the config.json in a folder of Hugging Face's ViTMAE says; None: nothing."""
+    config = path / "config.json"
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text()).get("norm_pix_loss")
+
+
+def sizes_of(state: StateDict) -> dict[str, int]:
+    """Keyword arguments of `build_mae` or `build_classifier` that weights tell by their shapes.
+
+    Heads of attention are not among them. What cannot be told is left out.
+    """
+    sizes = {}
+    if (proj := state.get("patch_embed.proj.weight")) is not None and proj.ndim == 4:
+        sizes["patch_size"] = proj.shape[-1]
+        if (table := state.get("pos_embed")) is not None and table.ndim == 3:
+            sizes["img_size"] = round((table.shape[1] - 1) ** 0.5) * proj.shape[-1]
+    if (embed := state.get("decoder_embed.weight")) is not None:
+        sizes["decoder_embed_dim"] = embed.shape[0]
+    for name, stack in (("depth", "blocks"), ("decoder_depth", "decoder_blocks")):
+        numbers = {key.split(".")[1] for key in state if key.startswith(f"{stack}.")}
+        if numbers:
+            sizes[name] = len(numbers)
+    return sizes
 
 
 def _read_file(path: Path) -> StateDict:
@@ -92,24 +106,6 @@ def _read_file(path: Path) -> StateDict:
     return state
 
 
-def _from_hugging_face(state: StateDict) -> StateDict:
-    """The encoder and head of a ViT or ViTMAE under the authors' keys; the decoder is left out."""
-    renamed: StateDict = {}
-    for key, value in state.items():
-        if key.startswith("decoder."):
-            continue
-        key = key.removeprefix("vit.")
-        for pattern, replacement in _HUGGING_FACE:
-            key, found = re.subn(f"^{pattern}", replacement, key)
-            if found:
-                break
-        renamed[key] = value
-    for key in [key for key in renamed if ".attn.query." in key]:
-        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
-        renamed[key.replace("query", "qkv")] = torch.cat(parts)
-    return renamed
-
-
 def fit_to_classifier(
     state: StateDict, model: Classifier, *, new_head: bool = False, whole: bool = False
 ) -> StateDict:
@@ -130,14 +126,13 @@ def fit_to_classifier(
     Raises:
         UserError: keys are missing, unknown or of another shape; the message names them.
     """
-    expected = {key: value.shape for key, value in model.state_dict().items()}
     final = ("head.", "fc_norm.", "norm.")
     fresh = new_head or not any(key.startswith("head.") for key in state)
     if fresh and whole:
         raise UserError("weights: they have no head; fine-tune them first")
 
     def is_left_out(key: str) -> bool:
-        if key.startswith(("decoder_", "mask_token")):
+        if key.startswith(("decoder_", "mask_token", "pca.")):
             return True
         if key.startswith("norm.") and model.pool == "mean":
             return fresh
@@ -146,7 +141,74 @@ def fit_to_classifier(
     found = {key: value for key, value in state.items() if not is_left_out(key)}
     if fresh and model.pool == "token" and new_head and "norm.weight" in state:
         found |= {key: state[key] for key in ("norm.weight", "norm.bias")}
-    optional = final if fresh else ()
+    return _fitting(found, model, optional=final if fresh else ())
+
+
+def fit_to_mae(state: StateDict, model: MaskedAutoencoderViT, *, whole: bool = False) -> StateDict:
+    """What of a state dict goes into a masked autoencoder, position embeddings at its resolution.
+
+    A classification head is left out, with its norm: under `fc_norm`, the LayerNorm `norm` starts
+    fresh. Weights without a decoder give the encoder only. PCA components are those of other
+    images: they are left out, unless the whole is asked for.
+
+    The position embeddings of pre-training are fixed sine-cosine tables, so at another resolution
+    they are the model's own again, exact where interpolated ones would not be. An embedding that is
+    no such table was trained (fine-tuned weights, supervised ones): it is kept, and at another
+    resolution interpolated as for fine-tuning.
+
+    Args:
+        state: as from `read_weights`, or of a masked autoencoder or classifier of ours.
+        model: may be on the meta device; its parameters are looked at only.
+        whole: ask for every key of the model, decoder included, as reconstruction does.
+
+    Returns:
+        fp32 tensors by key; what is fresh is not among them, nor are fixed position embeddings of
+        another resolution.
+
+    Raises:
+        UserError: keys are missing, unknown or of another shape; the message names them.
+    """
+    decoder = ("decoder_", "mask_token")
+    has_decoder = any(key.startswith(decoder) for key in state)
+    if whole and not has_decoder:
+        raise UserError(
+            "weights: they have no decoder, which reconstructs; take the full ones, or a run of "
+            "pre-training"
+        )
+    fixed = [
+        key
+        for key in ("pos_embed", "decoder_pos_embed")
+        if key in state and state[key].ndim == 3 and _is_sincos_elsewhere(state[key], model)
+    ]
+    left_out = ("head.", "fc_norm.", *(() if whole else ("pca.",)))
+    found = {
+        key: value
+        for key, value in state.items()
+        if key not in fixed and not key.startswith(left_out)
+    }
+    optional = (*fixed, *(() if has_decoder else decoder), *(() if whole else ("pca.",)))
+    if "fc_norm.weight" in state:
+        optional += ("norm.",)
+    return _fitting(found, model, optional)
+
+
+def _is_sincos_elsewhere(table: torch.Tensor, model: Encoder) -> bool:
+    """Whether a position embedding is the sine-cosine one of another grid than the model's."""
+    grid, width = round((table.shape[1] - 1) ** 0.5), table.shape[2]
+    if grid == model.patch_embed.grid_size[0] or grid**2 != table.shape[1] - 1 or width % 4:
+        return False
+    # Published ones were computed in other ways, and may have been stored in fewer bits.
+    return torch.allclose(table.float(), sincos_pos_embed(width, grid), atol=1e-2)
+
+
+def _fitting(found: StateDict, model: Encoder, optional: tuple[str, ...]) -> StateDict:
+    """Position embeddings at the model's resolution, all in fp32, where everything fits.
+
+    Args:
+        found: what is to go into the model.
+        optional: starts of the keys that may be missing.
+    """
+    expected = {key: value.shape for key, value in model.state_dict().items()}
     problems = []
     missing = [key for key in expected if key not in found and not key.startswith(optional)]
     if missing:
@@ -156,7 +218,8 @@ def fit_to_classifier(
         problems.append(f"not known to the model: {_some(unknown)}")
     result: StateDict = {}
     for key, value in found.items():
-        if key == "pos_embed" and value.ndim == 3 and value.shape[-1] == expected[key][-1]:
+        is_table = key in ("pos_embed", "decoder_pos_embed") and key in expected
+        if is_table and value.ndim == 3 and value.shape[-1] == expected[key][-1]:
             value = _resample(value, model)
         if key in expected and value.shape != expected[key]:
             problems.append(f"{key} is {list(value.shape)}, expected {list(expected[key])}")
@@ -170,7 +233,7 @@ def fit_to_classifier(
     return result
 
 
-def _resample(pos_embed: torch.Tensor, model: Classifier) -> torch.Tensor:
+def _resample(pos_embed: torch.Tensor, model: Encoder) -> torch.Tensor:
     grid = round((pos_embed.shape[1] - 1) ** 0.5)
     if grid**2 != pos_embed.shape[1] - 1:
         raise UserError(

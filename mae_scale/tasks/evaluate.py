@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from mae_scale.config import FinetuneOptimConfig
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
@@ -22,13 +21,13 @@ from mae_scale.models.classifier import (
     build_classifier,
     keep_statistics_in_fp32,
 )
-from mae_scale.models.weights import fit_to_classifier, read_weights
+from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
 from mae_scale.tasks import classification
+from mae_scale.tasks.trained import Trained
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import on_rank0, process_group
 from mae_scale.train.engine import resolve_precision
 from mae_scale.train.logs import set_up_logging
-from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.validation import Scores, evaluate
 from mae_scale.world import World
 
@@ -206,54 +205,28 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
             f"weights: the head has {len(head[-1])} outputs, but there are {len(classes)} classes; "
             "name those of the head with --classes"
         )
-    model = build_classifier(
-        options.model,
-        len(classes),
-        pool="mean" if "fc_norm.weight" in state else "token",
-        **({} if options.img_size is None else {"img_size": options.img_size}),
-    )
+    sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
+    if options.img_size is not None:
+        sizes["img_size"] = options.img_size
+    pool = "mean" if "fc_norm.weight" in state else "token"
+    kinds = {"head.0.running_mean": "probe", "head.fc1.weight": "mlp"}
+    kind = next((kinds[key] for key in kinds if key in state), "linear")
+    model = build_classifier(options.model, len(classes), pool=pool, head=kind, **sizes)
     model.load_state_dict(fit_to_classifier(state, model, whole=True))
     return Loaded(model, classes, None, None)
 
 
 def _load_ours(options: argparse.Namespace) -> Loaded:
-    folder = on_rank0(lambda: classification.best_checkpoint(options.weights))
-    config = classification.run_config(folder)
-    notes = folder.parents[1] / classification.CLASSES
-    if not notes.exists():
-        raise UserError(f"{folder.parents[1]} is no run of finetune or linprobe: it has no classes")
-    classes = json.loads(notes.read_text())
-    section = dict(config["model"])
-    crop_ratio = section.pop("crop_ratio")
-    is_probe = "momentum" in config["optim"]
-    if is_probe:
-        section["head"] = "probe"
-    trained_at = section["img_size"]
-    section["img_size"] = options.img_size or trained_at
-    kwargs = {key: value for key, value in section.items() if value is not None}
-    model = build_classifier(num_classes=len(classes), **kwargs)
-    state = checkpoint.load_weights(folder)
-    if options.ema:
-        state |= _averages(folder, len(classes), kwargs | {"img_size": trained_at}, config)
-    model.load_state_dict(fit_to_classifier(state, model, whole=True))
-    step = checkpoint.Commit.read(folder).step
-    return Loaded(model, classes, crop_ratio if section["img_size"] == trained_at else None, step)
-
-
-def _averages(
-    folder: Path, classes: int, kwargs: dict[str, Any], config: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The moving averages of the trained parameters, at the resolution they were trained at."""
-    if config["optim"].get("ema_decay") is None:
-        raise UserError(f"--ema: {folder.parents[1]} keeps no moving average (optim.ema_decay)")
-    with torch.device("meta"):
-        model = build_classifier(num_classes=classes, **kwargs)
-    if config["train"]["tune_blocks"] is not None:
-        model.tune_last(config["train"]["tune_blocks"])
-    order = optimizer_order(model, FinetuneOptimConfig(**config["optim"]))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    averages = checkpoint.load_averages(folder, order)
-    return {name: average.view(shapes[name]) for name, average in averages.items()}
+    trained = Trained.read(on_rank0(lambda: classification.best_checkpoint(options.weights)))
+    if trained.task == "pretrain":
+        raise UserError(f"{trained.run_dir} is no run of finetune or linprobe: it has no classes")
+    model = trained.classifier(options.img_size)
+    model.load_state_dict(fit_to_classifier(trained.weights(options.ema), model, whole=True))
+    trained_at = trained.config["model"]["img_size"]
+    same_size = options.img_size in (None, trained_at)
+    crop_ratio = trained.config["model"]["crop_ratio"] if same_size else None
+    step = checkpoint.Commit.read(trained.folder).step
+    return Loaded(model, trained.classes, crop_ratio, step)
 
 
 def _named(specs: Sequence[str]) -> list[tuple[str, str]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -17,12 +18,16 @@ from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.flops import training_flops
 from mae_scale.models.targets import PatchPCA, patchify
 from mae_scale.models.tokenizer import Tokenizer
+from mae_scale.models.weights import fit_to_mae
+from mae_scale.tasks.classification import read_any
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 PCA_IMAGES = 2048  # whose patches decide the components
 
@@ -56,7 +61,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         loader,
         loss_of,
         training_flops(model),
-        weights=partial(pca_state, config, model.patch_size) if model.target == "pca" else None,
+        weights=initial_weights(config, model),
         # A tokenizer's ids are no pixels.
         pictures=None if model.target == "tokens" else reconstructions(config, shards),
     )
@@ -105,3 +110,22 @@ def pca_state(config: PretrainConfig, patch_size: int) -> dict[str, torch.Tensor
     with closing(loader):
         state = PatchPCA.state_from(patches(), config.model.pca_components)
     return {f"pca.{key}": value for key, value in state.items()}
+
+
+def initial_weights(
+    config: PretrainConfig, model: MaskedAutoencoderViT
+) -> Callable[[], dict[str, torch.Tensor]] | None:
+    """A function that reads or computes what does not start fresh; None: all does."""
+    spec = config.weights
+    if spec is None and model.target != "pca":
+        return None
+
+    def read() -> dict[str, torch.Tensor]:
+        weights = {} if spec is None else fit_to_mae(read_any(Path(spec)), model)
+        if weights and "decoder_pred.weight" not in weights:
+            log.warning("%s has no decoder: training starts with a new one", spec)
+        if model.target == "pca":
+            weights |= pca_state(config, model.patch_size)
+        return weights
+
+    return read

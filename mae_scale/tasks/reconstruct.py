@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import yaml
 
-from mae_scale.config import ModelConfig
 from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
 from mae_scale.errors import UserError
 from mae_scale.figures import save_reconstruction_grid
 from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models.weights import (
+    fit_to_mae,
+    predicts_normalised_pixels,
+    read_weights,
+    sizes_of,
+)
+from mae_scale.tasks.classification import is_ours
+from mae_scale.tasks.trained import Trained
 from mae_scale.train import checkpoint
 from mae_scale.train.logs import set_up_logging
 from mae_scale.world import World
@@ -32,12 +38,23 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and write the picture."""
     parser = _Parser(prog=prog, description=__doc__)
-    parser.add_argument("weights", type=Path, help="run folder, or a step-… folder in it")
+    parser.add_argument(
+        "weights",
+        type=Path,
+        help="run folder of pretrain, a step-… folder in it, or weights with a decoder: a .pth of "
+        "the authors, a .safetensors, a folder of Hugging Face",
+    )
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, default="reconstructions.png", help="PNG to write")
     parser.add_argument("--most", type=int, default=16, help="number of images at the most")
     parser.add_argument("--mask_ratio", type=float, help="share of patches removed, in (0, 1)")
     parser.add_argument("--seed", type=int, default=0, help="decides the masks")
+    parser.add_argument("--model", help="of foreign weights: mae_vit_base_patch16 or the like")
+    parser.add_argument(
+        "--norm_pix_loss", choices=["true", "false"],
+        help="of foreign weights: whether they predict normalised pixels; a folder of Hugging Face "
+        "says so itself",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     set_up_logging(World())
     reconstruct(**vars(arguments))
@@ -45,33 +62,48 @@ def main(argv: list[str], prog: str) -> int:
 
 
 def reconstruct(
-    weights: Path, images: list[Path], out: Path, most: int, mask_ratio: float | None, seed: int
+    weights: Path,
+    images: list[Path],
+    out: Path,
+    most: int,
+    mask_ratio: float | None,
+    seed: int,
+    model: str | None = None,
+    norm_pix_loss: str | None = None,
 ) -> None:
     """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
 
     Raises:
-        UserError: no checkpoint, no images, an image that cannot be decoded, a bad mask ratio.
+        UserError: no weights, no images, an image that cannot be decoded, a bad mask ratio.
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
     files = _evenly(_find_images(images), most)
-    folder = checkpoint.find_checkpoint(weights)
-    model = load_mae(folder)
-    size = model.patch_embed.img_size[0]
+    if is_ours(weights):
+        if model is not None or norm_pix_loss is not None:
+            raise UserError(
+                f"--model and --norm_pix_loss are of foreign weights; {weights} is a run"
+            )
+        folder = checkpoint.find_checkpoint(weights)
+        mae = load_mae(folder)
+        source = f"{weights} at step {checkpoint.Commit.read(folder).step}"
+    else:
+        mae, source = load_foreign(weights, model, norm_pix_loss), str(weights)
+    size = mae.patch_embed.img_size[0]
     pixels = torch.stack([_read(file, size) for file in files])
     number = torch.arange(len(files))
-    noise = model.noise(seed, torch.zeros_like(number), number, mask_ratio)
+    noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
     inputs = normalize(pixels)
-    reconstruction, mask = model.reconstruct(inputs, noise, mask_ratio)
-    ratio = model.mask_ratio if mask_ratio is None else mask_ratio
+    reconstruction, mask = mae.reconstruct(inputs, noise, mask_ratio)
+    ratio = mae.mask_ratio if mask_ratio is None else mask_ratio
     save_reconstruction_grid(
         out,
         denormalize(inputs),
         mask,
         denormalize(reconstruction),
-        title=f"{weights} at step {checkpoint.Commit.read(folder).step}: {ratio:.0%} masked",
+        title=f"{source}: {ratio:.0%} masked",
         captions=[file.name for file in files],
     )
     log.info("wrote %s: %d images", out, len(files))
@@ -79,9 +111,38 @@ def reconstruct(
 
 def load_mae(folder: Path) -> MaskedAutoencoderViT:
     """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
-    config = yaml.safe_load((folder.parents[1] / "config.yaml").read_text())
-    model = build_mae(**ModelConfig(**config["model"]).build_kwargs())
-    model.load_state_dict(checkpoint.load_weights(folder))
+    trained = Trained.read(folder)
+    if trained.task != "pretrain":
+        raise UserError(f"{trained.run_dir} is a run of {trained.task}, which has no decoder")
+    model = trained.mae()
+    model.load_state_dict(trained.weights())
+    return model.eval()
+
+
+def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> MaskedAutoencoderViT:
+    """The model of weights from elsewhere, its sizes as the weights show them.
+
+    Raises:
+        UserError: they do not fit, have no decoder, or it is not said what they are.
+    """
+    if not path.exists():
+        raise UserError(f"there is no run folder, step folder or file of weights {path}")
+    if name is None:
+        raise UserError(
+            f"{path} is neither a run folder nor a committed checkpoint of one; of weights from "
+            "elsewhere say what they are: --model NAME"
+        )
+    state = read_weights(path)
+    normalised = predicts_normalised_pixels(path)
+    if norm_pix_loss is not None:
+        normalised = norm_pix_loss == "true"
+    if normalised is None:
+        raise UserError(
+            f"{path} does not say whether it predicts normalised pixels, and published weights "
+            "exist in both kinds; add --norm_pix_loss true or --norm_pix_loss false"
+        )
+    model = build_mae(name, **{**sizes_of(state), "norm_pix_loss": normalised})
+    model.load_state_dict(fit_to_mae(state, model, whole=True))
     return model.eval()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import re
@@ -27,7 +26,7 @@ from mae_scale.files import sync_folder, write_atomically
 from mae_scale.train import elastic
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.distributed import World, gather_to_all, on_rank0
-from mae_scale.train.ds import DeepSpeedEngine, get_fp32_state_dict_from_zero_checkpoint
+from mae_scale.train.ds import DeepSpeedEngine
 
 log = logging.getLogger("mae_scale")
 
@@ -333,14 +332,14 @@ def load(engine: DeepSpeedEngine, folder: Path, order: list[str]) -> None:
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The state dict of the module, in fp32, of a checkpoint of any world size and ZeRO stage.
 
-    Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used.
+    Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used. Files are
+    mapped, so that neither moments nor the states of all ranks come into memory.
     """
     if Commit.read(folder).zero_stage == 3:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports each of its steps
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        return elastic.weights_of_stage_3(folder)
     path = folder / "mp_rank_00_model_states.pt"
     # DeepSpeed's file holds its own Python objects; it is the run's own and checksummed.
-    state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+    state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
     return {key: value.float() for key, value in state.items()}
 
 

@@ -150,7 +150,12 @@ def finish() -> None:
 
 
 def on_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give its result, or raise its exception, on every rank."""
+    """Call `function` on rank 0 and give its result, or raise its exception, on every rank.
+
+    Without a process group the only process is rank 0.
+    """
+    if not dist.is_initialized():
+        return function()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:

@@ -16,7 +16,6 @@ from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
 # inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
@@ -37,5 +36,4 @@ __all__ = [
     "TorchCheckpointEngine",
     "deepspeed",
     "ds_to_universal",
-    "get_fp32_state_dict_from_zero_checkpoint",
 ]

@@ -177,6 +177,31 @@ def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[st
     }
 
 
+def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of the module in fp32 out of a stage-3 checkpoint, by its master weights.
+
+    Of the ranks' files, one is mapped at a time, and only its master weights are read: memory for
+    the weights, and for one rank's share of them. DeepSpeed's own function holds all shares.
+    """
+    models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
+    first = _read(models[0])
+    shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    for rank, path in enumerate(sorted(folder.glob("*optim_states.pt"), key=_rank_of)):
+        groups = iter(_read(path)["optimizer_state_dict"]["fp32_flat_groups"])
+        share = next(groups)
+        for tensor in state.values():
+            size = -(-tensor.numel() // len(models))  # the last share of a parameter is padded
+            if not len(share):  # a group holds whole shares
+                share = next(groups)
+            piece, share = share[:size], share[size:]
+            own = tensor.view(-1)[rank * size : (rank + 1) * size]
+            own.copy_(piece[: len(own)])
+    frozen = _gather_frozen(models, first["frozen_param_shapes"] or {})
+    buffers = {name: first["module"][name] for name in first["buffer_names"]}
+    return state | {name: value.float() for name, value in [*frozen.items(), *buffers.items()]}
+
+
 def load(engine: DeepSpeedEngine, universal: Path) -> None:
     """Read what `convert` made into an engine of any world size and stage; all ranks call.
 

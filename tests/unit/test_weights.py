@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from mae_scale.errors import UserError
-from mae_scale.models import Classifier, build_classifier, build_mae
-from mae_scale.models.weights import fit_to_classifier, read_weights
+from mae_scale.models import MODELS, Classifier, build_classifier, build_mae, timm_form
+from mae_scale.models.hugging_face import from_hugging_face, to_hugging_face
+from mae_scale.models.mae import MaskedAutoencoderViT
+from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights, sizes_of
 
 SIZES = {"img_size": 32, "patch_size": 8, "depth": 2}
 HF = {
@@ -95,6 +97,101 @@ def test_hugging_faces_mae(tmp_path: Path, shards: int) -> None:
     noise = torch.arange(16.0).expand(2, -1)  # keeps all, in order
     expected = theirs.vit(IMAGES, noise=noise).last_hidden_state
     torch.testing.assert_close(model.norm(features(model)), expected, rtol=1e-4, atol=1e-5)
+
+
+def mae(**overrides: object) -> MaskedAutoencoderViT:
+    return build_mae("mae_vit_tiny_patch16", **{**SIZES, "decoder_depth": 2, **overrides})
+
+
+def test_hugging_faces_mae_with_its_decoder(tmp_path: Path) -> None:
+    """As transformers 5 saves it, and with the layers' names of the published files."""
+    config = ViTMAEConfig(
+        **HF,
+        decoder_hidden_size=128,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=512,
+        layer_norm_eps=1e-6,
+    )
+    theirs = ViTMAEForPreTraining(config).eval()
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    old = {key.replace("decoder_encoder.layer.", "decoder_layers."): v for key, v in state.items()}
+    save_file(old, tmp_path / "old.safetensors")
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(IMAGES, noise=noise).logits
+        for path in (tmp_path, tmp_path / "old.safetensors"):
+            model = mae().eval()
+            model.load_state_dict(fit_to_mae(read_weights(path), model, whole=True))
+            torch.testing.assert_close(model(IMAGES, noise)[1], expected, rtol=0, atol=1e-5)
+    assert to_hugging_face(from_hugging_face(old)).keys() == old.keys()
+
+
+def test_fixed_positions_of_another_resolution_are_computed_and_trained_ones_interpolated() -> None:
+    target = mae(img_size=64)
+    fixed = mae().state_dict()
+    fitted = fit_to_mae(fixed, target)
+    assert fitted.keys() == fixed.keys() - {"pos_embed", "decoder_pos_embed"}
+    trained = {**fixed, "pos_embed": torch.randn(1, 17, 192)}
+    fitted = fit_to_mae(trained, target)
+    assert fitted.keys() == fixed.keys() - {"decoder_pos_embed"}
+    assert fitted["pos_embed"].shape == (1, 65, 192)
+    assert torch.equal(fitted["pos_embed"][:, 0], trained["pos_embed"][:, 0])
+    same = fit_to_mae(trained, mae())
+    assert torch.equal(same["pos_embed"], trained["pos_embed"]) and "decoder_pos_embed" in same
+
+
+def test_what_a_masked_autoencoder_takes_of_other_weights() -> None:
+    whole = mae().state_dict()
+    encoder = {k: v for k, v in whole.items() if not k.startswith(("decoder_", "mask_token"))}
+    assert fit_to_mae(encoder, mae()).keys() == encoder.keys()
+    assert fit_to_mae(classifier(pool="token").state_dict(), mae()).keys() == encoder.keys()
+    fitted = fit_to_mae(classifier().state_dict(), mae())
+    assert encoder.keys() - fitted.keys() == {"norm.weight", "norm.bias"}
+    for state, target, whole_asked, message in (
+        (encoder, {}, True, "they have no decoder, which reconstructs"),
+        (whole, {"decoder_depth": 3}, False, "missing: decoder_blocks.2.norm1.weight, .* 8 more"),
+        (whole, {"decoder_depth": 1}, False, "not known to the model: decoder_blocks.1.norm1"),
+        (whole, {"decoder_embed_dim": 64}, False, r"mask_token is \[1, 1, 128\], expected"),
+        (whole, {"patch_size": 4, "img_size": 16}, False, r"decoder_pred.weight is \[192, 128\]"),
+        ({k: v for k, v in encoder.items() if not k.startswith("norm.")}, {}, False,
+         "missing: norm.weight, norm.bias"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message) as error:
+            fit_to_mae(state, mae(**target), whole=whole_asked)
+        assert "--new_head" not in str(error.value)
+
+
+def test_the_sizes_that_weights_show() -> None:
+    expected = {**SIZES, "decoder_embed_dim": 128, "decoder_depth": 2}
+    assert sizes_of(mae().state_dict()) == expected
+    assert sizes_of(classifier().state_dict()) == SIZES
+    assert sizes_of({"fc.weight": torch.zeros(2, 2)}) == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_has_every_model_at_its_own_sizes(name: str) -> None:
+    with torch.device("meta"):
+        pretrained, tuned = build_mae(name), build_classifier(name, 1000)
+    for model, usual in ((pretrained, (0, "token")), (tuned, (1000, "avg"))):
+        theirs, kwargs = timm_form.arguments(name, model)
+        assert kwargs == {"num_classes": usual[0], "global_pool": usual[1]}
+        kept = timm_form.to_timm(model.state_dict(), theirs, kwargs)
+        left = {key for key in model.state_dict() if key not in kept}
+        assert all(key.startswith(("decoder_", "mask_token")) for key in left)
+
+
+def test_a_folded_probe_computes_the_same() -> None:
+    model = classifier(pool="token", head="probe").double().eval()
+    model.head[0].running_mean.normal_()
+    model.head[0].running_var.uniform_(0.01, 4)
+    state = {key: value.float() for key, value in model.state_dict().items()}
+    folded = timm_form.fold_probe(state, model.head[0].eps)
+    features = torch.randn(4, 192, dtype=torch.float64)
+    found = features @ folded["head.weight"].double().T + folded["head.bias"]
+    torch.testing.assert_close(found, model.head[1](model.head[0](features)), rtol=1e-5, atol=1e-5)
+    assert not any(key.startswith(("head.0", "head.1")) for key in folded)
 
 
 def test_hugging_faces_classifier(tmp_path: Path) -> None:
