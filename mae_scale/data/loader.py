@@ -124,10 +124,10 @@ class TrainLoader(_Loader):
     Args:
         shards: of the split.
         img_size: pixels of a side.
-        seed, lanes, window: of the order, see `SampleOrder`.
         global_batch_size: samples of a step over all ranks; a multiple of
             `micro_batch_size` x `world_size`.
-        micro_batch_size: samples of a batch that this loader yields.
+        micro_batch_size: samples of a batch that this loader yields; None: a rank's whole share.
+        seed, lanes, window: of the order, see `SampleOrder`.
         rank, world_size: which part of each step this process reads.
         workers: processes that decode; 0 decodes in this one.
         start_step: the first step to yield, from 0.
@@ -145,14 +145,14 @@ class TrainLoader(_Loader):
         shards: ShardSet,
         *,
         img_size: int,
-        seed: int,
-        lanes: int,
-        window: int,
         global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        workers: int,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+        lanes: int = 256,
+        window: int = 2048,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
         start_step: int = 0,
         pin_memory: bool = False,
         cache_dir: str | Path | None = None,
@@ -161,6 +161,8 @@ class TrainLoader(_Loader):
         augment: Augment | None = None,
     ) -> None:
         order = SampleOrder(shards.samples, seed, lanes, window)
+        if micro_batch_size is None:
+            micro_batch_size = max(1, global_batch_size // world_size)
         if global_batch_size % (micro_batch_size * world_size):
             raise UserError(
                 f"a global batch of {global_batch_size} does not divide into micro-batches of "
@@ -279,9 +281,9 @@ class EvalLoader(_Loader):
         *,
         img_size: int,
         batch_size: int,
-        rank: int,
-        world_size: int,
-        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
         crop_ratio: float | None = None,
         pin_memory: bool = False,
         cache_dir: str | Path | None = None,

@@ -1,0 +1,75 @@
+"""Shards as an ordinary dataset: any image by its number, for use outside of this program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_scale.data.dataset import ShardReader
+from mae_scale.data.loader import shard_cache
+from mae_scale.data.shards import open_shards
+from mae_scale.data.transforms import decode_image
+
+
+class ShardDataset(torch.utils.data.Dataset):
+    """The images of a shard folder and their labels, by global sample id; map-style.
+
+    Each is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with any
+    start method) work as on a folder of images.
+
+    Args:
+        spec: folder with a manifest, or a remote prefix, see `open_shards`.
+        transform: applied to the decoded image, uint8 [3, H, W] RGB; such as one of
+            torchvision.transforms.v2. None: the image itself.
+        cache_dir: folder into which remote shards are staged.
+
+    Attributes:
+        shards: the `ShardSet`.
+        classes: names of the classes, in the order of the labels.
+
+    Raises:
+        UserError: nothing is there, or it is no finished shard folder.
+    """
+
+    def __init__(
+        self,
+        spec: str | Path,
+        transform: Callable[[torch.Tensor], Any] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.shards = open_shards(spec, cache_dir)
+        self.classes = self.shards.classes
+        self._transform = transform
+        self._cache = shard_cache(self.shards, cache_dir, None)
+        self._reader: tuple[int, ShardReader] | None = None  # and the process that it is of
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, sample: int) -> tuple[Any, int]:
+        """Image and label (-1: none).
+
+        Raises:
+            IndexError: there is no such sample.
+            ValueError: the image is damaged.
+            OSError: the shard cannot be read.
+        """
+        if not -len(self) <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        sample %= len(self)
+        if self._reader is None or self._reader[0] != os.getpid():
+            self._reader = os.getpid(), ShardReader(self.shards, self._cache)
+        name, data = self._reader[1].read(sample)
+        try:
+            image = decode_image(data)
+        except ValueError as error:
+            raise ValueError(f"{self.shards.root}: {name} {error}") from None
+        label = int(self.shards.index["label"][sample])
+        return image if self._transform is None else self._transform(image), label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
