@@ -565,9 +565,20 @@ def as_yaml(config: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys that a run may not change, as lines `key: old -> new`."""
-    before, after = flatten(old), flatten(new)
+def _defaults(config: Any) -> dict[str, Any]:
+    """The flat values of a config of this class where nothing is given."""
+    plain = type(config)(run_dir="", data=DataConfig(train=""))
+    return flatten(yaml.safe_load(as_yaml(plain)))
+
+
+def differences(old: dict[str, Any], config: Any) -> list[str]:
+    """Keys that a run may not change, as lines `key: old -> new`.
+
+    Args:
+        old: as in the config.yaml of the run; keys that are newer than it count as their defaults.
+        config: the new one.
+    """
+    before, after = {**_defaults(config), **flatten(old)}, flatten(yaml.safe_load(as_yaml(config)))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in {**before, **after}
@@ -580,7 +591,14 @@ def _may_change(key: str) -> bool:
 
 
 def identity_hash(config: Any) -> str:
-    """SHA-256 over the keys that a run may not change: what makes it this run."""
-    flat = flatten(yaml.safe_load(as_yaml(config)))
-    identity = {key: value for key, value in flat.items() if not _may_change(key)}
+    """SHA-256 over the keys that a run may not change: what makes it this run.
+
+    Defaults are left out, so that a key that joins later leaves the hash of older runs as it was.
+    """
+    flat, defaults = flatten(yaml.safe_load(as_yaml(config))), _defaults(config)
+    identity = {
+        key: value
+        for key, value in flat.items()
+        if not _may_change(key) and value != defaults.get(key)
+    }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

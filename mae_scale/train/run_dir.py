@@ -72,7 +72,7 @@ def check_run(run_dir: Path, config: Any) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
-    changed = differences(yaml.safe_load(path.read_text()), yaml.safe_load(as_yaml(config)))
+    changed = differences(yaml.safe_load(path.read_text()), config)
     if changed:
         raise UserError(
             f"{run_dir} was made with another config ({'; '.join(changed)}); "

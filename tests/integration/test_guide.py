@@ -1,23 +1,168 @@
-"""Commands of the guide, as they stand there."""
+"""The commands of the guide and of the other pages, as they stand there."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
+from mae_scale.cli import COMMANDS, main
 from mae_scale.data.shards import open_shards
 
 REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
+         *sorted((REPOSITORY / "docs").glob("*.md"))]  # fmt: skip
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+WRITTEN = (
+    "report.html",
+    "reconstructions.png",
+    "results.json",
+    "export/mae.pth",
+    "export/mae-hf/model.safetensors",
+    "export/finetuned-timm/model.safetensors",
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """What stands in the fences of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def workplace(folder: Path) -> Path:
+    """A folder with what a checkout has, and a space in its path."""
+    folder.mkdir()
+    for name in ("data_prep", "examples", "slurm", "benchmarks"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+def test_the_guide_word_by_word(tmp_path: Path) -> None:
+    """Every command of docs/guide.md, in order, in an empty folder."""
+    place = workplace(tmp_path / "empty folder")
+    for block in blocks(REPOSITORY / "docs" / "guide.md", "bash"):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, block + done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    for name in WRITTEN:
+        assert (place / "guide" / name).stat().st_size > 100, name
+    again = subprocess.run(
+        ["mae-scale", "status", *(f"guide/runs/{name}" for name in ("mae", "finetuned", "probe"))],
+        cwd=place, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.stdout.count("finished") == 3
+
+
+def test_the_python_of_the_pages(shards: Path, tmp_path: Path) -> None:
+    """Each piece alone, in a process of its own, without DeepSpeed being imported."""
+    found = 0
+    for page in PAGES:
+        for code in blocks(page, "python"):
+            if "SHARDS" not in code and "mae_scale" not in code:
+                continue  # lines of timm and transformers: test_export.py runs them
+            found += 1
+            code = code.replace("SHARDS/train", str(shards))
+            code += "\nimport sys\nassert 'deepspeed' not in sys.modules"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stderr}"
+    assert found >= 5
+    alone = "import sys, mae_scale; assert 'torch' not in sys.modules, 'slow'; dir(mae_scale)"
+    subprocess.run([sys.executable, "-c", alone], check=True)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command of a page; what is optional or left out (…) is dropped."""
+    for block in blocks(page, "bash"):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            if line.startswith((" ", "\t")) or "| " in line:
+                continue  # inside of a loop, or a filter
+            text = line.replace("…", "").replace("[", "").replace("]", "")
+            with suppress(ValueError):
+                if words := shlex.split(text, comments=True):
+                    yield words
+
+
+def own_command(words: list[str]) -> list[str] | None:
+    """The arguments of `mae-scale`, whatever launches it; None: it is something else."""
+    if "mae_scale" in words[1:]:
+        return words[words.index("mae_scale", 1) + 1 :]
+    if "mae-scale" in words:
+        return words[words.index("mae-scale") + 1 :]
+    templates = [i for i, word in enumerate(words) if re.fullmatch(r"slurm/\w+\.sbatch", word)]
+    if words[0] == "sbatch" and templates:
+        at = templates[0]
+        assert (REPOSITORY / words[at]).is_file(), words
+        name = Path(words[at]).stem
+        return [name, *words[at + 1 :]] if name in COMMANDS else None
+    return None
+
+
+MISSING = (  # what a command may miss that was read whole
+    "does not exist", "no file or folder", "neither a run folder", "no run folder", "is no run",
+    "there is no", "key data.train", "key run_dir", "is neither a file nor a recipe",
+    "holds no", "required: --data.train", "required: --data.val", "required: --run_dir",
+)  # fmt: skip
+
+
+def test_the_commands_of_all_pages_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Run in an empty folder: each works, or ends at a path that is not there, not at a word."""
+    monkeypatch.setattr("mae_scale.train.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.chdir(workplace(tmp_path / "empty folder"))
+    understood = 0
+    for page in PAGES:
+        for words in commands(page):
+            arguments = own_command(words)
+            if arguments is None or arguments[:1] == ["COMMAND"]:
+                check_other(words)
+                continue
+            code = 0
+            with suppress(SystemExit):  # of --help
+                code = main(arguments)
+            error = capfd.readouterr().err.strip()
+            assert code in (0, 2), (page.name, words, error)
+            assert code == 0 or any(text in error for text in MISSING), (page.name, words, error)
+            understood += 1
+    assert understood > 60
+
+
+def check_other(words: list[str]) -> None:
+    """Scripts of the repository are there and know their options; targets of make are there."""
+    scripts = [
+        word for word in words if re.fullmatch(r"(data_prep|examples|benchmarks)/\S+\.py", word)
+    ]
+    for script in scripts:
+        assert (REPOSITORY / script).is_file(), words
+        text = (REPOSITORY / script).read_text()
+        options = [word.split("=")[0] for word in words if word.startswith("--")]
+        for option in options:
+            assert f'"{option}"' in text or f"'{option}'" in text, (option, words)
+    if words[0] == "make":
+        targets = (REPOSITORY / "Makefile").read_text()
+        for word in words[1:]:
+            assert "=" in word or f"\n{word}:" in targets, words
 
 
 def bash_block(page: str, containing: str) -> str:
     """The block of shell commands of a page in docs/ that contains a text."""
-    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs" / page).read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if containing in block]
+    (block,) = [b for b in blocks(REPOSITORY / "docs" / page, "bash") if containing in b]
     return block
 
 
@@ -34,10 +179,7 @@ def test_pets_become_shards(imagenet_tree: Path, tmp_path: Path) -> None:
         lines = [f"{name} 1 1 1\n" for name in names]
         (tmp_path / "annotations" / f"{split}.txt").write_text("".join(lines))
     sharding = bash_block("finetuning.md", "annotations/").split("done\nmae-scale")[0] + "done"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", "-euc", sharding], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True
-    )
+    subprocess.run(["bash", "-euc", sharding], cwd=tmp_path, env=ENVIRONMENT, check=True)
     for split in ("train", "val"):
         shards = open_shards(tmp_path / "SHARDS" / split)
         assert len(shards) == 4 and len(shards.classes) == 2

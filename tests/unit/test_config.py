@@ -249,11 +249,32 @@ def test_what_a_run_may_change() -> None:
     old = yaml.safe_load(as_yaml(read()))
     free = ["--train.max_steps=5", "--deepspeed=zero3", "--data.workers=0", "--checkpoint.keep=9"]
     same = read(*free)
-    assert differences(old, yaml.safe_load(as_yaml(same))) == []
+    assert differences(old, same) == []
     assert identity_hash(same) == identity_hash(read())
     other = read("--seed=1", "--optim.base_lr=1e-3")
-    assert differences(old, yaml.safe_load(as_yaml(other))) == [
+    assert differences(old, other) == [
         "optim.base_lr: 0.00015 -> 0.001",
         "seed: 0 -> 1",
     ]
     assert identity_hash(other) != identity_hash(read())
+
+
+def test_a_run_from_before_a_key_joined_goes_on() -> None:
+    """At its default the key changes nothing; at another value it is a difference."""
+    old, before = yaml.safe_load(as_yaml(read())), identity_hash(read())
+    del old["model"]["mask_sampling"], old["augment"]
+    assert differences(old, read()) == []
+    block = read("--model.mask_sampling=block", "--augment.crop=none")
+    assert differences(old, block) == [
+        "model.mask_sampling: random -> block",
+        "augment.crop: random -> none",
+    ]
+
+    @dataclasses.dataclass
+    class LaterConfig(PretrainConfig):
+        joined: int = 3
+
+    later = LaterConfig(**vars(read()))
+    assert differences(old, later) == [] and identity_hash(later) == before
+    later.joined = 4
+    assert differences(old, later) == ["joined: 3 -> 4"] and identity_hash(later) != before
