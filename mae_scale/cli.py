@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": ("mae_scale.tasks.finetune", "train a classifier, from weights or from scratch"),
     "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
     "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
+    "plan": ("mae_scale.tasks.plan", "memory, time, data and saves of a recipe on a cluster"),
     "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
 }
 TRAINING = {"pretrain", "finetune", "linprobe"}
