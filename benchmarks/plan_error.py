@@ -5,9 +5,9 @@
   offload, frozen blocks. Saved are the storages that autograd keeps (as in activation_memory.py);
   peak is the most that is alive within a forward and backward pass, each gradient of a weight freed
   at once. On a GPU the peak is that of its allocator.
-- model states: two processes, each ZeRO stage, in bf16 (as in model_states.py, which has fp32, too).
-- a step: two processes, each ZeRO stage, two micro-batches: the most that is alive at any time, with
-  all buffers of DeepSpeed's, and the bytes that the ranks give to collective operations.
+- model states: two processes, each ZeRO stage, in bf16 (model_states.py has fp32, too).
+- a step: two processes, each ZeRO stage, two micro-batches: the most that is alive at any time,
+  with all buffers of DeepSpeed's, and the bytes that the ranks give to collective operations.
 
 What is alive is counted by the tensors that operations return, so that a CPU gives what a GPU's
 allocator would; not seen is what is used within an operation.
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from mae_scale.config import OptimConfig, TrainConfig
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.models.memory import activation_parts, kept_bytes, peak_bytes, sizes
+from mae_scale.models.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
 from mae_scale.train.distributed import World, process_group
 from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
 from mae_scale.train.logs import set_up_logging
@@ -176,7 +176,10 @@ def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
     parts = activation_parts(model, sizes(dtype, device.type))
     saved = saved_bytes(model, loss_of)
     peak = peak_of(model, loss_of) + pixels.nbytes
-    return saved, batch * kept_bytes(parts), peak, peak_bytes(parts, batch)
+    planned_peak = peak_bytes(parts, batch)
+    if device.type == "cpu":  # which is the host as well
+        planned_peak += batch * host_bytes(parts)
+    return saved, batch * kept_bytes(parts), peak, planned_peak
 
 
 def step(stage: str, precision: str, way: str) -> dict[str, float]:

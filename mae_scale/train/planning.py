@@ -176,11 +176,11 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
         UserError: there is no such share.
     """
     train = job.config.train
-    # A probe's BatchNorm sees a micro-batch: it is part of the recipe.
-    if "train.micro_batch_size" in job.fixed or isinstance(job.config.optim, LarsConfig):
+    batch, most = train.global_batch_size, train.micro_batch_size
+    is_probe = isinstance(job.config.optim, LarsConfig)  # whose BatchNorm sees a micro-batch
+    if "train.micro_batch_size" in job.fixed or (is_probe and batch % (gpus * most) == 0):
         accumulation_steps(train, gpus)
-        return [train.micro_batch_size]
-    batch = train.global_batch_size
+        return [most]
     if batch < 1 or batch % gpus:
         fitting = [n for n in range(1, batch + 1) if batch % n == 0]
         near = sorted(sorted(fitting, key=lambda n: abs(n - gpus))[:2])
