@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,8 +35,9 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
         mark = "*" if row == chosen else " " if row.fits else "x"
         bound = "<" if row.host and row.images_per_second else ""
         parts = [row.gradients, row.optimizer, row.activations]
+        name = Path(row.deepspeed).stem
         lines.append(
-            f"{mark} {row.deepspeed:14.14}{way(row):14}{row.micro_batch:6}{row.accumulation:6}"
+            f"{mark} {name:14.14}{way(row):14}{row.micro_batch:6}{row.accumulation:6}"
             f"{row.weights / unit:8.1f}" + "".join(f"{size / unit:7.1f}" for size in parts)
             + f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}{row.host / unit:7.1f}"
             f"{row.sent / unit:7.1f}{row.network_s:7.2f}"
@@ -147,7 +149,7 @@ def comparison(plans: list[Plan]) -> str:
     """A line for each config and number of GPUs."""
     width = max(len(plan.name) for plan in plans) + 2
     lines = [
-        f"{'':{width}}{'GPUs':>5}  {'stage':10}{'checkpointing':15}{'micro':>5}{'accum':>6}"
+        f"{'':{width}}{'GPUs':>5}  {'stage':14}{'checkpointing':15}{'micro':>5}{'accum':>6}"
         f"{'GB':>6}{'img/s':>9}{'wait':>6}{'days':>7}{'GPU-h':>9}{'cores':>6}{'save GB':>8}"
     ]
     for plan in plans:
@@ -159,7 +161,7 @@ def comparison(plans: list[Plan]) -> str:
         rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
         wait = row.compute_s and row.network_s / (row.compute_s + row.network_s)
         lines.append(
-            f"{start}{row.deepspeed:10}{way(row):15}{row.micro_batch:5}{row.accumulation:6}"
+            f"{start}{Path(row.deepspeed).stem:14.13}{way(row):15}{row.micro_batch:5}{row.accumulation:6}"
             f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
             f"{_number(hours and hours / 24, ',.1f'):>7}{_number(hours and hours * gpus):>9}"
             f"{_number(rate and rate / gpus / plan.cluster.images_per_core, '.1f'):>6}"

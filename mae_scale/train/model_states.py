@@ -141,7 +141,6 @@ def model_states(
     elif stage == 1:
         bucket = FP32 * size * buffers
         sending = FP32 * trained / ranks
-        step += sending
     elif stage == 2:
         backward = value * size * buffers
         sending = copies

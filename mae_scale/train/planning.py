@@ -26,6 +26,7 @@ from mae_scale.models.memory import (
 from mae_scale.train.engine import accumulation_steps, load_deepspeed_config, resolve_precision
 from mae_scale.train.loop import total_steps
 from mae_scale.train.model_states import model_states, traffic, trained_by
+from mae_scale.train.optimizers import check_lars
 
 HEADROOM = 0.1  # of the memory: the CUDA context, NCCL, what the allocator cannot use
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -149,7 +150,7 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
     train, fixed = job.config.train, job.fixed
     stages: tuple[str, ...] = STAGES
     if isinstance(job.config.optim, LarsConfig):
-        stages = ("zero0",)  # LARS needs whole matrices
+        stages = ("zero0",)
     if "deepspeed" in fixed:
         stages = (job.config.deepspeed,)
     ways = CHECKPOINTING
@@ -158,6 +159,9 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
     if fixed & {"train.activation_checkpointing", "train.activation_offload"}:
         ways = ((train.activation_checkpointing, train.activation_offload),)
     sections = {name: load_deepspeed_config(name).get("zero_optimization", {}) for name in stages}
+    if isinstance(job.config.optim, LarsConfig):
+        for section in sections.values():
+            check_lars(section.get("stage", 0))
     found = []
     for every, offload in ways:
         job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]

@@ -238,11 +238,19 @@ def test_a_small_gpu_makes_it_recompute_and_shard(capsys: pytest.CaptureFixture[
     )
     assert "--deepspeed zero2 " in large and "--train.activation_checkpointing none" in large
     assert "--deepspeed zero1 " not in small
-    code, _, err = plan(capsys, *arguments, "--memory_gb", "1", "--gpu", "A100-40GB")
+    code, _, err = plan(capsys, *arguments, "--memory_gb", "0.5", "--gpu", "A100-40GB")
     assert code == 2 and len(err.splitlines()) == 1
-    needed = re.search(r"does not fit into 1 GB .* needs ([0-9.]+) GB", err)
+    needed = re.search(r"does not fit into 0.5 GB .* needs ([0-9.]+) GB", err)
     assert needed
     assert plan(capsys, *arguments, "--memory_gb", needed[1], "--gpu", "A100-40GB")[0] == 0
+
+
+def test_where_nothing_fits_a_comparison_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = plan(capsys, "--config", "pretrain_vit_huge", "--gpus", "1", "64",
+                          "--gpu", "A10", "--memory_gb", "1")  # fmt: skip
+    assert (code, err) == (0, "")
+    first, second = [line for line in out.splitlines() if line.startswith("pretrain_vit_huge")]
+    assert first.endswith("nothing fits into 1 GB") and " zero" in second
 
 
 def test_what_is_on_the_command_line_is_fixed(
@@ -288,6 +296,10 @@ def test_shards_give_the_number_of_images(
         (["--gpus", "8", "--memry_gb", "80"], ["--memry_gb", "--memory_gb"]),
         (["--gpus", "8", "--train.epoch", "80"], ["train.epoch", "train.epochs"]),
         (["--gpus", "8", "--deepspeed", "zero4"], ["zero4", "did you mean"]),
+        (
+            ["--gpus", "8", "--config", "linprobe_vit_base", "--deepspeed", "zero2"],
+            ["LARS", "zero0"],
+        ),
         (["--gpus", "8", "--data.train", "/not/there"], ["/not/there", "does not exist"]),
         (["--gpus", "8", "--json", "/not/there/plan.json"], ["--json /not/there/plan.json"]),
         (["--gpus", "8", "--train.micro_batch_size", "60"], ["60", "train.micro_batch_size 64"]),
