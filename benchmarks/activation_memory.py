@@ -2,11 +2,8 @@
 """Bytes that the forward pass keeps for the backward pass, and the time of both.
 
 Counted are the tensors that autograd saves on the device, each storage once, weights left out;
-with offload the inputs of the recomputed blocks are in host memory instead. Beside it what the
-blocks should keep by formula: 16 times tokens x width values for a block that is kept (the inputs
-of both norms, of qkv, of the attention (3), of proj, of fc1 and, 4 each, of GELU and fc2), 1 for
-one that is recomputed. What is above the formula lies outside the blocks: patch embedding,
-decoder_embed, the last norms, prediction and loss, and the statistics of norms and attention.
+with offload the inputs of the recomputed blocks are in host memory instead. Beside it what they
+should be by the formulas of `mae_scale/models/memory.py`, those of the blocks and all of them.
 
 On a CPU the host is the device: offload copies nothing there, so its time says nothing.
 """
@@ -17,12 +14,21 @@ import argparse
 import gc
 import statistics
 import time
+import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from machine import header
+from torch import nn
 
 from mae_scale.models import MaskedAutoencoderViT, build_mae
-from mae_scale.models.masking import num_kept
+from mae_scale.models.memory import (
+    activation_parts,
+    blocks_parts,
+    kept_bytes,
+    sizes,
+)
 
 MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
 WAYS: tuple[tuple[str | int, bool], ...] = (
@@ -30,35 +36,33 @@ WAYS: tuple[tuple[str | int, bool], ...] = (
 )  # fmt: skip
 
 
-def saved_bytes(model: MaskedAutoencoderViT, images: torch.Tensor, noise: torch.Tensor) -> int:
-    """Bytes of the distinct storages that autograd saves on the device."""
-    saved: list[torch.Tensor] = []
+class _Saved:
+    """A saved tensor; dies with the graph that holds it."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
-        return tensor
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _, _ = model(images, noise)
+
+def saved_bytes(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the distinct storages that autograd has saved when the loss is there."""
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        holder = _Saved(tensor)
+        saved.add(holder)
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = loss_of()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    tensors = [holder.tensor for holder in saved]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     del loss
     return sum(size for place, size in storages.items() if place not in weights)
 
 
-def block_bytes(model: MaskedAutoencoderViT, every: str | int, offload: bool, value: int) -> float:
-    """What the blocks keep of one image on the device, by formula; `value` bytes each value."""
-    k = {"none": 0, "full": 1}.get(every, every) if isinstance(every, str) else every
-    visible = 1 + num_kept(model.num_patches, model.mask_ratio)
-    total = 0
-    for blocks, tokens, width in (
-        (model.blocks, visible, model.decoder_embed.in_features),
-        (model.decoder_blocks, 1 + model.num_patches, model.decoder_embed.out_features),
-    ):
-        recomputed = sum(i % k == 0 for i in range(len(blocks))) if k else 0
-        kept = 16 * (len(blocks) - recomputed) + (0 if offload else recomputed)
-        total += kept * tokens * width * value
-    return total
+def loss_of(model: MaskedAutoencoderViT, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return model(images, noise)[0]
 
 
 def seconds(
@@ -69,7 +73,7 @@ def seconds(
     for _ in range(steps + 1):
         synchronize()
         began = time.perf_counter()
-        model(images, noise)[0].backward()
+        loss_of(model, images, noise).backward()
         synchronize()
         times.append(time.perf_counter() - began)
         model.zero_grad()
@@ -93,7 +97,7 @@ def main() -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     print(f"{header('timm')}\n{precision}, batch {args.batch}, on {device.type}")
     print(
-        f"{'model':24}{'checkpointing':>15}{'saved MB/image':>16}{'blocks by formula':>19}"
+        f"{'model':24}{'checkpointing':>15}{'saved MB/image':>16}{'by formula':>12}{'blocks':>9}"
         f"{'of none':>9}{'ms/image':>10}{'x none':>8}"
     )
     for name in args.models:
@@ -104,15 +108,19 @@ def main() -> None:
         none = (0.0, 0.0)
         for every, offload in WAYS:
             model.set_activation_checkpointing(every, offload)
-            saved = saved_bytes(model, images, noise) / args.batch
+            saved = saved_bytes(model, partial(loss_of, model, images, noise)) / args.batch
             time_s = seconds(model, images, noise, args.steps) / args.batch
             none = (saved, time_s) if every == "none" else none
-            formula = block_bytes(model, every, offload, dtype.itemsize)
+            size = sizes(dtype, device.type)
+            stacks = ((model.blocks, model.encoder_tokens),
+                      (model.decoder_blocks, 1 + model.num_patches))  # fmt: skip
+            blocks = sum(kept_bytes(blocks_parts(model, *stack, size)) for stack in stacks)
+            formula = kept_bytes(activation_parts(model, size))
             label = f"{every if isinstance(every, str) else f'every {every}'}" + (
                 ", offload" if offload else ""
             )
             print(
-                f"{name:24}{label:>15}{saved / 1e6:16.2f}{formula / 1e6:19.2f}"
+                f"{name:24}{label:>15}{saved / 1e6:16.2f}{formula / 1e6:12.2f}{blocks / 1e6:9.2f}"
                 f"{saved / none[0]:9.3f}{time_s * 1e3:10.1f}{time_s / none[1]:8.2f}",
                 flush=True,
             )

@@ -5,11 +5,8 @@ Measured are the tensors that rank 0 holds after the backward passes of two micr
 larger of both moments, each storage once: weights (those of the module), optimiser states (fp32
 master weights and AdamW's two moments), and all others: gradients and buffers for sending.
 
-The formula is that of ZeRO (arXiv 1910.02054, section 5) for N ranks and P parameters: weights 2 P
-bytes in bf16 or 4 P in fp32, gradients, which are summed in fp32, 4 P, optimiser states 12 P (8 P
-where the weights are fp32 and nothing is sharded: they are their own masters). Stage 1 divides the
-optimiser states by N, stage 2 also the gradients, stage 3 also the weights. Stages 1 and 3 keep
-their bucket for sending gradients, 4 bytes x reduce_bucket_size of the JSON: in the last column.
+The formula is that of `mae_scale/train/model_states.py`. Its last column is of gradients, which are
+summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
 """
 
 from __future__ import annotations
@@ -36,6 +33,7 @@ from mae_scale.train.engine import (
     load_deepspeed_config,
 )
 from mae_scale.train.logs import set_up_logging
+from mae_scale.train.model_states import Trained, model_states, trained_by
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
@@ -79,6 +77,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
             if micro >= 2:
                 moments.append(storages(live_tensors()))
             engine.step()
+        run = trained_by(OptimConfig(), engine.module, precision)
         parameters = list(engine.module.parameters())
         weights = storages(parameters)
         weights |= storages(getattr(p, "ds_tensor", None) for p in parameters)
@@ -89,7 +88,8 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
         optimizer = storages([*masters, *(v for v in state if torch.is_tensor(v))])
     known = {**weights, **optimizer}
     return {
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "parameters": run.parameters,
+        "trained": run.trained,
         "weights": sum(weights.values()),
         "optimizer": sum(size for place, size in optimizer.items() if place not in weights),
         "others": max(
@@ -98,20 +98,16 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
     }
 
 
-def formula(parameters: float, stage: int, ranks: int, precision: str) -> dict[str, float]:
+def formula(found: dict[str, float], stage: int, ranks: int, precision: str) -> dict[str, float]:
     """Bytes of a rank, by kind."""
-    masters = 4 if precision == "bf16" or stage > 0 else 0
-    whole = {"weights": 2 if precision == "bf16" else 4, "others": 4, "optimizer": 8 + masters}
-    bucket = 0
-    if stage in (1, 3):
-        zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
-        bucket = 4 * zero["reduce_bucket_size"]
-    sharded_from = {"optimizer": 1, "others": 2, "weights": 3}
-    sizes = {
-        kind: parameters * size / (ranks if stage >= sharded_from[kind] else 1)
-        for kind, size in whole.items()
+    zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
+    run = Trained(int(found["parameters"]), int(found["trained"]), precision)
+    states = model_states(run, zero, ranks)
+    return {
+        "weights": states.weights,
+        "optimizer": states.optimizer,
+        "others": states.gradients + states.bucket,
     }
-    return {**sizes, "others": sizes["others"] + bucket}
 
 
 def in_processes(model: str, stage: int, precision: str, ranks: int) -> dict[str, float]:
@@ -143,7 +139,7 @@ def main() -> None:
           + f"{'all':>20}{'ratio':>8}")  # fmt: skip
     for precision, stage, ranks in itertools.product(args.precision, args.stages, args.ranks):
         found = in_processes(args.model, stage, precision, ranks)
-        expected = formula(found["parameters"], stage, ranks, precision)
+        expected = formula(found, stage, ranks, precision)
         pairs = [(found[kind], expected[kind]) for kind in kinds]
         pairs.append((sum(a for a, _ in pairs), sum(b for _, b in pairs)))
         columns = "".join(f"{f'{a / 1e6:,.0f} / {b / 1e6:,.0f}':>20}" for a, b in pairs)

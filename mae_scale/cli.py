@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": ("mae_scale.tasks.finetune", "train a classifier, from weights or from scratch"),
     "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
     "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
+    "plan": ("mae_scale.tasks.plan", "memory, time, data and saves of a recipe on a cluster"),
     "sweep": ("mae_scale.tasks.sweep", "run a table of experiments, such as the paper's ablations"),
     "status": ("mae_scale.tasks.status", "print how runs are doing, on one screen"),
     "report": ("mae_scale.tasks.report", "write an HTML page that shows one or several runs"),

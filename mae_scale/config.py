@@ -499,6 +499,25 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     return config
 
 
+def config_class_of(argv: list[str]) -> type[RunConfig]:
+    """Of which task the `--config` files and `--section.key` arguments are: by their keys.
+
+    Raises:
+        UserError: a file that is not there or not YAML.
+    """
+    given = given_keys(argv)
+    classes: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig, LinprobeConfig)
+    # A mistyped key is nobody's; the class that knows most of them will name it.
+    return max(classes, key=lambda config: sum(key in _keys(config) for key in given))
+
+
+def given_keys(argv: list[str]) -> set[str]:
+    """Keys that the `--config` files and arguments set."""
+    files, rest = _split_config_arguments(argv)
+    keys = {key for file in files for key in _yaml_keys(file)}
+    return keys | {token[2:].split("=")[0] for token in rest if token.startswith("--")}
+
+
 def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
     """Take the `--config` arguments out of argv, recipe names resolved to their files."""
     files, rest, tokens = [], [], iter(argv)

@@ -69,6 +69,11 @@ class Encoder(nn.Module):
         """L, patches per image."""
         return self.patch_embed.num_patches
 
+    @property
+    def encoder_tokens(self) -> int:
+        """Tokens of an image that the blocks see, class token included."""
+        return 1 + self.num_patches
+
     def initialize_weights(self) -> None:
         """Set every parameter as the authors do; also fills a model made on the meta device."""
         for module in self.modules():
@@ -117,6 +122,15 @@ class Encoder(nn.Module):
             )
         self._checkpoint_every, self._offload = blocks, offload
 
+    def recomputes(self, number: int) -> bool:
+        """Whether the block of this number, in encoder or decoder, is computed again."""
+        return self._checkpoint_every > 0 and number % self._checkpoint_every == 0
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the inputs of recomputed blocks wait in host memory."""
+        return self._offload
+
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
         """Float [B, 3, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
@@ -130,7 +144,7 @@ class Encoder(nn.Module):
     def run_blocks(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         """Apply blocks one after the other, recomputing some in the backward pass."""
         for i, block in enumerate(blocks):
-            if self._checkpoint_every and i % self._checkpoint_every == 0:
+            if self.recomputes(i):
                 # The hooks of the outer context get the block's input only: within, those of
                 # checkpoint count. Pinned memory lets the device copy without the host waiting.
                 with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():

@@ -9,6 +9,7 @@ under activation checkpointing: they are a cost of the implementation, not of th
 from __future__ import annotations
 
 from mae_scale.models.classifier import Classifier
+from mae_scale.models.encoder import Encoder
 from mae_scale.models.mae import MaskedAutoencoderViT
 
 
@@ -61,3 +62,19 @@ def classifier_training_flops(model: Classifier) -> int:
     passes = len(model.blocks) + 2 * trained
     head = sum(2 * p.numel() for p in model.head.parameters() if p.ndim > 1)
     return patch_embed + blocks_flops(passes, 1 + model.num_patches, embed_dim) + 3 * head
+
+
+def recomputed_flops(model: Encoder) -> int:
+    """Operations of one image that activation checkpointing adds, as the model is set."""
+    stacks = [(model.blocks, model.encoder_tokens, model.cls_token.shape[-1])]
+    if isinstance(model, MaskedAutoencoderViT):
+        width = model.decoder_embed.out_features
+        stacks.append((model.decoder_blocks, 1 + model.num_patches, width))
+    total = 0
+    for blocks, tokens, width in stacks:
+        again = sum(
+            model.recomputes(number) and any(p.requires_grad for p in block.parameters())
+            for number, block in enumerate(blocks)
+        )
+        total += blocks_flops(again, tokens, width)
+    return total

@@ -161,7 +161,7 @@ class MaskedAutoencoderViT(Encoder):
 
     @property
     def encoder_tokens(self) -> int:
-        """What the encoder sees of an image at the model's own mask ratio, class token included."""
+        """Tokens that the blocks see at the model's own mask ratio, class token included."""
         if self.mask_tokens_in_encoder:
             return 1 + self.num_patches
         return 1 + num_kept(self.num_patches, self.mask_ratio)

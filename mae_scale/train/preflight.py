@@ -25,6 +25,7 @@ from mae_scale.config import CheckpointConfig, flatten
 from mae_scale.data.console import size_text
 from mae_scale.errors import CommonError, UserError
 from mae_scale.train.distributed import gather_to_all, on_rank0
+from mae_scale.train.model_states import trained_by
 from mae_scale.train.run_dir import abandon, check_run, keep_config, open_run
 from mae_scale.train.watchdog import watchdog
 from mae_scale.world import World, host
@@ -33,7 +34,6 @@ log = logging.getLogger("mae_scale")
 
 CLOCKS_S = 5.0  # clocks that differ by more are worth a warning
 VISIBLE_S = 10.0  # until a new file must be seen on every node
-BYTES_PER_PARAMETER = 16  # of a checkpoint, at the most: weights, masters and two moments in fp32
 BESIDE = ("torch", "deepspeed", "timm", "numpy")  # packages whose version must be the same, too
 MAY_DIFFER = ("data.workers",)  # config keys that follow from the node
 
@@ -48,7 +48,7 @@ def ready(
 
     Args:
         data: fingerprint of the shards.
-        model: parameters that are trained need room in checkpoints.
+        model: its parameters need room in checkpoints.
         writes: whether the run writes into its folder; else that is only compared with `config`.
 
     Raises:
@@ -73,8 +73,9 @@ def ready(
     try:
         try:
             _check_shared(run_dir, on_rank0(begin))
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            on_rank0(partial(_check_room, run_dir, config.checkpoint, trained))
+            # The most that it can be: fp32 weights, and masters beside them.
+            size = trained_by(config.optim, model, "fp32").checkpoint_bytes(stage=1)
+            on_rank0(partial(_check_room, run_dir, config.checkpoint, size))
             on_rank0(partial(keep_config, run_dir, config))
         except (UserError, CommonError, OSError) as error:  # on all ranks
             dist.barrier()
@@ -216,10 +217,9 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _check_room(run_dir: Path, config: CheckpointConfig, trained: int) -> None:
+def _check_room(run_dir: Path, config: CheckpointConfig, size: int) -> None:
     """Raise a `CommonError` unless all checkpoints that will lie there at a time have room."""
     there = len(list((run_dir / "checkpoints").glob("step-*/COMMITTED.json")))
-    size = trained * BYTES_PER_PARAMETER
     number = max(1, config.keep + 1 - there)
     free = shutil.disk_usage(run_dir).free
     if free < number * size:

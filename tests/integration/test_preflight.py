@@ -71,7 +71,7 @@ def test_no_room(tmp_path: Path) -> None:
     config = CheckpointConfig(keep=3)
     preflight._check_room(tmp_path, config, 100_000)
     with pytest.raises(CommonError, match=r"4 more checkpoints of about 16\.0 TB"):
-        preflight._check_room(tmp_path, config, 10**12)
+        preflight._check_room(tmp_path, config, 16 * 10**12)
 
 
 def test_a_restart_too_many_ends_the_job(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

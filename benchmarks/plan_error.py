@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""What `mae-scale plan` says of memory and messages, beside what is measured.
+
+- activations: many shapes of masked autoencoders and classifiers, bf16 and fp32, checkpointing and
+  offload, frozen blocks. Saved are the storages that autograd keeps (as in activation_memory.py);
+  peak is the most that is alive within a forward and backward pass, each gradient of a weight freed
+  at once. On a GPU the peak is that of its allocator.
+- model states: two processes, each ZeRO stage, in bf16 (model_states.py has fp32, too).
+- a step: two processes, each ZeRO stage, two micro-batches: the most that is alive at any time,
+  with all buffers of DeepSpeed's, and the bytes that the ranks give to collective operations.
+
+What is alive is counted by the tensors that operations return, so that a CPU gives what a GPU's
+allocator would; not seen is what is used within an operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import random
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from activation_memory import WAYS, saved_bytes
+from machine import header
+from model_states import formula, in_processes, live_tensors, storages
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.models import build_classifier, build_mae
+from mae_scale.models.classifier import keep_statistics_in_fp32
+from mae_scale.models.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
+from mae_scale.train.distributed import World, process_group
+from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+from mae_scale.train.logs import set_up_logging
+from mae_scale.train.model_states import model_states, traffic, trained_by
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEP = {"depth": 4, "decoder_depth": 2, "img_size": 64, "patch_size": 16}  # and ViT-B's widths
+RANKS, ACCUMULATION = 2, 2
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operations return, and those given to collectives."""
+
+    def __init__(self, there: Iterable[torch.Tensor], count_them: bool) -> None:
+        super().__init__()
+        # A storage is one object in Python as long as it lives.
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in there)
+        self.now = sum(storages(there).values()) if count_them else 0
+        self.peak = self.now
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            given = [t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            self.sent[func.__name__.split(".")[0]] += max(given, default=0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._drop, storage.nbytes())
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> int:
+    """The most that a forward and backward pass takes beside the weights."""
+
+    def free(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(free)
+    if torch.cuda.is_available():
+        loss_of().backward()  # cuBLAS takes its workspace
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_of().backward()
+        return torch.cuda.max_memory_allocated() - before
+    with Alive([*model.parameters(), *model.buffers()], count_them=False) as alive:
+        loss_of().backward()
+    return alive.peak
+
+
+def shapes(count: int, seed: int) -> list[dict[str, Any]]:
+    """Published models in both precisions, and shapes drawn at random."""
+    found = [
+        {"name": name, "precision": precision, "way": way, "batch": 2}
+        for name, (precision, way) in itertools.product(
+            ("mae_vit_base_patch16", "mae_vit_large_patch16"),
+            (("fp32", ("none", False)), ("bf16", ("full", False))),
+        )
+    ]
+    rng = random.Random(seed)
+    for _ in range(count):
+        patch_size = rng.choice([4, 8, 14, 16])
+        shape: dict[str, Any] = {
+            "name": f"mae_vit_{rng.choice(['tiny', 'small', 'base'])}_patch16",
+            "precision": rng.choice(["bf16", "fp32"]),
+            "way": rng.choice(WAYS),
+            "batch": rng.choice([4, 8, 16]),
+            "patch_size": patch_size,
+            "img_size": patch_size * rng.choice([3, 7, 10, 14]),
+            "depth": rng.choice([1, 3, 6]),
+        }
+        if rng.random() < 0.5:
+            shape |= {
+                "decoder_embed_dim": rng.choice([64, 128, 384]),
+                "decoder_depth": rng.choice([1, 3]),
+                "decoder_num_heads": rng.choice([4, 8]),
+                "mask_ratio": rng.choice([0.4, 0.6, 0.75]),
+                "norm_pix_loss": rng.random() < 0.5,
+            }
+        else:
+            shape |= {
+                "classes": rng.choice([10, 1000]),
+                "pool": rng.choice(["mean", "token"]),
+                "head": rng.choice(["linear", "mlp", "probe"]),
+                "drop_path": rng.choice([0.0, 0.2]),
+                "tune": rng.choice([None, None, 0, 0.5, 1]),
+            }
+        found.append(shape)
+    return found
+
+
+def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Bytes saved and planned, at the peak and planned."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs = dict(shape)
+    name, precision, batch = kwargs.pop("name"), kwargs.pop("precision"), kwargs.pop("batch")
+    way, classes, tune = kwargs.pop("way"), kwargs.pop("classes", None), kwargs.pop("tune", None)
+    dtype = DTYPES[precision]
+    model: Any
+    if classes is None:
+        model = build_mae(name, **kwargs)
+    else:
+        model = build_classifier(name, classes, **kwargs)
+        is_probe = kwargs["head"] == "probe"
+        if is_probe or tune is not None:
+            model.tune_last(0 if is_probe else tune)
+    model.to(device, dtype)
+    keep_statistics_in_fp32(model)
+    model.set_activation_checkpointing(*way)
+    side = model.patch_embed.img_size[0]
+    pixels = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+    noise = torch.rand(batch, model.num_patches, device=device)
+    labels = torch.rand(batch, classes or 1, device=device)
+
+    def loss_of() -> torch.Tensor:
+        if classes is None:
+            return model(pixels.float(), noise)[0]
+        target = labels if kwargs["head"] != "probe" else labels.argmax(1)
+        return F.cross_entropy(model(pixels.float()), target)
+
+    parts = activation_parts(model, sizes(dtype, device.type))
+    saved = saved_bytes(model, loss_of)
+    peak = peak_of(model, loss_of) + pixels.nbytes
+    planned_peak = peak_bytes(parts, batch)
+    if device.type == "cpu":  # which is the host as well
+        planned_peak += batch * host_bytes(parts)
+    return saved, batch * kept_bytes(parts), peak, planned_peak
+
+
+def step(stage: str, precision: str, way: str) -> dict[str, float]:
+    """Of this rank, in one step: bytes alive at the most, given to collectives, and planned."""
+    world, batch = World.from_environment(), 8
+    set_up_logging(world)
+    train = TrainConfig(global_batch_size=batch * world.size * ACCUMULATION, micro_batch_size=batch)
+    config = fill_deepspeed_config(stage, train, world, precision)
+    with process_group(world, 600):
+        with torch.device("meta"):
+            model = build_mae("mae_vit_base_patch16", **STEP)
+        model.set_activation_checkpointing(way)  # type: ignore[arg-type]
+        run = trained_by(OptimConfig(), model, precision)
+        size = sizes(DTYPES[precision], "cpu")
+        activations = peak_bytes(activation_parts(model, size), batch)
+        fill_in(model, 0, config)
+        engine = build_engine(model, OptimConfig(), config)
+        side = STEP["img_size"]
+
+        def train_step() -> None:
+            for _ in range(ACCUMULATION):
+                images = torch.rand(batch, 3, side, side)
+                loss, _, _ = engine(images, torch.rand(batch, model.num_patches))
+                engine.backward(loss)
+                del loss
+                engine.step()
+
+        train_step()
+        gc.collect()
+        there = [t for t in live_tensors() if t.device.type != "meta"]
+        alive = Alive(there, count_them=True)
+        del there
+        with alive:
+            train_step()
+    zero = config["zero_optimization"]
+    states = model_states(run, zero, world.size)
+    messages = traffic(run, zero, world.size, ACCUMULATION)
+    # A ring passes on a share of what it is given: the plan counts what is passed on.
+    share = (world.size - 1) / world.size
+    passed = {"allreduce_": 2 * share, "_allgather_base_": share, "_reduce_scatter_base_": share}
+    return {
+        "peak": alive.peak,
+        "planned peak": states.peak(activations) + states.host,
+        "sent": sum(passed.get(kind, 0) * given for kind, given in alive.sent.items()),
+        "planned sent": messages.gradients + messages.weights,
+    }
+
+
+def step_in_processes(stage: str, precision: str, way: str) -> dict[str, float]:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(RANKS), __file__, "--one", json.dumps([stage, precision, way])),
+    ]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def describe(shape: dict[str, Any]) -> str:
+    every, offload = shape["way"]
+    parts = [
+        shape["name"].removeprefix("mae_vit_").split("_")[0], shape["precision"],
+        f"{every if isinstance(every, str) else f'every {every}'}{', offload' * offload}",
+        f"{shape['batch']} images",
+    ]  # fmt: skip
+    if "img_size" in shape:
+        parts.append(f"{shape['img_size']}/{shape['patch_size']} px, {shape['depth']} blocks")
+    if "mask_ratio" in shape:
+        parts.append(
+            f"decoder {shape['decoder_embed_dim']} x {shape['decoder_depth']}, "
+            f"{shape['mask_ratio']:.0%} masked"
+        )
+    if "classes" in shape:
+        tuned = "" if shape["tune"] is None or shape["head"] == "probe" else f" {shape['tune']:g}"
+        parts.append(f"{shape['pool']}, {shape['head']}{tuned and ', tuned' + tuned}")
+    return ", ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", type=int, default=40, help="drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="mae_vit_small_patch16", help="of the model states")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        found = step(*args.one)
+        if World.from_environment().rank == 0:
+            print(json.dumps(found))
+        return
+    where = "a GPU" if torch.cuda.is_available() else "a CPU; not measured on a GPU"
+    print(f"{header('timm', 'deepspeed')}\non {where}; MB measured, and error of what is planned")
+    print(f"\n{'activations':94}{'saved':>9}{'error':>9}{'peak':>9}{'error':>8}")
+    worst: dict[str, list[float]] = {"saved": [], "peak": []}
+    for shape in shapes(args.shapes, args.seed):
+        saved, saved_plan, peak, peak_plan = activations(shape)
+        errors = (saved_plan / saved - 1, peak_plan / peak - 1)
+        worst["saved"].append(errors[0])
+        worst["peak"].append(errors[1])
+        print(f"{describe(shape):94}{saved / 1e6:9.2f}{errors[0]:+9.3%}{peak / 1e6:9.2f}"
+              f"{errors[1]:+8.1%}", flush=True)  # fmt: skip
+        gc.collect()
+    print(f"\n{'model states, 2 processes':34}{'measured':>9}{'error':>8}")
+    worst["states"] = []
+    precision = "bf16"
+    for stage in range(4):
+        found = in_processes(args.model, stage, precision, RANKS)
+        measured = sum(found[kind] for kind in ("weights", "optimizer", "others"))
+        error = sum(formula(found, stage, RANKS, precision).values()) / measured - 1
+        worst["states"].append(error)
+        print(f"{f'{args.model}, {precision}, zero{stage}':34}{measured / 1e6:9.1f}{error:+8.2%}",
+              flush=True)  # fmt: skip
+    print(f"\n{'a step, 2 processes':34}{'peak':>9}{'error':>8}{'sent':>9}{'error':>8}")
+    worst["step"], worst["sent"] = [], []
+    stages = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+    ways = [(stage, "bf16", "none") for stage in stages] + [("zero2", "fp32", "full")]
+    for name, precision, way in ways:
+        found = step_in_processes(name, precision, way)
+        peak_error = found["planned peak"] / found["peak"] - 1
+        sent_error = found["planned sent"] / found["sent"] - 1
+        worst["step"].append(peak_error)
+        worst["sent"].append(sent_error)
+        print(f"{f'{name}, {precision}, {way}':34}{found['peak'] / 1e6:9.1f}{peak_error:+8.1%}"
+              f"{found['sent'] / 1e6:9.1f}{sent_error:+8.1%}", flush=True)  # fmt: skip
+    print()
+    for what, errors in worst.items():
+        mean = sum(map(abs, errors)) / len(errors)
+        print(f"{what:8}worst {max(errors, key=abs):+.2%}, mean {mean:.2%} of {len(errors)}")
+
+
+if __name__ == "__main__":
+    main()
