@@ -95,7 +95,7 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--workers", type=int, default=8, help="data-loading processes per rank")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--cache_dir", help="folder into which remote shards are staged")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # data sets may come after options
     world = World.from_environment()
     set_up_logging(world)
     with process_group(world, hang_timeout=1800.0):
