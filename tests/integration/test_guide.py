@@ -142,7 +142,7 @@ def test_the_commands_of_all_pages_are_understood(
                 wrong.append(f"{page.name}: {shlex.join(words)}\n{error}")
             understood += 1
     assert not wrong, "\n".join(wrong)
-    assert understood > 60
+    assert understood > 50
 
 
 def check_other(words: list[str]) -> None:
