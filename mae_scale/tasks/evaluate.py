@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from mae_scale.models.classifier import (
 )
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
 from mae_scale.tasks import classification
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.trained import Trained
 from mae_scale.train import checkpoint
 from mae_scale.train.distributed import on_rank0, process_group
@@ -55,14 +56,9 @@ ALEXNET_ERRORS = {
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments, evaluate, print the table and write the JSON."""
-    parser = _Parser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
         "weights",
         type=Path,

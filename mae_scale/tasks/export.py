@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import re
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from mae_scale.files import owner, sync_folder, sync_tree
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import ProbeHead
 from mae_scale.models.hugging_face import StateDict
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.classification import best_checkpoint
 from mae_scale.tasks.model_card import MARK, model_card
 from mae_scale.tasks.trained import Trained
@@ -36,14 +36,9 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # that OUT may be
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and export."""
-    parser = _Parser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
         "run",
         type=Path,

@@ -15,7 +15,7 @@ import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 import torch
@@ -34,6 +34,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.flops import classifier_training_flops, training_flops
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.plan_text import comparison, page, way
 from mae_scale.train.mfu import peak_flops
@@ -53,16 +54,10 @@ IMAGENET, IMAGENET_CLASSES, IMAGE_BYTES = 1_281_167, 1000, 107_600
 PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _options(prog: str) -> _Parser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=__doc__,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config RECIPE_OR_FILE [--section.key value ...] --gpus N [options]",
     )

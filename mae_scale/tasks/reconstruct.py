@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -19,6 +17,7 @@ from mae_scale.models.weights import (
     read_weights,
     sizes_of,
 )
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.classification import is_ours
 from mae_scale.tasks.trained import Trained
 from mae_scale.train import checkpoint
@@ -30,14 +29,9 @@ log = logging.getLogger("mae_scale")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and write the picture."""
-    parser = _Parser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
         "weights",
         type=Path,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import time
 from html import escape
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
@@ -20,6 +19,7 @@ from mae_scale.config import flatten
 from mae_scale.data.console import size_text
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.health import duration
 from mae_scale.tasks.report_curves import Shown, curves
 from mae_scale.train.run_view import SESSION, RunView, best_validation
@@ -33,14 +33,9 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 COLOURS = ("#1f83c4", "#e07b12", "#14a06f", "#c9559a", "#8a6be0", "#b8960c", "#d4493b", "#5b8f99")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and write the page."""
-    parser = _Parser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file to write")
     options = parser.parse_args(argv)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mae_scale.data.console import size_text
 from mae_scale.errors import UserError
+from mae_scale.tasks.arguments import Parser
 from mae_scale.tasks.health import Rows, duration, health, pace_of, seconds_to_save
 from mae_scale.train.run_view import RunView, best_validation
 
@@ -20,14 +20,9 @@ BAR = 40  # characters
 COLOURS = {"running": 32, "finished": 32, "failed": 31, "!": 33}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Print the status of each run, once or again and again."""
-    parser = _Parser(prog=prog, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--watch", type=float, metavar="SECONDS", help="print again every so many seconds"

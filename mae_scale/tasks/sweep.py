@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -43,6 +43,7 @@ from mae_scale.config import (
 )
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.tasks.arguments import Parser
 from mae_scale.train.records import HISTORY, VALIDATION, read_metrics
 from mae_scale.train.stopping import STOPPED
 from mae_scale.world import World
@@ -58,15 +59,10 @@ COLUMNS = {"finetune": "fine-tuning", "linprobe": "linear probing"}
 SWEEPS = RECIPES / "sweeps"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(argv: list[str], prog: str) -> int:
     """Run what is missing, print the table, and give the exit code: 0 done, 85 stopped early."""
     names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", help=f"YAML file, or one of {names}")
