@@ -54,7 +54,7 @@ IMAGENET, IMAGENET_CLASSES, IMAGE_BYTES = 1_281_167, 1000, 107_600
 PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
 
 
-def _options(prog: str) -> _Parser:
+def _options(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description=__doc__,
