@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mae_scale.cli import main
 from mae_scale.config import recipe_names
 from mae_scale.tasks.reconstruct import load_mae
-from mae_scale.tasks.sweep import SWEEPS
+from mae_scale.tasks.sweep import SWEEPS, table
 from mae_scale.train.checkpoint import find_checkpoint
 from mae_scale.train.stopping import STOPPED
 
@@ -119,7 +119,7 @@ def write_sweep(path: Path, **changes: Any) -> Path:
     classifier = {k: v for k, v in small.items() if "decoder" not in k and "reconstruct" not in k}
     content = {
         "title": "Sampling",
-        "seeds": [0, 1],
+        "seeds": [3],
         "pretrain": {**small, "train.max_steps": 2, "train.reconstruct_every": None},
         "finetune": classifier,
         "linprobe": classifier,
@@ -145,30 +145,40 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path, shards: Path, val_shards
     file, out = write_sweep(tmp_path / "my sweep.yaml"), tmp_path / "all runs"
     command = sweep(file, shards, val_shards, out)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
-    while not (out / "seed0/finetune/random/metrics.jsonl").exists():
+    while not (out / "seed3/finetune/random/metrics.jsonl").exists():
         assert process.poll() is None
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED and "top-1" not in output
     one = subprocess.run([*command, "--row", "3"], capture_output=True, text=True)
-    assert one.returncode == 0 and "0 of 2 runs" in one.stdout, one.stderr
+    assert one.returncode == 0 and "from scratch" in one.stdout, one.stderr
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = sorted(str(path.parent.relative_to(out)) for path in out.rglob("config.yaml"))
     assert found == sorted(
-        f"seed{seed}/{run}"
-        for seed in (0, 1)
+        f"seed3/{run}"
         for run in ("pretrain/random", "pretrain/grid", "finetune/random", "linprobe/random",
                     "finetune/grid", "finetune/last-block", "finetune/from-scratch")
     )  # fmt: skip
     results = json.loads((out / "sweep.json").read_text())
     assert [row["name"] for row in results] == ["random", "grid", "last block", "from scratch"]
-    rows = (out / "seed1/finetune/grid/validation.jsonl").read_text().splitlines()
-    assert results[1]["finetune"][1] == json.loads(rows[-1])["top1"]
+    rows = (out / "seed3/finetune/grid/validation.jsonl").read_text().splitlines()
+    assert results[1]["finetune"] == [json.loads(rows[-1])["top1"]]
     line = next(line for line in done.stdout.splitlines() if line.startswith("random "))
     assert line.split()[-1] == "73.5" and "84.9" in line
     again = subprocess.run([*command, "--table"], capture_output=True, text=True)
     assert again.stdout == done.stdout[-len(again.stdout) :] and "grid" in again.stdout
+
+
+def test_a_table_of_several_seeds() -> None:
+    results = [
+        {"name": "a", "finetune": [50.0, 60.0], "linprobe": [1.0, None], "paper": {"finetune": 80}},
+        {"name": "a longer name", "finetune": [None, None], "paper": {}},
+    ]
+    lines = table("Title", results).splitlines()
+    assert lines[0] == "Title" and lines[2].split() == ["fine-tuning", "linear", "probing"]
+    assert lines[4].split() == ["a", "55.00", "(50.00-60.00)", "80.0", "1", "of", "2", "runs"]
+    assert lines[5].split() == ["a", "longer", "name", "0", "of", "2", "runs"]
 
 
 @pytest.mark.parametrize(
