@@ -14,7 +14,7 @@ from runs import SMALL, Run
 
 from mae_scale.train.run_dir import read_history
 
-TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet")
+TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet", "sweep")
 FOUR = "--nodes=2 --ntasks-per-node=2"
 STEPS = 70
 
