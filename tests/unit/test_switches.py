@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_scale.errors import UserError
-from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.models.masking import mask_noise, random_masking
 from mae_scale.models.targets import PatchPCA, patchify, unpatchify
 from mae_scale.models.tokenizer import DalleEncoder, Tokenizer
+from mae_scale.models.weights import fit_to_classifier, fit_to_mae
 
 SIZES = {"img_size": 32, "patch_size": 8, "depth": 2, "decoder_depth": 1}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -135,6 +136,22 @@ def test_pca_as_target() -> None:
     torch.testing.assert_close(loss, by_hand)
     image, _ = model.reconstruct(IMAGES, noise)
     torch.testing.assert_close(patchify(image, 8), model.pca.inverse(pred))
+
+
+def test_weights_of_the_switches_go_into_others() -> None:
+    """A classifier takes the encoder; another masked autoencoder its own PCA components."""
+    state = mae(target="pca", pca_components=20).state_dict()
+    classifier = build_classifier("mae_vit_tiny_patch16", 5, img_size=32, patch_size=8, depth=2)
+    assert not any(key.startswith("pca.") for key in fit_to_classifier(state, classifier))
+    same = mae(target="pca", pca_components=20)
+    assert "pca.mean" not in fit_to_mae(state, same)
+    assert "pca.mean" in fit_to_mae(state, same, whole=True)
+    with pytest.raises(
+        UserError, match=r"decoder_pred\.weight is \[20, 128\], expected \[192, 128\]"
+    ):
+        fit_to_mae(state, mae())
+    with pytest.raises(UserError, match=r"mask_token is \[1, 1, 128\], expected \[1, 1, 192\]"):
+        fit_to_mae(mae().state_dict(), mae(mask_tokens_in_encoder=True))
 
 
 def test_tokens_as_target() -> None:
