@@ -46,7 +46,7 @@ from mae_scale.files import write_atomically
 from mae_scale.tasks.arguments import Parser
 from mae_scale.train.records import HISTORY, VALIDATION, read_metrics
 from mae_scale.train.stopping import STOPPED
-from mae_scale.world import World
+from mae_scale.world import World, is_slurm_task
 
 log = logging.getLogger("mae_scale")
 
@@ -79,6 +79,12 @@ def main(argv: list[str], prog: str) -> int:
     )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     options = parser.parse_args(argv)
+    world = World.from_environment()
+    if world.size > 1 and not is_slurm_task(os.environ):
+        raise UserError(
+            "start a sweep alone and say how to launch its runs, such as --launch 'torchrun "
+            "--standalone --nproc_per_node 8 -m mae_scale'; only srun can start it on all ranks"
+        )
     data = {key: getattr(options, key) for key in ("data.train", "data.val")}
     sweep = read_sweep(_find(options.sweep), options.run_dir, data)
     rows = range(len(sweep.rows))
@@ -88,7 +94,7 @@ def main(argv: list[str], prog: str) -> int:
     if not options.table:
         wanted = sweep.runs if options.row is None else sweep.runs_of(options.row)
         code = run_all(wanted, shlex.split(options.launch))
-    if code in (0, 1) and World.from_environment().rank == 0:
+    if code in (0, 1) and world.rank == 0:
         results = sweep.results()
         print(table(sweep.title, results))
         if options.run_dir.is_dir():

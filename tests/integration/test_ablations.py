@@ -206,6 +206,15 @@ def test_sweeps_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_is_not_for_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = sweep(write_sweep(tmp_path / "s.yaml"), tmp_path, tmp_path, tmp_path / "out")
+    assert main(command[3:]) == 2
+    assert "start a sweep alone" in capsys.readouterr().err
+
+
 def test_a_sweep_ends_at_bad_settings(tmp_path: Path, shards: Path) -> None:
     file = write_sweep(tmp_path / "sweep.yaml")
     command = sweep(file, tmp_path / "no shards", shards, tmp_path / "out")
