@@ -50,6 +50,7 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1200)
 def test_the_guide_word_by_word(tmp_path: Path) -> None:
     """Every command of docs/guide.md, in order, in an empty folder."""
     place = workplace(tmp_path / "empty folder")
