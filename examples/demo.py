@@ -80,12 +80,13 @@ Done. Loss {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {rows[-1]["step"]}
   {shown(loss)}
       one curve; the dashed line marks where it was stopped
   {shown(run)}
-      config.yaml, metrics.jsonl, checkpoints/, tensorboard/
+      config.yaml, metrics.jsonl, checkpoints/, reconstructions/, tensorboard/
 
 Try next:
   make demo DATA=folder                     the same with your own photographs
   .venv/bin/mae-scale pretrain --help       every config key
-  .venv/bin/tensorboard --logdir {shown(run)}
+  .venv/bin/mae-scale report {shown(run)} --out report.html
+  docs/guide.md                             from here to a fine-tuned model, step by step
 """)
 
 
