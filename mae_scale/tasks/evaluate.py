@@ -30,7 +30,7 @@ from mae_scale.train.distributed import on_rank0, process_group
 from mae_scale.train.engine import resolve_precision
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.validation import Scores, evaluate
-from mae_scale.world import World
+from mae_scale.world import World, cpus
 
 log = logging.getLogger("mae_scale")
 
@@ -88,7 +88,10 @@ def main(argv: list[str], prog: str) -> int:
         "up to 224 pixels and 1.0 above",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64, help="images per rank")
-    parser.add_argument("--workers", type=int, default=8, help="data-loading processes per rank")
+    parser.add_argument(
+        "--workers", type=int, default=min(16, max(1, cpus() - 1)),
+        help="data-loading processes per rank, by default one less than its CPUs, 16 at the most",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--cache_dir", help="folder into which remote shards are staged")
     options = parser.parse_intermixed_args(argv)  # data sets may come after options
