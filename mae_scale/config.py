@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.errors import UserError
-from mae_scale.world import cpus
+from mae_scale.world import data_workers
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class DataConfig:
     """Folder of training shards, as written by data_prep/shard_imagenet.py."""
     val: str | None = None
     """Folder of validation shards; null: no validation. Pre-training draws pictures of some."""
-    workers: int = field(default_factory=lambda: min(16, max(1, cpus() - 1)))
+    workers: int = field(default_factory=data_workers)
     """Data-loading processes per rank, by default one less than its CPUs, 16 at the most; 0 loads
     in the training process itself."""
     lanes: int = 256

@@ -90,6 +90,11 @@ def cpus() -> int:
     return max(1, len(os.sched_getaffinity(0)) // World.from_environment().local_size)
 
 
+def data_workers() -> int:
+    """Data-loading processes for this rank: one less than its CPUs, 1 to 16."""
+    return min(16, max(1, cpus() - 1))
+
+
 def slurm_rendezvous() -> tuple[str, int]:
     """Address of the first node of this step of srun, and a port that follows from job and step.
 

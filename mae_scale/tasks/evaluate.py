@@ -30,7 +30,7 @@ from mae_scale.train.distributed import on_rank0, process_group
 from mae_scale.train.engine import resolve_precision
 from mae_scale.train.logs import set_up_logging
 from mae_scale.train.validation import Scores, evaluate
-from mae_scale.world import World, cpus
+from mae_scale.world import World, data_workers
 
 log = logging.getLogger("mae_scale")
 
@@ -89,7 +89,7 @@ def main(argv: list[str], prog: str) -> int:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64, help="images per rank")
     parser.add_argument(
-        "--workers", type=int, default=min(16, max(1, cpus() - 1)),
+        "--workers", type=int, default=data_workers(),
         help="data-loading processes per rank, by default one less than its CPUs, 16 at the most",
     )  # fmt: skip
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")

@@ -15,7 +15,7 @@ from mae_scale.data.shards import MANIFEST, open_shards
 from mae_scale.errors import UserError
 from mae_scale.tasks.trained import Trained
 from mae_scale.train.checkpoint import Commit
-from mae_scale.train.metrics import VALIDATION, read_metrics
+from mae_scale.train.records import METRICS, VALIDATION, read_metrics
 
 MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier export is known
 TASKS = {
@@ -94,7 +94,7 @@ RECIPE = ("seed", "weights", "model.", "augment.", "train.", "optim.", "deepspee
 
 def _steps(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
     facts = [("Steps", f"{commit.step:,}"), ("Images seen", f"{commit.samples:,}")]
-    rows = [r for r in read_metrics(trained.run_dir / "metrics.jsonl") if r["step"] <= commit.step]
+    rows = [r for r in read_metrics(trained.run_dir / METRICS) if r["step"] <= commit.step]
     if rows:
         last = rows[-1]
         epochs = last["epoch"] / last["step"] * commit.step

@@ -45,7 +45,8 @@ from mae_scale.config import (
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.tasks.arguments import Parser
-from mae_scale.train.records import HISTORY, VALIDATION, read_metrics
+from mae_scale.train.records import VALIDATION, read_metrics
+from mae_scale.train.run_dir import read_history
 from mae_scale.train.stopping import STOPPED
 from mae_scale.world import World, is_slurm_task
 
@@ -120,7 +121,7 @@ class Run:
 
 
 def _is_finished(run_dir: Path) -> bool:
-    events = read_metrics(run_dir / HISTORY)
+    events = read_history(run_dir)
     return bool(events) and events[-1]["event"] == "finished"
 
 

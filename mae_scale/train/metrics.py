@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mae_scale.files import write_atomically
-from mae_scale.train.records import VALIDATION, read_metrics
+from mae_scale.train.records import METRICS, VALIDATION, read_metrics
 
 log = logging.getLogger("mae_scale")
 
@@ -40,9 +40,7 @@ class MetricsLog:
         group: of the curves in TensorBoard.
     """
 
-    def __init__(
-        self, run_dir: Path, step: int, file: str = "metrics.jsonl", group: str = "train"
-    ) -> None:
+    def __init__(self, run_dir: Path, step: int, file: str = METRICS, group: str = "train") -> None:
         path = run_dir / file
         self._group = group
         rows = [row for row in read_metrics(path) if row["step"] <= step]
