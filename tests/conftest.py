@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CLASSES = 250
+
+
+@pytest.fixture(autouse=True)
+def launchers_variables() -> Iterator[None]:
+    """No test leaves variables behind by which a later one would think it has been launched."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = [os.environ.get(name) for name in names]
+    yield
+    assert [os.environ.get(name) for name in names] == before
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,9 @@ from mae_scale.world import World, cpus, host, is_slurm_task, slurm_rendezvous
 
 T = TypeVar("T")
 
+# What `start` sets for DeepSpeed and torch, where a launcher has not.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 met = False  # whether the ranks have met: from then on a `UserError` is raised on all of them
 
 
@@ -59,7 +62,7 @@ def start(world: World) -> None:
 def process_group(
     world: World, hang_timeout: float, problem: UserError | None = None
 ) -> Iterator[None]:
-    """All ranks together from `start` to a common end.
+    """All ranks together from `start` to a common end, which leaves the environment as it was.
 
     A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
     or `CommonError` is raised on all ranks and ends as orderly as success does.
@@ -69,6 +72,7 @@ def process_group(
         problem: what this rank has found wrong before it came here.
     """
     global met
+    before = {name: os.environ.get(name) for name in VARIABLES}
     try:
         start(world)
         watchdog.start(world.rank, world.size, hang_timeout)
@@ -90,6 +94,12 @@ def process_group(
         failure = _in_one_line(error)
         watchdog.report(failure)
         raise failure from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
     if wrong is not None:
         raise wrong
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,26 +35,36 @@ def test_all_pairs_of_world_sizes_and_stages(tmp_path: Path, precision: str, siz
     assert lines == compared, [line for line in lines if line not in compared]
 
 
+CONVERT_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+
+from mae_scale.train import elastic
+
+folder, writes, *order = sys.argv[1:]
+left = int(writes)
+save = torch.save
+
+
+def save_and_die(*args):
+    global left
+    save(*args)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.save = save_and_die
+elastic.convert(Path(folder), 2, order)
+"""
+
+
 def convert_and_die(folder: Path, order: list[str], writes: int) -> int:
     """Convert in a process that is killed after so many files; gives its exit code."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    save = torch.save
-
-    def save_and_die(*args: Any) -> None:
-        nonlocal writes
-        save(*args)
-        writes -= 1
-        if writes == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = save_and_die
-    try:
-        elastic.convert(folder, 2, order)
-        os._exit(0)
-    finally:
-        os._exit(1)
+    command = [sys.executable, "-c", CONVERT_AND_DIE, folder, str(writes), *order]
+    return subprocess.run(command).returncode
 
 
 def test_a_conversion_killed_anywhere_is_made_again(run: Run) -> None:
