@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CLASSES = 250
+
+# Ignored where pytest runs in the background or under nohup, and so in all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

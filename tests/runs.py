@@ -58,15 +58,18 @@ class Run:
     processes: int = 1
     task: str = "pretrain"
 
-    def command(self) -> list[str]:
-        """The command as a user types it."""
+    def arguments(self) -> list[str]:
+        """Those of the command, without what launches it."""
         small = {
             key: value
             for key, value in SMALL.items()
             if self.task == "pretrain" or not key.startswith(PRETRAINING)
         }
         settings = {**small, "run_dir": self.run_dir, "data.train": self.shards, **self.settings}
-        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    def command(self) -> list[str]:
+        """The command as a user types it."""
         n = self.processes
         port = free_port()
         # The `deepspeed` script itself does not start from a virtual environment whose path has a
@@ -77,7 +80,7 @@ class Run:
             "deepspeed": f"-m deepspeed.launcher.runner --num_gpus {n} --master_port {port} "
             "--module mae_scale",
         }[self.launcher]
-        return [sys.executable, *launch.split(), self.task, *arguments]
+        return [sys.executable, *launch.split(), self.task, *self.arguments()]
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a shell does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -107,6 +108,30 @@ def test_shellcheck(templates: Path) -> None:
 def test_two_nodes_with_four_tasks_finish(undisturbed: Training) -> None:
     assert [row["step"] for row in undisturbed.run.rows()] == list(range(1, STEPS + 1))
     assert undisturbed.events() == ["started", "finished"]
+
+
+def test_finetune_linprobe_and_evaluate(undisturbed: Training, tmp_path: Path) -> None:
+    """On two nodes, from what was pre-trained; the moving average is evaluated."""
+    shards = undisturbed.shards
+    settings = {"weights": undisturbed.run.run_dir, "data.val": shards, "train.epochs": 1,
+                "train.micro_batch_size": 2, "optim.warmup_epochs": 0}  # fmt: skip
+    average = {"optim.ema_decay": 0.9, "train.precision": "fp32"}
+    tuned = Run(tmp_path / "fine tuned", shards, {**settings, **average}, task="finetune")
+    probed = Run(tmp_path / "probed", shards, settings, task="linprobe")
+    evaluate = [tuned.run_dir, f"val={shards}", "--ema", "--out=results.json"]
+    for name, arguments in (
+        ("finetune", tuned.arguments()),
+        ("linprobe", probed.arguments()),
+        ("evaluate", evaluate),
+    ):
+        template = undisturbed.templates / f"{name}.sbatch"
+        job = undisturbed.cluster.submit(template, *arguments, cwd=tmp_path, options=FOUR)
+        assert "slurm: finished" in job.finish(), name
+    (row,) = probed.rows("validation.jsonl")
+    assert row["images"] == 250
+    (row,) = tuned.rows("validation.jsonl")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["sets"]["val"]["loss"] == pytest.approx(row["ema_loss"], rel=1e-6)
 
 
 def test_preempted_and_then_a_node_is_lost(training: Training, undisturbed: Training) -> None:
