@@ -72,36 +72,44 @@ def process_group(
         problem: what this rank has found wrong before it came here.
     """
     global met
+    with _environment_kept():
+        try:
+            start(world)
+            watchdog.start(world.rank, world.size, hang_timeout)
+            met = True
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            first = str(error).splitlines()[0]
+            raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
+        wrong: UserError | CommonError | None = None
+        try:
+            be_patient(hang_timeout)
+            try:
+                _raise_together(problem)
+                yield
+            except (UserError, CommonError) as error:
+                wrong = error
+            finish()
+        except Exception as error:
+            failure = _in_one_line(error)
+            watchdog.report(failure)
+            raise failure from error
+        if wrong is not None:
+            raise wrong
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what `start` sets."""
     before = {name: os.environ.get(name) for name in VARIABLES}
     try:
-        start(world)
-        watchdog.start(world.rank, world.size, hang_timeout)
-        met = True
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first = str(error).splitlines()[0]
-        raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
-    wrong: UserError | CommonError | None = None
-    try:
-        be_patient(hang_timeout)
-        try:
-            _raise_together(problem)
-            yield
-        except (UserError, CommonError) as error:
-            wrong = error
-        finish()
-    except Exception as error:
-        failure = _in_one_line(error)
-        watchdog.report(failure)
-        raise failure from error
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    if wrong is not None:
-        raise wrong
 
 
 def _raise_together(problem: UserError | None) -> None:
