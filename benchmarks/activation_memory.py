@@ -3,7 +3,7 @@
 
 Counted are the tensors that autograd saves on the device, each storage once, weights left out;
 with offload the inputs of the recomputed blocks are in host memory instead. Beside it what they
-should be by the formulas of `mae_scale/models/memory.py`, those of the blocks and all of them.
+should be by the formulas of `mae_scale/planning/memory.py`, those of the blocks and all of them.
 
 On a CPU the host is the device: offload copies nothing there, so its time says nothing.
 """
@@ -23,7 +23,7 @@ from machine import header
 from torch import nn
 
 from mae_scale.models import MaskedAutoencoderViT, build_mae
-from mae_scale.models.memory import (
+from mae_scale.planning.memory import (
     activation_parts,
     blocks_parts,
     kept_bytes,

@@ -24,8 +24,8 @@ from machine import header
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 from mae_scale.train.metrics import read_metrics
 
 STEPS = 300

@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 from machine import header
 
-from mae_scale.config import CheckpointConfig, OptimConfig, TrainConfig
+from mae_scale.config.batch import resolve_precision
+from mae_scale.config.sections import CheckpointConfig, OptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, process_group
 from mae_scale.models import build_mae
 from mae_scale.train.checkpoint import Commit, Saver
-from mae_scale.train.distributed import World, process_group
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.ds import TorchCheckpointEngine
-from mae_scale.train.engine import build_engine, fill_deepspeed_config, resolve_precision
+from mae_scale.train.engine import build_engine
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from machine import header
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 
 PEAK = """
 from pathlib import Path

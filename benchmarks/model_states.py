@@ -5,8 +5,8 @@ Measured are the tensors that rank 0 holds after the backward passes of two micr
 larger of both moments, each storage once: weights (those of the module), optimiser states (fp32
 master weights and AdamW's two moments), and all others: gradients and buffers for sending.
 
-The formula is that of `mae_scale/train/model_states.py`. Its last column is of gradients, which are
-summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
+The formula is that of `mae_scale/planning/model_states.py`. Its last column is of gradients, which
+are summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ from typing import Any
 import torch
 from machine import header
 
-from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.config.deepspeed import load_deepspeed_config
+from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, process_group
+from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import build_mae
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import (
-    build_engine,
-    fill_deepspeed_config,
-    fill_in,
-    load_deepspeed_config,
-)
-from mae_scale.train.logs import set_up_logging
-from mae_scale.train.model_states import Trained, model_states, trained_by
+from mae_scale.planning.model_states import Trained, model_states, trained_by
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine, fill_in
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:

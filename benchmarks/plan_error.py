@@ -36,14 +36,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, process_group
+from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.models.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
-from mae_scale.train.logs import set_up_logging
-from mae_scale.train.model_states import model_states, traffic, trained_by
+from mae_scale.planning.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
+from mae_scale.planning.model_states import model_states, traffic, trained_by
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine, fill_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEP = {"depth": 4, "decoder_depth": 2, "img_size": 64, "patch_size": 16}  # and ViT-B's widths

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import webdataset
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
 from mae_scale.randomness import Purpose, permutation
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 
 
 def make_source(images: Path, src: Path, count: int) -> int:

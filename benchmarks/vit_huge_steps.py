@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 from machine import header
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 from mae_scale.train.metrics import read_metrics
 
 

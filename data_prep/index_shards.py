@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         help="processes (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    from mae_scale.data.foreign import index_shards
     from mae_scale.errors import RunError, UserError
+    from mae_scale.sharding.foreign import index_shards
 
     try:
         folder, shards, samples, unlabelled = index_shards(

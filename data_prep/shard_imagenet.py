@@ -71,9 +71,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from mae_scale.data.shard_plan import Options
-    from mae_scale.data.sharding import shard
     from mae_scale.errors import RunError, UserError
+    from mae_scale.sharding.plan import Options
+    from mae_scale.sharding.run import shard
 
     options = Options(
         split=args.split,

@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         help="processes (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    from mae_scale.data.verify import verify
     from mae_scale.errors import RunError, UserError
+    from mae_scale.sharding.verify import verify
 
     try:
         report = verify(args.out, fast=args.fast, workers=args.workers)

@@ -23,10 +23,10 @@ from photographs import write_own_photographs, write_sample_photographs
 
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
-from mae_scale.figures import save_loss_curve
+from mae_scale.launch.stopping import STOPPED
+from mae_scale.tasks.figures import save_loss_curve
 from mae_scale.train.metrics import read_metrics
 from mae_scale.train.run_dir import read_history
-from mae_scale.train.stopping import STOPPED
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -12,19 +12,25 @@ from typing import NoReturn
 from mae_scale.errors import CommonError, RunError, UserError
 from mae_scale.world import World
 
-# Command: (module with a `main(argv, prog) -> exit code`, what it does). Modules are imported when
-# called for: --help and a mistyped key must not wait for torch and DeepSpeed.
+# Command: (folder of its module, which has a `main(argv, prog) -> exit code`; what it does). A
+# module is imported when it is called: --help and a mistyped key must not wait for DeepSpeed.
 COMMANDS = {
-    "pretrain": ("mae_scale.tasks.pretrain", "train a masked autoencoder on shards"),
-    "finetune": ("mae_scale.tasks.finetune", "train a classifier, from weights or from scratch"),
-    "linprobe": ("mae_scale.tasks.linprobe", "train a linear classifier on a frozen encoder"),
-    "evaluate": ("mae_scale.tasks.evaluate", "accuracy of a classifier, also on robustness sets"),
-    "plan": ("mae_scale.tasks.plan", "memory, time, data and saves of a recipe on a cluster"),
-    "sweep": ("mae_scale.tasks.sweep", "run a table of experiments, such as the paper's ablations"),
-    "status": ("mae_scale.tasks.status", "print how runs are doing, on one screen"),
-    "report": ("mae_scale.tasks.report", "write an HTML page that shows one or several runs"),
-    "export": ("mae_scale.tasks.export", "weights for the authors' code, timm or Hugging Face"),
-    "reconstruct": ("mae_scale.tasks.reconstruct", "draw what a trained one makes of images"),
+    "pretrain": ("tasks", "train a masked autoencoder on shards"),
+    "finetune": ("tasks", "train a classifier, from weights or from scratch"),
+    "linprobe": ("tasks", "train a linear classifier on a frozen encoder"),
+    "evaluate": (
+        "mae_scale.commands.evaluate",
+        "accuracy of a classifier, also on robustness sets",
+    ),
+    "plan": ("commands", "memory, time, data and saves of a recipe on a cluster"),
+    "sweep": (
+        "mae_scale.commands.sweep",
+        "run a table of experiments, such as the paper's ablations",
+    ),
+    "status": ("commands", "print how runs are doing, on one screen"),
+    "report": ("commands", "write an HTML page that shows one or several runs"),
+    "export": ("commands", "weights for the authors' code, timm or Hugging Face"),
+    "reconstruct": ("commands", "draw what a trained one makes of images"),
 }
 TRAINING = {"pretrain", "finetune", "linprobe"}
 
@@ -59,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"unknown command '{name}'; commands: {', '.join(COMMANDS)}")
         if name in TRAINING:
-            from mae_scale.train.stopping import stop_request
+            from mae_scale.launch.stopping import stop_request
 
             stop_request.install()
-        module = importlib.import_module(COMMANDS[name][0])
+        module = importlib.import_module(f"mae_scale.{COMMANDS[name][0]}.{name}")
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:
         world = World.from_environment()
         if isinstance(error, UserError) and name in TRAINING and world.size > 1:
-            from mae_scale.train.distributed import agreed
+            from mae_scale.launch.distributed import agreed
 
             error = agreed(world, error)
         # What all ranks raise is said once; the rest can strike any of them.
@@ -96,7 +102,7 @@ def entry() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if "mae_scale.train.distributed" not in sys.modules:
+    if "mae_scale.launch.distributed" not in sys.modules:
         sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mae_scale.tasks.sweep import table
+from mae_scale.commands.sweep import table
 from mae_scale.train.records import METRICS, read_metrics
 
 HERE = Path(__file__).parent

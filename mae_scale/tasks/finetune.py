@@ -7,16 +7,17 @@ import torch
 from timm.data import Mixup
 from torch.nn import functional as F
 
-from mae_scale.config import AugmentConfig, FinetuneConfig, parse
+from mae_scale.config.parsing import parse
+from mae_scale.config.sections import AugmentConfig, FinetuneConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
+from mae_scale.launch.logs import set_up_logging
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.flops import classifier_training_flops
+from mae_scale.planning.flops import classifier_training_flops
 from mae_scale.randomness import Purpose, hash64
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
 from mae_scale.world import World

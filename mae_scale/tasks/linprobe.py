@@ -6,17 +6,18 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from mae_scale.config import LinprobeConfig, parse
+from mae_scale.config.deepspeed import check_lars
+from mae_scale.config.parsing import parse
+from mae_scale.config.sections import LinprobeConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
+from mae_scale.launch.logs import set_up_logging
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.flops import classifier_training_flops
+from mae_scale.planning.flops import classifier_training_flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
+from mae_scale.train.deepspeed_config import zero_stage
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.engine import zero_stage
-from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
-from mae_scale.train.optimizers import check_lars
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
 from mae_scale.world import World
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.config import PretrainConfig
+from mae_scale.config.sections import PretrainConfig
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.loader import shard_cache
 from mae_scale.data.shards import ShardSet, is_remote, open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.errors import UserError
-from mae_scale.train.distributed import on_rank0
+from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Pictures
 
@@ -105,7 +105,9 @@ def _save(
     path: Path,
     title: str,
 ) -> None:
-    from mae_scale.figures import save_reconstruction_grid  # matplotlib, which rank 0 alone needs
+    from mae_scale.tasks.figures import (
+        save_reconstruction_grid,  # matplotlib, which rank 0 alone needs
+    )
 
     captions = [f"sample {sample}" for sample in samples]
     save_reconstruction_grid(path, images, mask, reconstruction, title=title, captions=captions)

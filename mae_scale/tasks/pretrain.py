@@ -10,19 +10,20 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.config import PretrainConfig, parse
+from mae_scale.config.parsing import parse
+from mae_scale.config.sections import PretrainConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
+from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import MaskedAutoencoderViT, build_mae
-from mae_scale.models.flops import training_flops
 from mae_scale.models.targets import PatchPCA, patchify
 from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.models.weights import fit_to_mae
+from mae_scale.planning.flops import training_flops
 from mae_scale.tasks.classification import read_any
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.logs import set_up_logging
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, deepspeed_config, train, training_data
 from mae_scale.world import World

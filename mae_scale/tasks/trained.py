@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mae_scale.config import FinetuneOptimConfig, ModelConfig
+from mae_scale.config.sections import FinetuneOptimConfig, ModelConfig
 from mae_scale.errors import UserError
 from mae_scale.models import Classifier, MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.tasks.classification import CLASSES, run_config

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from mae_scale.config import CheckpointConfig
+from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import sync_folder, write_atomically
+from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train import elastic
 from mae_scale.train.checkpoint_writer import BackgroundWriter
-from mae_scale.train.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.ds import DeepSpeedEngine
 
 log = logging.getLogger("mae_scale")

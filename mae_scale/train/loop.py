@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from mae_scale.config import CheckpointConfig, LarsConfig, OptimConfig, TrainConfig
+from mae_scale.config.batch import total_steps
+from mae_scale.config.sections import CheckpointConfig, LarsConfig, OptimConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
+from mae_scale.launch.distributed import World, gather_to_all, on_rank0
+from mae_scale.launch.stopping import stop_request
+from mae_scale.launch.watchdog import watchdog
+from mae_scale.planning.gpus import mfu
 from mae_scale.randomness import Purpose, hash64
 from mae_scale.train.checkpoint import Commit, Saver, add_score, best_score, folder_of
-from mae_scale.train.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import Record
-from mae_scale.train.mfu import mfu
 from mae_scale.train.nonfinite import StepGuard, first_nonfinite
 from mae_scale.train.profiling import StepProfiler, profiled_steps
 from mae_scale.train.schedule import learning_rate
-from mae_scale.train.stopping import stop_request
-from mae_scale.train.watchdog import watchdog
 
 log = logging.getLogger("mae_scale")
 
@@ -421,9 +422,3 @@ def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
     ready = torch.cuda.Event()
     ready.record()
     return host, ready
-
-
-def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimiser steps of a run: those of its epochs, or `train.max_steps` if that is less."""
-    steps = train.epochs * steps_per_epoch
-    return steps if train.max_steps is None else min(steps, train.max_steps)

@@ -8,8 +8,8 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig
-from mae_scale.errors import UserError
+from mae_scale.config.deepspeed import check_lars
+from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
 from mae_scale.train.ds import DeepSpeedEngine
 
 EMA = "ema"  # key in the optimiser's state of a parameter
@@ -66,15 +66,6 @@ def make_optimizer(
         check_lars(zero_stage)
         return GuardedLars(groups, optim.momentum)
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
-
-
-def check_lars(zero_stage: int) -> None:
-    """Raise a UserError where ZeRO breaks the norms that LARS needs."""
-    if zero_stage != 0:
-        raise UserError(
-            f"deepspeed: ZeRO-{zero_stage} cuts the weights into pieces, and LARS scales its step "
-            "by the norms of whole matrices; use zero0 (only the probe's linear layer is trained)"
-        )
 
 
 class GuardedLars(Lars):

@@ -21,13 +21,14 @@ import torch.distributed as dist
 from torch import nn
 
 import mae_scale
-from mae_scale.config import CheckpointConfig, flatten
-from mae_scale.data.console import size_text
+from mae_scale.config.identity import flatten
+from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import CommonError, UserError
-from mae_scale.train.distributed import gather_to_all, on_rank0
-from mae_scale.train.model_states import trained_by
+from mae_scale.launch.console import size_text
+from mae_scale.launch.distributed import gather_to_all, on_rank0
+from mae_scale.launch.watchdog import watchdog
+from mae_scale.planning.model_states import trained_by
 from mae_scale.train.run_dir import abandon, check_run, keep_config, open_run
-from mae_scale.train.watchdog import watchdog
 from mae_scale.world import World, host
 
 log = logging.getLogger("mae_scale")

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mae_scale.config import TrainConfig
+from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.files import owner
-from mae_scale.train.watchdog import watchdog
+from mae_scale.launch.watchdog import watchdog
 
 log = logging.getLogger("mae_scale")
 

@@ -12,32 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from mae_scale.config import RunConfig, identity_hash
+from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
+from mae_scale.config.identity import identity_hash
+from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.launch.distributed import be_patient, on_rank0, process_group
+from mae_scale.launch.stopping import STOPPED, stop_request
+from mae_scale.launch.watchdog import watchdog
 from mae_scale.train import checkpoint
-from mae_scale.train.distributed import be_patient, on_rank0, process_group
+from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
-from mae_scale.train.engine import (
-    accumulation_steps,
-    build_engine,
-    compile_blocks,
-    fill_deepspeed_config,
-    fill_in,
-    resolve_precision,
-    zero_stage,
-)
-from mae_scale.train.loop import Batch, Loop, Pictures, Validation, total_steps
+from mae_scale.train.engine import build_engine, compile_blocks, fill_in
+from mae_scale.train.loop import Batch, Loop, Pictures, Validation
 from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.preflight import ready
 from mae_scale.train.profiling import profiled_steps
 from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import add_history, note_restart
-from mae_scale.train.stopping import STOPPED, stop_request
-from mae_scale.train.watchdog import watchdog
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")

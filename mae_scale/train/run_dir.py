@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from mae_scale import __version__
-from mae_scale.config import as_yaml, differences
+from mae_scale.config.identity import as_yaml, differences
 from mae_scale.errors import CommonError, UserError
 from mae_scale.files import write_atomically
 from mae_scale.train.records import HISTORY, read_metrics

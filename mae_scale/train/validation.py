@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError
+from mae_scale.launch.watchdog import watchdog
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.optimizers import EMA, inner_optimizer, master_of
-from mae_scale.train.watchdog import watchdog
 
 
 @dataclass

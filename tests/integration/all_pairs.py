@@ -18,10 +18,11 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mae_scale.config import CheckpointConfig, FinetuneOptimConfig, TrainConfig
+from mae_scale.config.sections import CheckpointConfig, FinetuneOptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, start
 from mae_scale.train import checkpoint, elastic
-from mae_scale.train.distributed import World, start
-from mae_scale.train.engine import build_engine, fill_deepspeed_config
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine
 from mae_scale.train.optimizers import EMA, optimizer_order
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")

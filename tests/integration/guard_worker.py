@@ -7,10 +7,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, process_group
 from mae_scale.models import build_mae
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import build_engine, fill_deepspeed_config
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine
 from mae_scale.train.nonfinite import StepGuard
 
 OPTIM = OptimConfig(base_lr=1e-3)

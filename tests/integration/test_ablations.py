@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_scale.cli import main
-from mae_scale.config import recipe_names
-from mae_scale.tasks.reconstruct import load_mae
-from mae_scale.tasks.sweep import SWEEPS, table
+from mae_scale.commands.reconstruct import load_mae
+from mae_scale.commands.sweep import SWEEPS, table
+from mae_scale.config.parsing import recipe_names
+from mae_scale.launch.stopping import STOPPED
 from mae_scale.train.checkpoint import find_checkpoint
-from mae_scale.train.stopping import STOPPED
 
 RAW = {"model.norm_pix_loss": False, "model.depth": 2}
 
@@ -105,7 +105,7 @@ def test_bad_switches_get_one_line_and_leave_nothing(
     settings: dict,
     message: str,
 ) -> None:
-    monkeypatch.setattr("mae_scale.train.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
     command = replace(run, settings=settings).command()
     assert main(command[command.index("pretrain") :]) == 2
     error = capfd.readouterr().err.strip()

@@ -17,7 +17,7 @@ from mae_scale.cli import main
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in this process here; they must not take over its signals."""
-    monkeypatch.setattr("mae_scale.train.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
 
 
 def pretrain(run_dir: Path, shards: Path, **settings: Any) -> int:
@@ -116,7 +116,7 @@ def test_installed_without_the_checkout(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
     subprocess.run([*pip, repository], check=True, capture_output=True)
     code = (
-        "import mae_scale, sys; from mae_scale.config import recipe_names; "
+        "import mae_scale, sys; from mae_scale.config.parsing import recipe_names; "
         "from mae_scale.train.engine import load_deepspeed_config; "
         "load_deepspeed_config('zero3_offload'); print(mae_scale.__file__, recipe_names())"
     )

@@ -18,8 +18,8 @@ import yaml
 from runs import Run, ranks
 
 from mae_scale.cli import main
+from mae_scale.launch.stopping import STOPPED
 from mae_scale.models import build_mae
-from mae_scale.train.stopping import STOPPED
 
 TOTAL = 20  # steps of two epochs of 250 // 24
 CLASSIFIER = {"model.depth": 3, "train.precision": "fp32"}
@@ -281,7 +281,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     message: str,
 ) -> None:
     """In this process, whose signals they must not take over."""
-    monkeypatch.setattr("mae_scale.train.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
     run = replace(run, task=task, settings={"model.depth": 3, **settings})
     command = run.command()
     assert main(command[command.index(task) :]) == 2

@@ -74,10 +74,11 @@ def test_compiled_blocks_under_zero3(plain: Run, tmp_path: Path, every: str) -> 
 
 BUILD = """
 import json, resource, sys, torch
-from mae_scale.config import TrainConfig
+from mae_scale.config.sections import TrainConfig
 from mae_scale.models import build_mae
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import fill_deepspeed_config, fill_in
+from mae_scale.launch.distributed import World, process_group
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import fill_in
 
 world = World.from_environment()
 config = fill_deepspeed_config("zero3", TrainConfig(), world, "fp32")
@@ -106,10 +107,11 @@ def test_a_sharded_model_is_never_whole_on_a_rank(
 
 REDUCE = """
 import json, torch
-from mae_scale.config import OptimConfig, TrainConfig
+from mae_scale.config.sections import OptimConfig, TrainConfig
 from mae_scale.models import build_mae
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import build_engine, fill_deepspeed_config, fill_in
+from mae_scale.launch.distributed import World, process_group
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine, fill_in
 
 world = World.from_environment()
 with process_group(world, 600):
@@ -145,9 +147,10 @@ def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) ->
 ACCUMULATE = """
 import json, torch
 from torch import nn
-from mae_scale.config import OptimConfig, TrainConfig
-from mae_scale.train.distributed import World, process_group
-from mae_scale.train.engine import build_engine, fill_deepspeed_config
+from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.launch.distributed import World, process_group
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine
 from mae_scale.train.nonfinite import StepGuard
 
 world = World()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY, Run, free_port, send
 
-from mae_scale.config import CheckpointConfig
+from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import CommonError
 from mae_scale.train import preflight
 from mae_scale.train.run_dir import note_restart

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from runs import Run, handles_sigterm, ranks, send
 
+from mae_scale.launch.stopping import STOPPED
 from mae_scale.train.run_dir import read_history
-from mae_scale.train.stopping import STOPPED
 
 TOTAL = 20  # steps of two epochs of 250 // 24
 

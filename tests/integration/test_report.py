@@ -19,9 +19,9 @@ import pytest
 from runs import Run
 
 from mae_scale.cli import main
-from mae_scale.tasks.status import status
+from mae_scale.commands.status import status
 from mae_scale.train.run_dir import add_history
-from mae_scale.train.run_view import RunView
+from mae_scale.watching.run_view import RunView
 
 STRANGE = 'a <script>alert(1) & "ünï" $x_1$ \'b'
 VOID = {"meta", "img", "br", "input", "link"}

@@ -16,13 +16,13 @@ from runs import Run, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_scale.cli import main
+from mae_scale.commands.reconstruct import load_mae
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.loader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.models.masking import mask_noise
 from mae_scale.tasks.pictures import IMAGES, fixed_images
-from mae_scale.tasks.reconstruct import load_mae
 
 DRAWS = {"train.reconstruct_every": 2, "train.max_steps": 5, "train.profile": "3-4"}
 

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from mae_scale.charts import Chart, Curve, draw, moving_mean, short, spread, thin
-from mae_scale.tasks.health import duration
+from mae_scale.watching.charts import Chart, Curve, draw, moving_mean, short, spread, thin
+from mae_scale.watching.health import duration
 
 
 def test_a_long_curve_keeps_its_means_and_extremes() -> None:

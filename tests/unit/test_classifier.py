@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_scale.errors import UserError
 from mae_scale.models import Classifier, build_classifier, build_mae
 from mae_scale.models.encoder import drop_path_rates
-from mae_scale.models.flops import classifier_training_flops
+from mae_scale.planning.flops import classifier_training_flops
 
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 3}
 

@@ -12,17 +12,9 @@ import pytest
 import yaml
 
 from mae_scale.cli import main
-from mae_scale.config import (
-    FinetuneConfig,
-    LinprobeConfig,
-    PretrainConfig,
-    as_yaml,
-    differences,
-    flatten,
-    identity_hash,
-    parse,
-    recipe_names,
-)
+from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
+from mae_scale.config.parsing import parse, recipe_names
+from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
 from mae_scale.errors import UserError
 
 NEEDED = ["--run_dir=r", "--data.train=d"]

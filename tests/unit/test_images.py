@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mae_scale.data.images import damage, decode_error, shrink
+from mae_scale.sharding.images import damage, decode_error, shrink
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import webdataset
 from PIL import Image
 from timm.data import create_dataset
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
 from mae_scale.data.shards import open_shards
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 
 
 @pytest.fixture(scope="module")

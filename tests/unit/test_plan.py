@@ -15,13 +15,14 @@ import torch
 from torch.nn import functional as F
 
 from mae_scale.cli import main
-from mae_scale.config import FinetuneOptimConfig, LarsConfig, OptimConfig, recipe_names
+from mae_scale.config.deepspeed import load_deepspeed_config
+from mae_scale.config.parsing import recipe_names
+from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.models.flops import recomputed_flops, training_flops
-from mae_scale.models.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
-from mae_scale.train.engine import load_deepspeed_config
-from mae_scale.train.model_states import Trained, model_states, traffic, trained_by
+from mae_scale.planning.flops import recomputed_flops, training_flops
+from mae_scale.planning.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
+from mae_scale.planning.model_states import Trained, model_states, traffic, trained_by
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

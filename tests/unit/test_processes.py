@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mae_scale.data.processes import WorkerKilled, run_all, shared
 from mae_scale.errors import UserError
+from mae_scale.sharding.processes import WorkerKilled, run_all, shared
 
 
 def times_shared(item: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
 
 STREAM = """
 import signal
-from mae_scale.data.processes import run_all
+from mae_scale.sharding.processes import run_all
 
 def big(item):
     return bytes(300_000)  # more than a pipe holds: a kill comes in the middle of a message
@@ -73,7 +73,7 @@ def test_an_interrupt_at_any_moment_ends_it_at_once() -> None:
 AT_THE_START = """
 import os, signal, threading, time
 from multiprocessing.context import ForkProcess
-from mae_scale.data.processes import run_all
+from mae_scale.sharding.processes import run_all
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()  # takes the signal

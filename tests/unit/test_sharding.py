@@ -24,12 +24,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.shard_writer import ShardingError, tar_header
-from mae_scale.data.sharding import STOPPED, shard
 from mae_scale.data.shards import open_shards
-from mae_scale.data.verify import verify
 from mae_scale.errors import UserError
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import STOPPED, shard
+from mae_scale.sharding.verify import verify
+from mae_scale.sharding.writer import ShardingError, tar_header
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "shard_imagenet.py"
 OPTIONS = Options("train", seed=3, samples_per_shard=20)

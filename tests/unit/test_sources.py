@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
-from mae_scale.data.sources import Source, find_source
 from mae_scale.errors import UserError
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
+from mae_scale.sharding.sources import Source, find_source
 
 WNIDS = 5  # classes in these tests
 PER_CLASS = 4

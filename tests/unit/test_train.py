@@ -13,20 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_scale.config import TrainConfig
+from mae_scale.config.batch import accumulation_steps, resolve_precision
+from mae_scale.config.deepspeed import DS_CONFIGS, load_deepspeed_config
+from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
+from mae_scale.launch.distributed import World
 from mae_scale.models import build_mae
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
-from mae_scale.train.distributed import World
-from mae_scale.train.engine import (
-    DS_CONFIGS,
-    accumulation_steps,
-    compile_blocks,
-    fill_deepspeed_config,
-    load_deepspeed_config,
-    resolve_precision,
-    zero_stage,
-)
+from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
+from mae_scale.train.engine import compile_blocks
 from mae_scale.train.metrics import Meter, MetricsLog, read_metrics
 from mae_scale.train.schedule import learning_rate
 

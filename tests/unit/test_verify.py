@@ -15,12 +15,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mae_scale.data.foreign import index_shards
-from mae_scale.data.shard_plan import Options
-from mae_scale.data.sharding import shard
 from mae_scale.data.shards import NO_LABEL, ShardSet, open_shards
-from mae_scale.data.verify import verify
 from mae_scale.errors import UserError
+from mae_scale.sharding.foreign import index_shards
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
+from mae_scale.sharding.verify import verify
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mae_scale.train.watchdog import Peer, find_lost, find_stuck
+from mae_scale.launch.watchdog import Peer, find_lost, find_stuck
 
 LIMIT = 30
 

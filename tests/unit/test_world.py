@@ -7,7 +7,7 @@ import os
 import pytest
 
 from mae_scale.errors import CommonError
-from mae_scale.train.distributed import World
+from mae_scale.launch.distributed import World
 from mae_scale.train.run_dir import IDLE_RESTARTS, note_restart, read_history
 from mae_scale.world import cpus
 

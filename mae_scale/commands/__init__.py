@@ -1,0 +1,1 @@
+"""The commands that do not train, and those that only read a run."""

@@ -1,0 +1,138 @@
+"""The model card of an export: what the weights are, and how they came about."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_scale import __version__
+from mae_scale.config.identity import flatten
+from mae_scale.data.shards import MANIFEST, open_shards
+from mae_scale.errors import UserError
+from mae_scale.tasks.trained import Trained
+from mae_scale.train.checkpoint import Commit
+from mae_scale.train.records import METRICS, VALIDATION, read_metrics
+
+MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier export is known
+TASKS = {
+    "pretrain": "Masked autoencoder, pre-trained",
+    "finetune": "Classifier on the encoder of a masked autoencoder, fine-tuned",
+    "linprobe": "Linear classifier on the frozen encoder of a masked autoencoder",
+}
+
+
+def model_card(trained: Trained, ema: bool, to: str, library: str, code: str) -> str:
+    """The card as Markdown, with the Hub's front matter.
+
+    Args:
+        trained: what was exported.
+        ema: whether it is the moving average of its weights.
+        to: the form.
+        library: that loads it.
+        code: lines of Python that do.
+    """
+    config, commit = trained.config, Commit.read(trained.folder)
+    name = config["model"]["name"]
+    front: dict[str, Any] = {"library_name": library, "tags": ["mae-scale", "masked-autoencoder"]}
+    kind = "image-feature-extraction" if trained.task == "pretrain" else "image-classification"
+    front["pipeline_tag"] = kind
+    average = ", the moving average of its weights" if ema else ""
+    size, classes = config["model"]["img_size"], len(trained.classes)
+    facts = [
+        (
+            "Model",
+            f"`{name}`, {size} x {size} pixels" + (f", {classes} classes" if classes else ""),
+        ),
+        ("Form", f"{to}, fp32"),
+        *_steps(trained, commit),
+        *_data(trained, commit),
+        *_scores(trained, commit.step),
+        ("Versions", ", ".join([f"mae-scale {__version__}", *_versions()])),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    recipe = {key: value for key, value in flatten(config).items() if key.startswith(RECIPE)}
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {name}: {trained.task}
+
+{TASKS[trained.task]}
+with mae-scale after He et al., "Masked Autoencoders Are Scalable Vision Learners"
+([arXiv 2111.06377](https://arxiv.org/abs/2111.06377)){average}.
+Inputs are RGB images, scaled to 0 to 1 and normalised with ImageNet's mean and deviation.
+
+|  |  |
+|---|---|
+{rows}
+
+## Load it
+
+```python
+{code}
+```
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False).strip()}
+```
+
+## Licence
+
+Not stated yet: that of the weights is for whoever publishes them to choose, with regard to the
+images and to the weights that training started from. Write it here, and as `license:` above.
+"""
+
+
+RECIPE = ("seed", "weights", "model.", "augment.", "train.", "optim.", "deepspeed")
+
+
+def _steps(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
+    facts = [("Steps", f"{commit.step:,}"), ("Images seen", f"{commit.samples:,}")]
+    rows = [r for r in read_metrics(trained.run_dir / METRICS) if r["step"] <= commit.step]
+    if rows:
+        last = rows[-1]
+        epochs = last["epoch"] / last["step"] * commit.step
+        facts.append(("Epochs", f"{epochs:.4g} of {trained.config['train']['epochs']}"))
+        if last["loss"] is not None:
+            facts.append(("Training loss", f"{last['loss']:.4f} at step {last['step']:,}"))
+    trained_by = f"{commit.world_size} processes, ZeRO-{commit.zero_stage}, {commit.precision}"
+    return [*facts, ("Trained by", trained_by)]
+
+
+def _data(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
+    """The shards, and what is in them where they are still at hand."""
+    path = trained.config["data"]["train"]
+    facts = [("Data", f"`{path}`"), ("Fingerprint of the data", f"`{commit.data}`")]
+    if (Path(path) / MANIFEST).is_file():
+        try:
+            shards = open_shards(path)
+        except UserError:
+            return facts
+        if shards.fingerprint == commit.data:
+            facts.append(("Images", f"{len(shards):,} of {len(shards.classes):,} classes"))
+    return facts
+
+
+def _scores(trained: Trained, step: int) -> list[tuple[str, str]]:
+    """The best validation up to a step, of the weights and of their moving average."""
+    rows = [r for r in read_metrics(trained.run_dir / VALIDATION) if r["step"] <= step]
+    facts = []
+    for prefix, whose in (("", ""), ("ema_", " of the moving average")):
+        scored = [row for row in rows if f"{prefix}top1" in row]
+        if scored:
+            best = max(scored, key=lambda row: row[f"{prefix}top1"])
+            top1, top5, loss = (best[prefix + key] for key in ("top1", "top5", "loss"))
+            value = f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
+            facts.append((f"Best validation{whose}", f"{value}, at step {best['step']:,}"))
+    return facts
+
+
+def _versions() -> list[str]:
+    names = ("torch", "deepspeed", "timm")
+    return [*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"]

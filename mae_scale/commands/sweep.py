@@ -1,0 +1,315 @@
+"""`mae-scale sweep`: a table of runs, such as the paper's ablations, beside what the paper reports.
+
+A sweep is a YAML file:
+
+    title: Decoder depth (paper Table 1a)
+    seeds: [0]
+    pretrain: {config: pretrain_vit_large, train.epochs: 800}     # of every row
+    finetune: {config: finetune_vit_large}
+    linprobe: {config: linprobe_vit_large}
+    rows:
+      - {name: 1 block, pretrain: {model.decoder_depth: 1}, paper: {finetune: 84.8, linprobe: 65.5}}
+
+Each row is pre-trained, then fine-tuned and probed from that, with its own settings over those of
+every row; `null` in the place of settings leaves a task out, and without `pretrain` the others
+start from random weights. Rows with the same settings of pre-training share that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_scale.commands.arguments import Parser
+from mae_scale.config.identity import flatten
+from mae_scale.config.parsing import RECIPES, parse
+from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
+from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
+from mae_scale.launch.stopping import STOPPED
+from mae_scale.train.records import VALIDATION, read_metrics
+from mae_scale.train.run_dir import read_history
+from mae_scale.world import World, is_slurm_task
+
+log = logging.getLogger("mae_scale")
+
+CONFIGS: dict[str, Any] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "linprobe": LinprobeConfig,
+}
+COLUMNS = {"finetune": "fine-tuning", "linprobe": "linear probing"}
+SWEEPS = RECIPES / "sweeps"
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Run what is missing, print the table, and give the exit code: 0 done, 85 stopped early."""
+    names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
+    parser = Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", help=f"YAML file, or one of {names}")
+    parser.add_argument("--data.train", required=True, help="folder of training shards")
+    parser.add_argument("--data.val", required=True, help="folder of validation shards")
+    parser.add_argument("--run_dir", required=True, type=Path, help="folder for all runs")
+    parser.add_argument(
+        "--row", type=int, help="number of the one row to run, from 0 (in a Slurm array)"
+    )
+    parser.add_argument(
+        "--launch", default=shlex.join([sys.executable, "-m", "mae_scale"]),
+        help="what starts a run, such as 'torchrun --standalone --nproc_per_node 8 -m mae_scale'; "
+        "not needed under srun",
+    )  # fmt: skip
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    options = parser.parse_args(argv)
+    world = World.from_environment()
+    if world.size > 1 and not is_slurm_task(os.environ):
+        raise UserError(
+            "start a sweep alone and say how to launch its runs, such as --launch 'torchrun "
+            "--standalone --nproc_per_node 8 -m mae_scale'; only srun can start it on all ranks"
+        )
+    data = {key: getattr(options, key) for key in ("data.train", "data.val")}
+    sweep = read_sweep(_find(options.sweep), options.run_dir, data)
+    rows = range(len(sweep.rows))
+    if options.row is not None and options.row not in rows:
+        raise UserError(f"--row {options.row} must be from 0 to {rows[-1]}")
+    code = 0
+    if not options.table:
+        wanted = sweep.runs if options.row is None else sweep.runs_of(options.row)
+        code = run_all(wanted, shlex.split(options.launch))
+    if code in (0, 1) and world.rank == 0:
+        results = sweep.results()
+        print(table(sweep.title, results))
+        if options.run_dir.is_dir():
+            write_atomically(options.run_dir / "sweep.json", json.dumps(results, indent=1) + "\n")
+    return code
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: a command without what launches it."""
+
+    task: str
+    arguments: tuple[str, ...]
+    run_dir: Path
+
+    def top1(self) -> float | None:
+        """Accuracy at its end in percent, of the moving average where it keeps one."""
+        rows = read_metrics(self.run_dir / VALIDATION)
+        if not rows or not _is_finished(self.run_dir):
+            return None
+        return rows[-1].get("ema_top1", rows[-1]["top1"])
+
+
+def _is_finished(run_dir: Path) -> bool:
+    events = read_history(run_dir)
+    return bool(events) and events[-1]["event"] == "finished"
+
+
+@dataclass
+class Sweep:
+    """What a file asks for."""
+
+    title: str
+    rows: list[dict[str, Any]]
+    """`name` and `paper` of each."""
+    measured: list[dict[str, list[Run]]]
+    """Of each row, by task, the runs that give its accuracy: one for each seed."""
+    needed: list[list[Run]]
+    """Of each row, its runs in the order of their work."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, each once."""
+        return list(dict.fromkeys(run for row in self.needed for run in row))
+
+    def runs_of(self, row: int) -> list[Run]:
+        """Those of one row."""
+        return self.needed[row]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Of each row `name`, and by task the accuracy of each seed (null: not yet) and `paper`."""
+        return [
+            {
+                "name": row["name"],
+                **{task: [run.top1() for run in runs] for task, runs in measured.items()},
+                "paper": row.get("paper") or {},
+            }
+            for row, measured in zip(self.rows, self.measured, strict=True)
+        ]
+
+
+def _find(name: str) -> Path:
+    for path in (Path(name), SWEEPS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
+    raise UserError(f"{name!r} is neither a file nor one of the sweeps {names}")
+
+
+def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
+    """Read a file and check the settings of each of its runs; nothing is made.
+
+    Args:
+        path: of the file.
+        run_dir: folder for all runs: `seed0/pretrain/ROW` and so on.
+        data: config keys that all runs get.
+
+    Raises:
+        UserError: it is no sweep; a row with settings that cannot be is named.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    known = {"title", "seeds", "rows", *CONFIGS}
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise UserError(f"{path} is no sweep: expected title, pretrain, finetune, linprobe, rows")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(known))}")
+    sweep = Sweep(str(content.get("title", path.stem)), content["rows"], [], [])
+    folders: dict[tuple[Any, ...], Path] = {}
+    for row in sweep.rows:
+        if not isinstance(row, dict) or "name" not in row:
+            raise UserError(f"{path}: a row lacks its name: {row}")
+        unknown = row.keys() - {"name", "paper", *CONFIGS}
+        if unknown:
+            raise UserError(f"{path}: row {row['name']}: unknown key '{unknown.pop()}'")
+        measured: dict[str, list[Run]] = {}
+        needed: list[Run] = []
+        for seed in content.get("seeds", [0]):
+            weights: Path | None = None
+            for task in CONFIGS:
+                settings = _settings(content, row, task)
+                if settings is None:
+                    continue
+                if weights is not None:
+                    settings["weights"] = weights
+                elif task != "pretrain":
+                    settings["weights"] = "null"
+                settings |= {"seed": seed, **data}
+                slug = re.sub(r"\W+", "-", str(row["name"])).strip("-").lower()
+                key = (task, *map(str, settings.items()))
+                place = folders.setdefault(key, run_dir / f"seed{seed}" / task / slug)
+                if list(folders.values()).count(place) > 1:
+                    raise UserError(f"{path}: two rows have the name {row['name']}")
+                arguments = [f"--{name}={value}" for name, value in settings.items()]
+                run = Run(task, (*arguments, f"--run_dir={place}"), place)
+                try:
+                    parse(CONFIGS[task], list(run.arguments), task)
+                except UserError as error:
+                    raise UserError(f"{path}: row {row['name']}, {task}: {error}") from None
+                needed.append(run)
+                if task == "pretrain":
+                    weights = place
+                else:
+                    measured.setdefault(task, []).append(run)
+        if not measured:
+            raise UserError(f"{path}: row {row['name']} has neither finetune nor linprobe")
+        sweep.measured.append(measured)
+        sweep.needed.append(needed)
+    return sweep
+
+
+def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[str, Any] | None:
+    """Config keys of a task of a row; None where it is left out."""
+    if task not in content or (task in row and row[task] is None):
+        return None
+    merged = {**flatten(content[task] or {}), **flatten(row.get(task) or {})}
+    return {key: "null" if value is None else value for key, value in merged.items()}
+
+
+def run_all(runs: list[Run], launch: list[str]) -> int:
+    """Run them one after the other; finished ones say so and are done.
+
+    What fails does not keep the others from running, but those that start from it; bad settings do.
+
+    Returns:
+        0; 85 where a run was stopped early, 2 for bad settings; else the first failure's exit code.
+    """
+    failed: dict[Path, int] = {}
+    with _forwarded_signals() as child:
+        for number, run in enumerate(runs, start=1):
+            start = next((a for a in run.arguments if a.startswith("--weights=")), "")
+            if Path(start.partition("=")[2]) in failed:
+                continue
+            print(f"sweep: run {number} of {len(runs)}: {run.task} in {run.run_dir}", flush=True)
+            child[:] = [subprocess.Popen([*launch, run.task, *run.arguments])]
+            code = child[0].wait()
+            # Told by the signal, too: torchrun ends with 1 whatever its processes end with.
+            if child[1:] or code == STOPPED:
+                return STOPPED
+            if code == 2:
+                return 2
+            if code:
+                print(f"sweep: {run.run_dir} failed with exit code {code}", file=sys.stderr)
+                failed[run.run_dir] = code
+    return next(iter(failed.values()), 0)
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[list[Any]]:
+    """Hand signals that stop a run to the child; the list holds it, and then each signal."""
+    child: list[Any] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+    def forward(number: int, frame: Any) -> None:
+        if child:
+            child.append(number)
+            # Ctrl-C and a closed terminal have reached it already.
+            if number in (signal.SIGTERM, signal.SIGUSR1) and child[0].poll() is None:
+                child[0].send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield child
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def table(title: str, results: list[dict[str, Any]]) -> str:
+    """The rows as text: mean over the seeds, and lowest to highest; beside it the paper's."""
+    columns = [task for task in COLUMNS if any(task in row for row in results)]
+    has_paper = any(row["paper"] for row in results)
+    several = any(len(row.get(task, ())) > 1 for row in results for task in columns)
+    width = max(12, *(len(str(row["name"])) for row in results)) + 2
+    cell = 22 if several else 10
+    head = [" " * width + "".join(f"{COLUMNS[t]:>{cell + 8 * has_paper}}" for t in columns)]
+    if has_paper:
+        head.append(" " * width + f"{'measured':>{cell}}{'paper':>8}" * len(columns))
+    lines = [title, "top-1 in percent", *head]
+    for row in results:
+        text = f"{row['name']!s:<{width}}"
+        for task in columns:
+            text += f"{_cell(row.get(task)):>{cell}}"
+            if has_paper:
+                published = row["paper"].get(task)
+                text += f"{'' if published is None else f'{published:.1f}':>8}"
+        lines.append(text.rstrip())
+    return "\n".join(lines)
+
+
+def _cell(values: list[float | None] | None) -> str:
+    if values is None:
+        return ""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return f"{len(there)} of {len(values)} runs" if len(values) > 1 else "-"
+    mean = f"{sum(there) / len(there):.2f}"
+    return mean if len(there) == 1 else f"{mean} ({min(there):.2f}-{max(there):.2f})"

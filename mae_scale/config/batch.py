@@ -1,0 +1,52 @@
+"""What follows from a config and the number of processes: accumulation, steps, precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mae_scale.config.sections import TrainConfig
+from mae_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+    """Micro-batches per optimiser step: global batch / (micro-batch x world size).
+
+    Raises:
+        UserError: it is no whole number; the message says which settings would do.
+    """
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch < 1 or micro < 1:
+        raise UserError(
+            f"train.global_batch_size {batch} and train.micro_batch_size {micro} must be positive"
+        )
+    if batch % (micro * world_size) == 0:
+        return batch // (micro * world_size)
+    if batch % world_size == 0:
+        share = batch // world_size
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        near = min(divisors, key=lambda d: abs(d - micro))
+        would = f"train.micro_batch_size {near} would"
+    else:
+        unit = micro * world_size
+        near = max(unit, round(batch / unit) * unit)
+        would = f"train.global_batch_size {near} would, or another number of processes"
+    raise UserError(
+        f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro} x "
+        f"{world_size} processes = {micro * world_size}; {would}"
+    )
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """bf16 or fp32; `auto` is bf16 on GPUs and fp32 on CPUs."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of a run: those of its epochs, or `train.max_steps` if that is less."""
+    steps = train.epochs * steps_per_epoch
+    return steps if train.max_steps is None else min(steps, train.max_steps)

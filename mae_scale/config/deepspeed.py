@@ -1,0 +1,54 @@
+"""Reading the DeepSpeed JSON that a config names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from mae_scale.errors import UserError
+
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+def load_deepspeed_config(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON by its name in ds_configs/ or by its path.
+
+    As for DeepSpeed itself, comments and trailing commas may be in it.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
+    known = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+    path = DS_CONFIGS / f"{name}.json" if name in known else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}, or a path"
+        raise UserError(f"deepspeed: there is no DeepSpeed config '{name}'; {hint}")
+    try:
+        config = hjson.loads(path.read_text(), object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed: {path} is not a JSON object")
+    return config
+
+
+def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key '{key}' stands twice in one object")
+    return dict(pairs)
+
+
+def check_lars(zero_stage: int) -> None:
+    """Raise a UserError where ZeRO breaks the norms that LARS needs."""
+    if zero_stage != 0:
+        raise UserError(
+            f"deepspeed: ZeRO-{zero_stage} cuts the weights into pieces, and LARS scales its step "
+            "by the norms of whole matrices; use zero0 (only the probe's linear layer is trained)"
+        )

@@ -1,0 +1,194 @@
+"""Ranks: who this process is, agreeing with the others, starting and ending together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.launch.stopping import waiting_for_others
+from mae_scale.launch.watchdog import watchdog
+from mae_scale.world import World, cpus, host, is_slurm_task, slurm_rendezvous
+
+T = TypeVar("T")
+
+# What `start` sets for DeepSpeed and torch, where a launcher has not.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+met = False  # whether the ranks have met: from then on a `UserError` is raised on all of them
+
+
+def start(world: World) -> None:
+    """Join the process group: gloo for CPU tensors, NCCL for those on a GPU."""
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    local = world.local_rank if world.device.index is None else world.device.index
+    ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local}
+    ranks["LOCAL_WORLD_SIZE"] = world.local_size
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    backend = "gloo"
+    if world.device.type == "cuda":
+        if world.device.index < torch.cuda.device_count():  # else the preflight names this rank
+            torch.cuda.set_device(world.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
+        backend = "cpu:gloo,cuda:nccl"
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus())
+    timeout = timedelta(minutes=10)
+    if world.size == 1:
+        # A port of the kernel's choice: two runs on one machine must not meet.
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if not is_slurm_task(os.environ):
+            raise UserError(
+                "WORLD_SIZE is set, but not where rank 0 is: MASTER_ADDR and MASTER_PORT"
+            )
+        address, port = slurm_rendezvous()
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    with waiting_for_others():
+        dist.init_process_group(backend, timeout=timeout)
+
+
+@contextmanager
+def process_group(
+    world: World, hang_timeout: float, problem: UserError | None = None
+) -> Iterator[None]:
+    """All ranks together from `start` to a common end, which leaves the environment as it was.
+
+    A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
+    or `CommonError` is raised on all ranks and ends as orderly as success does.
+
+    Args:
+        hang_timeout: seconds without any progress after which the ranks end.
+        problem: what this rank has found wrong before it came here.
+    """
+    global met
+    with _environment_kept():
+        try:
+            start(world)
+            watchdog.start(world.rank, world.size, hang_timeout)
+            met = True
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            first = str(error).splitlines()[0]
+            raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
+        wrong: UserError | CommonError | None = None
+        try:
+            be_patient(hang_timeout)
+            try:
+                _raise_together(problem)
+                yield
+            except (UserError, CommonError) as error:
+                wrong = error
+            finish()
+        except Exception as error:
+            failure = _in_one_line(error)
+            watchdog.report(failure)
+            raise failure from error
+        if wrong is not None:
+            raise wrong
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what `start` sets."""
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _raise_together(problem: UserError | None) -> None:
+    """Raise on all ranks what any of them has found wrong, naming the rank unless it is all."""
+    found = gather_to_all((host(), None if problem is None else str(problem)))
+    texts = {text for _, text in found}
+    if texts == {None}:
+        return
+    if len(texts) == 1:
+        raise UserError(found[0][1])
+    rank, (place, text) = next((r, f) for r, f in enumerate(found) if f[1] is not None)
+    raise UserError(f"rank {rank} ({place}): {text}")
+
+
+def agreed(world: World, error: UserError) -> UserError:
+    """What all ranks end with when this one has found bad input; it may be the only one.
+
+    Where they have not met yet, they meet now: a folder that one node lacks must be named once,
+    not by each rank or by none.
+    """
+    if world.size == 1 or met:
+        return error
+    try:
+        with process_group(world, 60, error):
+            raise AssertionError("a problem ends the process group")
+    except UserError as common:
+        return common
+
+
+def _in_one_line(error: Exception) -> Exception:
+    """A `RunError` in place of what the machine is to blame for, not the program."""
+    if isinstance(error, OSError):
+        return RunError(str(error))
+    writing = ("PytorchStreamWriter", "inline_container.cc", "Parent directory")  # of torch.save
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in writing):
+        return RunError(f"a checkpoint cannot be written; is the disk full? ({error})")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return RunError(f"a data worker ended unexpectedly, out of memory? ({error})")
+    return error
+
+
+def be_patient(hang_timeout: float) -> None:
+    """Let collectives of all groups wait longer than the watchdog: it names who is to blame."""
+    # Public since torch 2.15 only.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in distributed_c10d._world.pg_map:
+        set_timeout(timedelta(seconds=hang_timeout + 300), group)
+
+
+def finish() -> None:
+    """Leave the process group when all ranks have come this far."""
+    watchdog.leave()
+    dist.barrier()
+    watchdog.stop()
+    dist.destroy_process_group()
+
+
+def on_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and give its result, or raise its exception, on every rank.
+
+    Without a process group the only process is rank 0.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def gather_to_all(value: T) -> list[T]:
+    """The values of all ranks, in rank order, on every rank."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]

@@ -1,0 +1,349 @@
+"""What a run needs of a cluster and what it gets from it, by arithmetic: memory, time, data, saves.
+
+Nothing is started and no weights are made. Memory is by `models.memory` and `train.model_states`;
+time follows from the model's operations, the GPU's peak and a stated share of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
+from mae_scale.config.deepspeed import check_lars, load_deepspeed_config
+from mae_scale.config.sections import FinetuneConfig, LarsConfig, RunConfig
+from mae_scale.errors import UserError
+from mae_scale.models.encoder import Encoder
+from mae_scale.planning.flops import recomputed_flops
+from mae_scale.planning.memory import (
+    activation_parts,
+    host_bytes,
+    kept_bytes,
+    peak_bytes,
+    sizes,
+)
+from mae_scale.planning.model_states import model_states, traffic, trained_by
+
+HEADROOM = 0.1  # of the memory: the CUDA context, NCCL, what the allocator cannot use
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+# Of settings that are as fast the first one is chosen. zero0 is there to compare with.
+PREFERENCE = ("zero1", "zero2", "zero3", "zero3_offload")
+FIRST = ("zero1", "zero2")  # ZeRO-3 stops for weights before each block
+CHECKPOINTING: tuple[tuple[str | int, bool], ...] = (
+    ("none", False), (4, False), (2, False), ("full", False), ("full", True),
+)  # fmt: skip
+AS_FAST = 0.98  # of the fastest: the estimates are no better than that
+BUSY_TOKENS = 2048  # rows of the encoder's matrices from which on a GPU can reach its MFU
+BACKWARD = 2 / 3  # of the time of a step, in which gradients can be sent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what is assumed of them."""
+
+    gpus: int
+    gpus_per_node: int
+    name: str
+    """Of the GPU, or CPU."""
+    memory_gb: float
+    """Of a GPU, or of a process on a CPU; 1e9 bytes."""
+    tflops: float | None
+    """Dense bf16 peak of a GPU."""
+    mfu: float
+    """Share of the peak that goes into the model's operations while a GPU computes."""
+    network_gbs: float
+    """GB/s in which collectives pass a node's links, all of them together."""
+    disk_gbs: float
+    """GB/s that all ranks together write to the run folder."""
+    images_per_core: float
+    """Images that a core decodes and crops in a second."""
+    restart_minutes: float
+    """From the end of a job to its next step."""
+
+    @property
+    def nodes(self) -> int:
+        """Number of them."""
+        return max(1, self.gpus // self.gpus_per_node)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether there is no GPU."""
+        return self.name == "CPU"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be planned."""
+
+    config: RunConfig
+    model: Encoder
+    """On the meta device, frozen as the task does it."""
+    flops: int
+    """Of an image, forward and backward."""
+    images: int
+    """Of an epoch."""
+    image_bytes: float
+    """Of an image on disk."""
+    fixed: frozenset[str]
+    """Config keys that are not to be chosen."""
+
+    @property
+    def total_images(self) -> int:
+        """Images that the whole run trains on."""
+        batch = self.config.train.global_batch_size
+        return total_steps(self.config.train, self.images // batch) * batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting and what follows from it; bytes are those of a rank."""
+
+    deepspeed: str
+    checkpointing: str | int
+    offload: bool
+    micro_batch: int
+    accumulation: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """That the forward pass keeps."""
+    buffers: float
+    """All else at the worst moment: for sending, temporary tensors, what is computed again."""
+    host: float
+    fits: bool
+    sent: float
+    """Bytes that a rank sends for a step."""
+    network_s: float
+    """Of a step, spent waiting for the network."""
+    compute_s: float | None
+    """Of a step; None where the peak is not known, as on a CPU."""
+    recompute_share: float
+    """Of the time that a GPU computes."""
+    images_per_second: float | None
+    """Of all ranks."""
+    checkpoint: float
+    """Bytes of a checkpoint, of all ranks."""
+    busy: bool
+    """Whether the micro-batch is large enough for the stated MFU."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a rank on its device at the worst moment."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "memory": self.memory}
+
+
+def rows(job: Job, cluster: Cluster) -> list[Row]:
+    """All settings that are worth a look, or the one value of each that is fixed.
+
+    Raises:
+        UserError: the batch does not divide among the GPUs, or a fixed setting cannot be.
+    """
+    train, fixed = job.config.train, job.fixed
+    stages: tuple[str, ...] = STAGES
+    if isinstance(job.config.optim, LarsConfig):
+        stages = ("zero0",)
+    if "deepspeed" in fixed:
+        stages = (job.config.deepspeed,)
+    ways = CHECKPOINTING
+    if not any(p.requires_grad for p in job.model.blocks.parameters()):
+        ways = (("none", False),)  # frozen blocks keep nothing
+    if fixed & {"train.activation_checkpointing", "train.activation_offload"}:
+        ways = ((train.activation_checkpointing, train.activation_offload),)
+    sections = {name: load_deepspeed_config(name).get("zero_optimization", {}) for name in stages}
+    if isinstance(job.config.optim, LarsConfig):
+        for section in sections.values():
+            check_lars(section.get("stage", 0))
+    found = []
+    for every, offload in ways:
+        job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]
+        for name in stages:
+            found += [
+                _row(job, cluster, name, sections[name], every, offload, micro)
+                for micro in micro_batches(job, cluster.gpus)
+            ]
+    return sorted(found, key=lambda row: stages.index(row.deepspeed))
+
+
+def micro_batches(job: Job, gpus: int) -> list[int]:
+    """Powers of two that divide a GPU's share of the global batch.
+
+    Raises:
+        UserError: there is no such share.
+    """
+    train = job.config.train
+    batch, most = train.global_batch_size, train.micro_batch_size
+    is_probe = isinstance(job.config.optim, LarsConfig)  # whose BatchNorm sees a micro-batch
+    if "train.micro_batch_size" in job.fixed or (is_probe and batch % (gpus * most) == 0):
+        accumulation_steps(train, gpus)
+        return [most]
+    if batch < 1 or batch % gpus:
+        fitting = [n for n in range(1, batch + 1) if batch % n == 0]
+        near = sorted(sorted(fitting, key=lambda n: abs(n - gpus))[:2])
+        raise UserError(
+            f"train.global_batch_size {batch} does not divide among {gpus} GPUs; nearest numbers "
+            f"of GPUs that would: {', '.join(map(str, near))}"
+        )
+    share = batch // gpus
+    found = [2**n for n in range(share.bit_length()) if share % 2**n == 0]
+    augment = job.config.augment if isinstance(job.config, FinetuneConfig) else None
+    if augment is not None and (augment.mixup > 0 or augment.cutmix > 0):
+        found = [micro for micro in found if micro % 2 == 0]  # they mix pairs
+    if not found:
+        raise UserError(
+            f"train.global_batch_size {batch} gives each of {gpus} GPUs {share} images, an odd "
+            "number, and mixup and cutmix mix pairs; use fewer GPUs, or --augment.mixup 0 "
+            "--augment.cutmix 0"
+        )
+    return found
+
+
+def _row(
+    job: Job,
+    cluster: Cluster,
+    name: str,
+    zero: dict[str, Any],
+    every: str | int,
+    offload: bool,
+    micro: int,
+) -> Row:
+    train, gpus = job.config.train, cluster.gpus
+    kind = "cpu" if cluster.is_cpu else "cuda"
+    precision = resolve_precision(train.precision, torch.device(kind))
+    run = trained_by(job.config.optim, job.model, precision, train.grad_reduce)
+    accumulation = train.global_batch_size // (micro * gpus)
+    states = model_states(run, zero, gpus, accumulates=accumulation > 1)
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    parts = activation_parts(job.model, sizes(dtype, kind))
+    kept = micro * kept_bytes(parts)
+    host = states.host + micro * host_bytes(parts)
+    memory = states.peak(peak_bytes(parts, micro))
+    limit = cluster.memory_gb * 1e9 * (1 - HEADROOM)
+    sent = traffic(run, zero, gpus, accumulation)
+    again = recomputed_flops(job.model) / job.flops
+    compute = None
+    exposed = (sent.gradients + sent.weights) / (cluster.network_gbs * 1e9)
+    if cluster.tflops is not None:
+        # fp32 on a GPU is TF32, whose peak is half of bf16's.
+        peak_flops = cluster.tflops * 1e12 * (1 if run.precision == "bf16" else 0.5)
+        flops = job.flops * (1 + again) * train.global_batch_size / gpus
+        compute = flops / (peak_flops * cluster.mfu)
+        hidden = sent.overlapped / (cluster.network_gbs * 1e9)
+        exposed -= min(hidden, BACKWARD * compute)
+    largest = train.global_batch_size // gpus
+    return Row(
+        deepspeed=name,
+        checkpointing=every,
+        offload=offload,
+        micro_batch=micro,
+        accumulation=accumulation,
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=kept,
+        buffers=memory - states.weights - states.gradients - states.optimizer - kept,
+        host=host,
+        fits=memory + (host if cluster.is_cpu else 0) <= limit,
+        sent=sent.gradients + sent.weights,
+        network_s=exposed,
+        compute_s=compute,
+        recompute_share=again / (1 + again),
+        images_per_second=compute and train.global_batch_size / (compute + exposed),
+        checkpoint=run.checkpoint_bytes(zero.get("stage", 0)),
+        busy=micro >= min(largest, -(-BUSY_TOKENS // job.model.encoder_tokens)),
+    )
+
+
+def choose(found: list[Row]) -> Row | None:
+    """The fastest setting that fits; of those as fast the first that the documentation names.
+
+    ZeRO-3 is for what does not fit otherwise. Settings that wait for host memory come last, for
+    their speed is not known, and micro-batches on which a GPU is not busy before them.
+    """
+    fitting = [row for row in found if row.fits]
+    if len({row.deepspeed for row in found}) > 1:
+        fitting = [row for row in fitting if row.deepspeed in PREFERENCE]
+    on_device = [row for row in fitting if row.host == 0]
+    busy = [row for row in on_device if row.busy]
+    first = [row for row in busy if row.deepspeed in FIRST]
+    some = first or busy or on_device or fitting
+    if not some:
+        return None
+    best = max(row.images_per_second or 0 for row in some)
+    as_fast = [row for row in some if (row.images_per_second or 0) >= AS_FAST * best]
+    return min(as_fast, key=_order)
+
+
+def _order(row: Row) -> tuple[int, int, int]:
+    stage = PREFERENCE.index(row.deepspeed) if row.deepspeed in PREFERENCE else 0
+    way = (row.checkpointing, row.offload)
+    return stage, CHECKPOINTING.index(way) if way in CHECKPOINTING else 0, -row.micro_batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a cluster."""
+
+    name: str
+    job: Job
+    cluster: Cluster
+    rows: list[Row]
+    chosen: Row | None
+    checkpoint_minutes: float | None
+    """Between two checkpoints; None where it is in steps and their time is not known."""
+    command: str
+    """To start it."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run, without validation and restarts."""
+        rate = self.chosen and self.chosen.images_per_second
+        return self.job.total_images / rate if rate else None
+
+    @property
+    def room(self) -> float:
+        """Bytes that the checkpoints take while one is being written."""
+        assert self.chosen is not None
+        return (self.job.config.checkpoint.keep + 1) * self.chosen.checkpoint
+
+    @property
+    def write_seconds(self) -> float:
+        """Of a checkpoint."""
+        assert self.chosen is not None
+        return self.chosen.checkpoint / (self.cluster.disk_gbs * 1e9)
+
+    def lost_minutes(self) -> tuple[float, float] | None:
+        """Of a job that is killed without a warning: on average and at the worst, with restart."""
+        if self.checkpoint_minutes is None:
+            return None
+        again, write = self.cluster.restart_minutes, self.write_seconds / 60
+        return self.checkpoint_minutes / 2 + write + again, self.checkpoint_minutes + write + again
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        lost = self.lost_minutes() if self.chosen else None
+        rate = self.chosen and self.chosen.images_per_second
+        per_gpu = rate and rate / self.cluster.gpus
+        return {
+            "config": self.name,
+            "cluster": asdict(self.cluster),
+            "flops_per_image": self.job.flops,
+            "images": self.job.total_images,
+            "rows": [row.as_dict() for row in self.rows],
+            "chosen": self.chosen and self.chosen.as_dict(),
+            "seconds": self.seconds,
+            "gpu_hours": self.seconds and self.seconds / 3600 * self.cluster.gpus,
+            "cores_per_gpu": per_gpu and per_gpu / self.cluster.images_per_core,
+            "read_bytes_per_second": rate and rate * self.job.image_bytes,
+            "checkpoint_write_seconds": self.write_seconds if self.chosen else None,
+            "checkpoint_room": self.room if self.chosen else None,
+            "checkpoint_minutes": self.checkpoint_minutes,
+            "lost_minutes": lost and {"expected": lost[0], "worst": lost[1]},
+            "command": self.command,
+        }

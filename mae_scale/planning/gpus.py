@@ -1,0 +1,61 @@
+"""What is known of GPUs by their names: peak, memory; and the share of the peak that is used."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by a pattern of the
+# device's name; the first that is found counts. Only those on which the tables that others keep of
+# the vendors' data sheets agree (compared on 2026-11-24); of any other GPU the MFU is null.
+PEAK_TFLOPS = {
+    r"\bMIG\b": None,  # a slice of a GPU; its name does not say how large
+    r"\bB200\b": 2250.0,
+    r"\bB100\b": 1750.0,
+    r"\bH100 NVL\b": 835.5,
+    r"\bH100 PCIe\b": 756.5,
+    r"\bH200 NVL\b": None,
+    r"\b(H100|H200|H800|GH200)\b": 989.4,
+    r"\bH20\b": 148.0,
+    r"\b(A100|A800)\b": 312.0,
+    r"\bA30\b": 165.0,
+    r"\bA10\b": 125.0,
+    r"\bL40S\b": 362.1,
+    r"\bL40\b": 181.0,
+    r"\bRTX 4090$": 165.2,
+    r"\bMI300X\b": 1307.4,
+    r"\bMI250X?\b": 191.5,  # of one of the two devices that a card shows as
+}
+
+# GB (1e9 bytes, rounded down) of a GPU by the name that people use; its peak is above.
+GPU_MEMORY_GB = {
+    "A10": 24, "A30": 24, "A100-40GB": 40, "A100-80GB": 80, "A800-80GB": 80, "L40": 48, "L40S": 48,
+    "H100": 80, "H100-PCIe": 80, "H100-NVL": 94, "H800": 80, "H20": 96, "H200": 141, "GH200": 96,
+    "B200": 180, "MI250X": 64, "MI300X": 192, "RTX-4090": 24, "V100-16GB": 16, "V100-32GB": 32,
+}  # fmt: skip
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 operations per second of a GPU by its name; None if it has none or is unknown."""
+    for pattern, tflops in PEAK_TFLOPS.items():
+        if re.search(pattern, name):
+            return tflops and tflops * 1e12
+    return None
+
+
+def mfu(
+    flops_per_image: float, images_per_second_per_gpu: float, device: torch.device
+) -> float | None:
+    """Model FLOPs utilisation, 0 to 1, against the bf16 peak whatever the run's precision is.
+
+    Args:
+        flops_per_image: of a training step, as by `models.flops.training_flops`.
+        images_per_second_per_gpu: trained.
+        device: of this rank.
+
+    Returns:
+        None on a CPU and on a GPU whose peak is not known.
+    """
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak and flops_per_image * images_per_second_per_gpu / peak

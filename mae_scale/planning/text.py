@@ -1,0 +1,201 @@
+"""What `mae-scale plan` prints, at most 120 columns wide but for the command to copy."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mae_scale.launch.console import size_text
+from mae_scale.planning.choice import HEADROOM, Cluster, Plan, Row
+
+
+def way(row: Row) -> str:
+    """Its activation checkpointing."""
+    text = row.checkpointing if isinstance(row.checkpointing, str) else f"every {row.checkpointing}"
+    return f"{text}, offload" if row.offload else text
+
+
+def _number(value: float | None, pattern: str = ",.0f") -> str:
+    return "-" if value is None else format(value, pattern)
+
+
+_COLUMNS = (
+    f"  {'':14}{'checkpointing':14}{'micro':>6}{'accum':>6}{'weights':>8}{'grads':>7}{'optim':>7}"
+    f"{'activ':>7}{'buffers':>8}{'all':>7}{'host':>7}{'sent':>7}{'wait s':>7}{'img/s':>9}"
+)
+
+
+def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
+    """A line for each setting, bytes in so many."""
+    lines = [_COLUMNS]
+    for row in found:
+        mark = "*" if row == chosen else " " if row.fits else "x"
+        bound = "<" if row.host and row.images_per_second else ""
+        parts = [row.gradients, row.optimizer, row.activations]
+        name = Path(row.deepspeed).stem
+        lines.append(
+            f"{mark} {name:14.14}{way(row):14}{row.micro_batch:6}{row.accumulation:6}"
+            f"{row.weights / unit:8.1f}" + "".join(f"{size / unit:7.1f}" for size in parts)
+            + f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}{row.host / unit:7.1f}"
+            f"{row.sent / unit:7.1f}{row.network_s:7.2f}"
+            f"{bound + _number(row.images_per_second):>9}"
+        )  # fmt: skip
+    return lines
+
+
+def _largest(found: list[Row]) -> list[Row]:
+    """Of each stage and checkpointing the largest micro-batch that fits, else the smallest."""
+    best: dict[Any, Row] = {}
+    for row in found:
+        key = (row.deepspeed, row.checkpointing, row.offload)
+        if key not in best or row.fits:
+            best[key] = row
+    return list(best.values())
+
+
+def page(plan: Plan) -> str:
+    """The whole plan of one config on one cluster."""
+    job, cluster, chosen = plan.job, plan.cluster, plan.chosen
+    assert chosen is not None
+    config = job.config
+    unit = "process" if cluster.is_cpu else "GPU"
+    size = 1e9 if chosen.memory > 1e9 else 1e6
+    everything = list(job.model.parameters())
+    trained = sum(p.numel() for p in everything if p.requires_grad) / 1e6
+    lines = [
+        f"{plan.name}: {config.model.name} at {config.model.img_size} pixels, "
+        f"{sum(p.numel() for p in everything) / 1e6:.1f} M parameters, {trained:.1f} M trained",
+        f"{_machine(cluster)}; batch {config.train.global_batch_size}, "
+        f"{job.total_images / 1e6:,.1f} M images in all",
+        "",
+        f"{'GB' if size == 1e9 else 'MB'} for each {unit}, at the largest micro-batch that fits "
+        f"into {cluster.memory_gb * (1 - HEADROOM):.1f} GB ({cluster.memory_gb:.1f} less "
+        f"{HEADROOM:.0%}); x: none fits; *: choose this",
+        *_table(_with(chosen, _largest(plan.rows)), chosen, size),
+        "",
+        f"{chosen.deepspeed}, checkpointing {way(chosen)}, at every micro-batch:",
+        *_table([row for row in plan.rows if _same_way(row, chosen)], chosen, size),
+        "",
+        *_consequences(plan),
+        "",
+        plan.command,
+        "",
+        *_assumptions(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _with(chosen: Row, some: list[Row]) -> list[Row]:
+    """The rows, the chosen one in the place of that with the same stage and checkpointing."""
+    return [chosen if _same_way(row, chosen) else row for row in some]
+
+
+def _same_way(row: Row, other: Row) -> bool:
+    return (row.deepspeed, row.checkpointing, row.offload) == (
+        other.deepspeed, other.checkpointing, other.offload,
+    )  # fmt: skip
+
+
+def _machine(cluster: Cluster) -> str:
+    if cluster.is_cpu:
+        processes = f"{cluster.gpus} process{'es' * (cluster.gpus > 1)}"
+        return f"{processes} on this machine's CPU, {psutil.cpu_count()} cores"
+    nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} of {cluster.gpus_per_node}"
+    return f"{cluster.gpus} x {cluster.name}, {nodes}"
+
+
+def _consequences(plan: Plan) -> list[str]:
+    """What the chosen setting means, a line for each subject."""
+    job, cluster, chosen = plan.job, plan.cluster, plan.chosen
+    assert chosen is not None
+    rate, lines = chosen.images_per_second, []
+    if rate is not None and plan.seconds is not None and chosen.compute_s is not None:
+        hours = plan.seconds / 3600
+        step = chosen.compute_s + chosen.network_s
+        lines += [
+            f"time         {rate:,.0f} images/s ({rate / cluster.gpus:,.0f} a GPU), steps of "
+            f"{step:.2f} s, epochs of {job.images / rate / 60:,.1f} minutes, "
+            f"{hours / 24:,.1f} days, {hours * cluster.gpus:,.0f} GPU-hours",
+            f"network      {size_text(chosen.sent)} sent by each GPU for a step; "
+            f"{chosen.network_s / step:.1%} of the time is spent waiting for it",
+        ]
+        if chosen.recompute_share:
+            lines.append(f"recomputing  {chosen.recompute_share:.0%} of the computing")
+        a_node = rate / cluster.gpus * cluster.gpus_per_node
+        cores = rate / cluster.gpus / cluster.images_per_core
+        lines.append(
+            f"data         {a_node:,.0f} images/s and {size_text(a_node * job.image_bytes)}/s to "
+            f"each node; {cores:.1f} cores for each GPU"
+        )
+    lines.append(
+        f"checkpoints  {size_text(chosen.checkpoint)} each, {plan.write_seconds:.1f} s to write, "
+        f"room for {job.config.checkpoint.keep + 1}: {size_text(plan.room)}"
+    )
+    lost = plan.lost_minutes()
+    if lost is not None and plan.checkpoint_minutes is not None:
+        hours_lost = [f"{minutes / 60 * cluster.gpus:,.1f}" for minutes in lost]
+        lines.append(
+            f"preemption   without a warning, saving every {plan.checkpoint_minutes:g} minutes: "
+            f"{lost[0] / 60:.2f} hours lost, {lost[1] / 60:.2f} at the worst "
+            f"({' and '.join(hours_lost)} GPU-hours)"
+        )
+    return lines
+
+
+def comparison(plans: list[Plan]) -> str:
+    """A line for each config and number of GPUs."""
+    width = max(len(plan.name) for plan in plans) + 2
+    lines = [
+        f"{'':{width}}{'GPUs':>5}  {'stage':14}{'checkpointing':15}{'micro':>5}{'accum':>6}"
+        f"{'GB':>6}{'img/s':>9}{'wait':>6}{'days':>7}{'GPU-h':>9}{'cores':>6}{'save GB':>8}"
+    ]
+    for plan in plans:
+        row, gpus = plan.chosen, plan.cluster.gpus
+        start = f"{plan.name:{width}}{gpus:5}  "
+        if row is None:
+            lines.append(f"{start}nothing fits into {plan.cluster.memory_gb:g} GB")
+            continue
+        rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
+        wait = row.compute_s and row.network_s / (row.compute_s + row.network_s)
+        lines.append(
+            f"{start}{Path(row.deepspeed).stem:14.13}{way(row):15}{row.micro_batch:5}{row.accumulation:6}"
+            f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
+            f"{_number(hours and hours / 24, ',.1f'):>7}{_number(hours and hours * gpus):>9}"
+            f"{_number(rate and rate / gpus / plan.cluster.images_per_core, '.1f'):>6}"
+            f"{row.checkpoint / 1e9:8.1f}"
+        )
+    return "\n".join([*lines, "", *_assumptions(plans[0], several=True)])
+
+
+def _assumptions(plan: Plan, several: bool = False) -> list[str]:
+    """What the numbers rest on."""
+    cluster, job = plan.cluster, plan.job
+    lines = ["Assumed:"]
+    if several:
+        lines.append(
+            f"- {cluster.name} of {cluster.memory_gb:g} GB, {HEADROOM:.0%} of it left free"
+        )
+    lines.append(
+        "- memory by formula (docs/scaling.md has the errors); buffers: gradients being sent, "
+        "gathered weights, what is computed again, temporary tensors; the headroom is for the "
+        "CUDA context, NCCL and the allocator"
+    )
+    if cluster.tflops is not None:
+        lines += [
+            f"- MFU {cluster.mfu:g} of {cluster.tflops:g} TFLOP/s (fp32: TF32, half of it) while a "
+            "GPU computes; recomputing takes time of its own, and so does waiting for the "
+            "network; a GPU is kept busy by a micro-batch of 2048 visible tokens or more",
+            f"- {cluster.network_gbs:g} GB/s of bus bandwidth; zero2 and zero3 send during the "
+            "backward pass, zero0 and zero1 after it; copies to host memory are not in the time: "
+            "where there are some, img/s is a bound",
+            f"- {cluster.images_per_core:g} images/s a core (fine-tuning's augmentation takes "
+            f"more), {job.image_bytes / 1e3:.0f} kB an image",
+        ]
+    lines.append(
+        f"- {cluster.disk_gbs:g} GB/s to the run folder; {cluster.restart_minutes:g} minutes for a "
+        "restart; a job that is warned saves first"
+    )
+    return [textwrap.fill(line, 112, subsequent_indent="  ") for line in lines]

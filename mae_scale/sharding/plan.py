@@ -1,0 +1,112 @@
+"""Which image goes into which shard at which place.
+
+The plan follows from the list of images, the seed and the options alone, so any process can
+write any shard at any time, and the shards are the same.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_scale.randomness import Purpose, permutation
+from mae_scale.sharding.images import shrink
+from mae_scale.sharding.sources import Source
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides about the bytes of the shards, beside the images themselves."""
+
+    split: str
+    seed: int = 0
+    samples_per_shard: int | None = None
+    shard_size: int = 256_000_000  # bytes, where samples_per_shard is None
+    resize_short: int | None = None  # pixels
+    quality: int = 90  # of resized JPEGs
+
+
+class Plan:
+    """Which image goes where."""
+
+    def __init__(self, source: Source, options: Options) -> None:
+        self.source = source
+        self.options = options
+        n = len(source)
+        self.order = permutation(n, Purpose.WRITE_ORDER, options.seed)
+        self.entry_sizes = 512 + _padded(source.sizes * self._shrink_ratio()) + 1024
+        if options.samples_per_shard:
+            count = -(-n // options.samples_per_shard)
+            bounds = np.minimum(np.arange(count + 1) * options.samples_per_shard, n)
+        else:
+            count = min(n, max(1, round(int(self.entry_sizes.sum()) / options.shard_size)))
+            bounds = np.arange(count + 1) * n // count
+        self.bounds: npt.NDArray[np.int64] = bounds
+        self.keys = _keys(source)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def file(self, shard: int) -> str:
+        return f"{self.options.split}-{shard:06d}.tar"
+
+    def images(self, shard: int) -> npt.NDArray[np.int64]:
+        """Places in the source of the images of a shard, in their order in it."""
+        return self.order[self.bounds[shard] : self.bounds[shard + 1]]
+
+    def bytes(self, shard: int) -> int:
+        """Size of the tar; an estimate where images are resized."""
+        size = int(self.entry_sizes[self.images(shard)].sum()) + 2 * tarfile.BLOCKSIZE
+        return -(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+    def _shrink_ratio(self) -> float:
+        """Bytes after resizing over bytes before, from 200 images."""
+        if not self.options.resize_short:
+            return 1.0
+        before, after = 0, 0
+        for i in self.order[:200]:
+            with suppress(Exception):  # damaged images are reported when their shard is written
+                data = self.source.read(int(i))
+                after += len(shrink(data, self.options.resize_short, self.options.quality))
+                before += len(data)
+        return after / before if before else 1.0
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What two runs must have in common to write into one folder."""
+        options = self.options
+        by_size = options.samples_per_shard is None
+        return {
+            "split": options.split,
+            "images": len(self.source),
+            "classes": len(self.source.classes),
+            "seed": options.seed,
+            "samples_per_shard": options.samples_per_shard,
+            "shard_size": options.shard_size if by_size else None,
+            "resize_short": options.resize_short,
+            "quality": options.quality if options.resize_short else None,
+            "source_sha256": self.source.fingerprint(),
+        }
+
+
+def _padded(size: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    return -(-size.astype(np.int64) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _keys(source: Source) -> list[str]:
+    """WebDataset keys: file names where these are unique and safe, else numbered ones.
+
+    A dot would end the key, and ustar has room for 100 bytes.
+    """
+    stems = [source.file_name(i).rpartition(".")[0] for i in range(len(source))]
+    keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    if len(set(keys)) == len(keys) and max(map(len, keys)) <= 90:
+        return keys
+    return [f"{i:08d}_{key[:80]}" for i, key in enumerate(keys)]

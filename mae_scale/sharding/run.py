@@ -1,0 +1,339 @@
+"""Writing shards: in parallel, the same bytes every time, and going on after any interruption.
+
+Until all shards are there the folder has a subfolder ``.sharding`` with the plan, a record of
+each finished shard, and the unfinished ones. A tar gets its name only when it is whole, its record
+follows, and the manifest comes last. No step needs a lock: two runs of one plan write the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_scale.data.shards import (
+    INDEX_DTYPE,
+    MANIFEST,
+    Shard,
+    dump,
+    write_shard_set,
+)
+from mae_scale.errors import UserError
+from mae_scale.files import host, owner, write_atomically
+from mae_scale.launch.console import say, size_text, warn
+from mae_scale.sharding.plan import Options, Plan
+from mae_scale.sharding.processes import run_all
+from mae_scale.sharding.sources import find_source
+from mae_scale.sharding.writer import (
+    WORK,
+    Job,
+    ShardingError,
+    read_record,
+    sha256_of,
+    write_shard,
+)
+
+STOPPED = 85  # stopped early, start me again
+_STALE_SECONDS = 3600.0
+
+
+def shard(
+    src: str | Path,
+    out: str | Path,
+    options: Options,
+    *,
+    workers: int = 1,
+    num_tasks: int = 1,
+    task_index: int = 0,
+    dry_run: bool = False,
+) -> int:
+    """Write the images of one split of `src` as shards into the folder `out`.
+
+    Args:
+        workers: writer processes; they don't change the result.
+        num_tasks, task_index: write only every `num_tasks`-th shard, from `task_index` on.
+        dry_run: say what would be written, and write nothing.
+
+    Returns:
+        Exit code: 0 done, STOPPED by a signal.
+
+    Raises:
+        UserError: bad input; nothing has been written.
+        ShardingError: no room, or a file could not be read or written.
+    """
+    src, out = Path(src), Path(out)
+    try:
+        with _signals_interrupt():
+            _check_places(src, out)
+            try:
+                if src.is_dir():
+                    say(f"listing the images of {src}")
+                source = find_source(src, options.split, workers)
+            except OSError as error:
+                raise UserError(f"{src} cannot be read: {error}") from error
+            for warning in source.warnings:
+                warn(f"warning: {warning}")
+            plan = Plan(source, options)
+            if dry_run:
+                _describe(plan, out)
+            else:
+                _run(plan, out, workers, num_tasks, task_index)
+    except OSError as error:
+        raise ShardingError(f"{out} cannot be written: {error}") from error
+    except KeyboardInterrupt:
+        warn("stopped; the same command goes on from here")
+        return STOPPED
+    return 0
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does; a second signal changes nothing."""
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_places(src: Path, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder; give a new or empty folder for the shards")
+    if src.is_dir() and out.resolve().is_relative_to(src.resolve()):
+        raise UserError(f"{out} lies inside the source {src}; give a folder outside of it")
+    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written: no permission in {parent}")
+
+
+def _run(plan: Plan, out: Path, workers: int, num_tasks: int, task_index: int) -> None:
+    if _check_plan(plan, out) is None:
+        try:
+            _write_mine(plan, out, workers, range(task_index, len(plan), num_tasks))
+            records = [read_record(out, plan, i) for i in range(len(plan))]
+            there = [record for record in records if record is not None]
+            if len(there) == len(plan):
+                _finish(plan, out, there)
+                return
+            if num_tasks > 1 and not (out / MANIFEST).exists():
+                say(
+                    f"task {task_index} of {num_tasks} is done, {len(there):,} of {len(plan):,} "
+                    "shards are there; the last task writes the manifest"
+                )
+                return
+        except (ShardingError, FileNotFoundError):
+            # Another run or task may have finished all of it, and removed the work folder.
+            if not (out / MANIFEST).exists():
+                raise
+    manifest = _check_plan(plan, out)
+    if manifest is None:
+        raise ShardingError(f"shards in {out} were changed by somebody else")
+    _finish_again(plan, out, manifest, workers)
+
+
+def _write_mine(plan: Plan, out: Path, workers: int, mine: range) -> None:
+    todo = []
+    for i in mine:
+        record = read_record(out, plan, i)
+        if record is None:
+            todo.append(i)
+        else:
+            _report(record)
+    _check_room(plan, out, todo)
+    out.mkdir(parents=True, exist_ok=True)
+    _start_work(plan, out)
+    if len(todo) < len(mine):
+        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there")
+    _write(plan, out, todo, workers)
+
+
+def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
+    """The manifest, where the folder is finished.
+
+    Raises:
+        UserError: the folder belongs to something else.
+    """
+    manifest: dict[str, Any] | None = None
+    try:
+        if (out / MANIFEST).exists():
+            manifest = json.loads((out / MANIFEST).read_bytes())
+            before = manifest.get("made_by", {}).get("plan")
+        elif (out / WORK / "plan.json").exists():
+            before = json.loads((out / WORK / "plan.json").read_bytes())
+        elif any(out.glob("*.tar")):
+            before = None
+        else:
+            return None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{out} holds a damaged {MANIFEST}; give a new folder") from error
+    if before is None:
+        raise UserError(f"{out} holds tars of something else; give a new or empty folder")
+    different = [
+        f"{key} {before.get(key)} there, {value} now"
+        for key, value in plan.record.items()
+        if before.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"{out} was made with other options or another source ({'; '.join(different)}); "
+            "give another folder, or the same options"
+        )
+    return manifest
+
+
+def _start_work(plan: Plan, out: Path) -> None:
+    """Put the plan down, and remove what runs that are gone have left unfinished."""
+    work = out / WORK
+    work.mkdir(exist_ok=True)
+    mine = work / f"plan.{owner()}"
+    write_atomically(mine, dump(plan.record))
+    try:
+        os.link(mine, work / "plan.json")  # of several tasks that start at once the first wins
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not (work / "plan.json").exists():
+            shutil.copyfile(mine, work / "plan.json")
+    mine.unlink()
+    _check_plan(plan, out)
+    _remove_unfinished(out)
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove the temporary files of processes that are gone."""
+    for path in [*(out / WORK).glob("*.tmp"), *out.glob(".*.tmp")]:
+        match = re.fullmatch(rf".*\.{host()}-(\d+)\.tmp", path.name)
+        with suppress(OSError):
+            gone = match is not None and not _alive(int(match[1]))
+            if gone or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _check_room(plan: Plan, out: Path, todo: list[int]) -> None:
+    need, free = sum(plan.bytes(i) for i in todo), _free(out)
+    if need > free:
+        raise ShardingError(
+            f"not enough room for {out}: {len(todo):,} shards need {size_text(need)}, "
+            f"{size_text(free)} are free"
+        )
+
+
+def _free(out: Path) -> int:
+    return shutil.disk_usage(next(p for p in [out, *out.absolute().parents] if p.exists())).free
+
+
+def _write(plan: Plan, out: Path, todo: list[int], workers: int) -> None:
+    job = Job(plan, out, multiprocessing.RawArray("q", len(plan)))
+    total = sum(len(plan.images(i)) for i in todo)
+    try:
+        with closing(run_all(write_shard, todo, workers, job, job.written, total)) as records:
+            for record in records:
+                _report(record)
+    finally:
+        _remove_unfinished(out)
+
+
+def _report(record: dict[str, Any]) -> None:
+    for name, reason in record["damaged"]:
+        warn(f"damaged, left out: {name}: {reason}")
+
+
+def _finish(plan: Plan, out: Path, records: list[dict[str, Any]]) -> None:
+    """Write the manifest and what else lies beside the tars, then remove the work folder."""
+    damaged = sorted(item for record in records for item in record["damaged"])
+    full = [record for record in records if record["samples"]]
+    if not full:
+        shutil.rmtree(out / WORK)
+        with suppress(OSError):
+            out.rmdir()
+        raise UserError(f"none of the {len(plan.source):,} images can be decoded")
+    index = np.array([tuple(e) for r in full for e in r["index"]], INDEX_DTYPE)
+    checksums = np.concatenate([np.array(r["checksums"], np.uint32) for r in full])
+    shards = [Shard(r["file"], r["samples"], r["bytes"], r["sha256"]) for r in full]
+    classes, split = plan.source.classes, plan.options.split
+    made_by = {"plan": plan.record, "damaged": damaged}
+    write_shard_set(out, split, classes, shards, index, checksums, made_by)
+    _clean(out)
+    say(
+        f"{out}: {len(index):,} images of {len(classes):,} classes in {len(shards):,} shards, "
+        f"{size_text(sum(shard.bytes for shard in shards))}; "
+        f"{len(damaged):,} damaged images left out"
+    )
+
+
+def _clean(out: Path) -> None:
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    for path in out.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _finish_again(plan: Plan, out: Path, manifest: dict[str, Any], workers: int) -> None:
+    """The folder is finished: say so, or write again what has been lost since."""
+    number = {plan.file(i): i for i in range(len(plan))}
+    lost = {}
+    for entry in manifest["shards"]:
+        tar = out / entry["file"]
+        if not tar.exists() or tar.stat().st_size != entry["bytes"]:
+            warn(f"{entry['file']} is missing or of another size; it is written again")
+            lost[entry["file"]] = entry["sha256"]
+    if lost:
+        todo = [number[file] for file in lost]
+        _check_room(plan, out, todo)
+        _start_work(plan, out)
+        _write(plan, out, todo, workers)
+        for file, sha256 in lost.items():
+            if sha256_of(out / file) != sha256:
+                (out / file).unlink()
+                raise ShardingError(f"{out}: the source has changed since {file} was written")
+    _clean(out)
+    say(
+        f"{out} is complete: {manifest['num_samples']:,} images in "
+        f"{len(manifest['shards']):,} shards, "
+        f"{len(manifest['made_by']['damaged']):,} damaged images left out"
+    )
+
+
+def _describe(plan: Plan, out: Path) -> None:
+    source = plan.source
+    need = sum(plan.bytes(i) for i in range(len(plan)))
+    per_shard = np.diff(plan.bounds)
+    about = "about " if plan.options.resize_short else ""
+    say(f"source: {source.kind} {source.root}")
+    say(
+        f"images: {len(source):,} in {len(source.classes):,} classes, "
+        f"{size_text(int(source.sizes.sum()))}"
+    )
+    say(
+        f"shards: {len(plan):,} of {per_shard.min():,} to {per_shard.max():,} images, "
+        f"{about}{size_text(need)} in all"
+    )
+    say(f"free space: {size_text(_free(out))}" + ("" if need < _free(out) else " (not enough)"))

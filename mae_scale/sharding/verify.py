@@ -1,0 +1,167 @@
+"""Whether shards are what their manifest says, down to each image."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mae_scale.data.shards import (
+    MANIFEST,
+    Shard,
+    ShardSet,
+    files_for_others,
+    is_remote,
+    open_shards,
+    read_manifest,
+)
+from mae_scale.errors import UserError
+from mae_scale.sharding.images import decode_error
+from mae_scale.sharding.processes import run_all, shared
+from mae_scale.sharding.sources import walk_tar
+from mae_scale.sharding.writer import sha256_of
+
+IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    shards: int
+    samples: int
+    classes: int
+    problems: list[str]  # each names the shard, and the member where one is damaged
+
+
+@dataclass
+class _Job:
+    shards: ShardSet
+    own: bool  # written by this program, not indexed
+    fast: bool
+    checked: Any  # images done of each shard, shared memory
+
+
+def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Report:
+    """Check sizes, SHA-256, tar structure, labels, checksums, and that every image decodes.
+
+    Args:
+        fast: don't decode.
+
+    Raises:
+        UserError: there is no finished folder of shards.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        open_shards(folder)  # says what is wrong
+    try:
+        shards = open_shards(folder)
+    except (UserError, OSError, ValueError) as error:
+        return Report(0, 0, 0, [str(error)])
+    remote = [file for file in shards.files if is_remote(file)]
+    if remote:
+        raise UserError(f"{remote[0]} is not on this machine; only local shards can be verified")
+    manifest = read_manifest(folder)
+    own = "plan" in manifest.get("made_by", {})
+    count = len(shards.files)
+    job = _Job(shards, own, fast, multiprocessing.RawArray("q", count))
+    found = dict(run_all(_verify_shard, range(count), workers, job, job.checked, len(shards)))
+    problems = [problem for i in range(count) for problem in found[i]]
+    entries = [Shard(**entry) for entry in manifest["shards"]]
+    for name, content in files_for_others(shards.split, entries).items() if own else ():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            problems.append(f"{name} is missing or does not agree with {MANIFEST}")
+    return Report(count, len(shards), len(shards.classes), problems)
+
+
+def _verify_shard(number: int) -> tuple[int, list[str]]:
+    job: _Job = shared()
+    shards = job.shards
+    path = Path(shards.files[number])
+    try:
+        problems = _problems(job, number, path)
+    except OSError as error:
+        problems = [f"cannot be read: {error}"]
+    job.checked[number] = int(shards.samples[number])
+    return number, [f"{path.name}: {problem}" for problem in problems]
+
+
+def _problems(job: _Job, number: int, path: Path) -> list[str]:
+    shards = job.shards
+    if not path.exists():
+        return ["is missing"]
+    problems = []
+    size = path.stat().st_size
+    if size != shards.bytes[number]:
+        problems.append(f"has {size:,} bytes, the manifest says {shards.bytes[number]:,}")
+    if sha256_of(path) != shards.sha256[number]:
+        problems.append("has another SHA-256 than the manifest says")
+
+    names, labels, images = {}, {}, 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            for member in walk_tar(path, resync=True):
+                names[member.offset] = member.name
+                key, suffix = split_key(member.name)
+                images += suffix in IMAGE_SUFFIXES
+                if suffix == "cls":
+                    labels[key] = os.pread(descriptor, member.size, member.offset)
+        except UserError as error:
+            problems.append(str(error))
+        if images < shards.samples[number]:
+            problems.append(f"shows {images:,} images of {shards.samples[number]:,}")
+        for sample in range(int(shards.starts[number]), int(shards.starts[number + 1])):
+            offset, length, label = shards.index[sample].item()
+            name = names.get(offset) or _name_before(descriptor, offset)
+            data = os.pread(descriptor, length, offset)
+            problem = _image_problem(data, length, int(shards.checksums[sample]), job.fast)
+            text = labels.get(split_key(name)[0])
+            if problem is None and offset not in names:
+                problem = "is not where the index says, or a header before it is damaged"
+            if (
+                problem is None
+                and text is not None
+                and not _same_label(text, label, shards.classes)
+            ):
+                problem = f"has the label {text!r}, the index says {label}"
+            if problem is not None:
+                problems.append(f"{name} {problem}")
+            job.checked[number] += 1
+    finally:
+        os.close(descriptor)
+    return problems
+
+
+def _image_problem(data: bytes, length: int, checksum: int, fast: bool) -> str | None:
+    if len(data) != length:
+        return "is cut short"
+    reason = None if fast else decode_error(data)
+    if reason:
+        return f"cannot be decoded: {reason}"
+    return "has other bytes than were written" if zlib.crc32(data) != checksum else None
+
+
+def _same_label(text: bytes, label: int, classes: list[str]) -> bool:
+    stripped = text.decode(errors="replace").strip()
+    return stripped == str(label) or (0 <= label < len(classes) and stripped == classes[label])
+
+
+def _name_before(descriptor: int, offset: int) -> str:
+    """The name in the header before some data; for shards that cannot be walked."""
+    block = os.pread(descriptor, tarfile.BLOCKSIZE, max(0, offset - tarfile.BLOCKSIZE))
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").name
+    except tarfile.TarError:
+        return f"the member at byte {offset:,}"
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """WebDataset's key and lower-case extension: the first dot of the file name parts them."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()

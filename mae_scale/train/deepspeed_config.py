@@ -1,0 +1,124 @@
+"""The DeepSpeed config of a run: a JSON from ds_configs/, completed from the recipe."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mae_scale.config.batch import accumulation_steps
+from mae_scale.config.deepspeed import load_deepspeed_config
+from mae_scale.config.identity import flatten
+from mae_scale.config.sections import TrainConfig
+from mae_scale.errors import UserError
+from mae_scale.train.ds import DeepSpeedBF16Config, DeepSpeedConfig, DeepSpeedConfigError
+from mae_scale.world import World
+
+# Sections of DeepSpeed's whose work is done by the recipe or this program, and by what.
+DECIDED_ELSEWHERE = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.* and train.epochs",
+    "fp16": "train.precision; fp16 is not offered (it overflows with MAE), bf16 is",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing and train.activation_offload",
+    "elasticity": "train.global_batch_size; a run goes on at any world size without it",
+    "curriculum_learning": "data.*",
+    "data_efficiency": "data.*",
+    "progressive_layer_drop": "model.*",
+}
+
+
+# Other spellings that DeepSpeed takes.
+SPELLINGS = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16"}
+
+
+def fill_deepspeed_config(
+    name: str, train: TrainConfig, world: World, precision: str
+) -> dict[str, Any]:
+    """The DeepSpeed config of a run: "auto" and missing keys come from the recipe.
+
+    Raises:
+        UserError: a setting in the file contradicts the recipe (the message names both), is
+            "auto" where the recipe decides nothing, or is one that DeepSpeed refuses.
+    """
+    config = load_deepspeed_config(name)
+    if "bfloat16" in config:
+        config.setdefault("bf16", config.pop("bfloat16"))
+    for section, instead in DECIDED_ELSEWHERE.items():
+        if _is_on(config.pop(section, None)):
+            raise UserError(
+                f"deepspeed: '{section}' in {name} contradicts the recipe, which decides it by "
+                f"{instead}; remove it"
+            )
+    for section in ("zero_optimization", "bf16", "data_types"):
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise UserError(f"deepspeed: {section} in {name} is not a JSON object")
+    stage = config["zero_optimization"].get("stage", 0)
+    if str(stage) not in ("0", "1", "2", "3"):
+        raise UserError(
+            f"deepspeed: zero_optimization.stage {json.dumps(stage)} in {name} is not 0, 1, 2 or 3"
+        )
+    config["zero_optimization"]["stage"] = stage = int(stage)
+    accumulation = accumulation_steps(train, world.size)
+    decided: dict[str, tuple[object, str]] = {
+        "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "the accumulation that follows from it"),
+        "gradient_clipping": (0.0, "the recipe's gradient clipping"),
+        "bf16.enabled": (precision == "bf16", f"train.precision {precision}"),
+        "communication_data_type": (train.grad_reduce, "train.grad_reduce"),
+        "data_types.grad_accum_dtype": ("fp32", "the sum of gradients, which is fp32"),
+        "zero_force_ds_cpu_optimizer": (False, "the recipe's AdamW, which is PyTorch's"),
+    }
+    fixed: dict[str, tuple[object, str]] = {  # not filled in: not every DeepSpeed has them
+        "bf16.bf16_master_weights_and_grads": (False, "the recipe's fp32 master weights"),
+        "bf16.bf16_optimizer_states": (False, "the recipe's fp32 optimiser states"),
+        "gradient_allreduce_op": ("mean", "the loss, a mean over the global batch"),
+    }
+    if precision == "bf16" and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
+        # The check asks the device at each step; StepGuard does without.
+        config["bf16"].setdefault("check_grad_overflow", False)
+    for key, (value, source) in {**decided, **fixed}.items():
+        section, _, leaf = key.rpartition(".")
+        place = config[section] if section else config
+        found = place.get(leaf, "auto")
+        meant = SPELLINGS.get(found, found) if isinstance(found, str) else found
+        if meant not in ("auto", value):
+            raise UserError(
+                f"deepspeed: {key} {json.dumps(found)} in {name} contradicts {source} "
+                f'({json.dumps(value)}); write "auto"'
+            )
+        if key in decided or leaf in place:
+            place[leaf] = value
+    for key, value in flatten(config).items():
+        if value == "auto":
+            raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
+    if stage == 0:  # DeepSpeed knows no other there; `_sum_in_fp32` does it
+        config["data_types"]["grad_accum_dtype"] = precision
+    _check_with_deepspeed(config, name)
+    return config
+
+
+def _is_on(section: Any) -> bool:
+    """Whether a section, or a value in it, asks for anything."""
+    if not isinstance(section, dict):
+        return section not in (None, False, 0, "", "auto")
+    if "enabled" in section:
+        return _is_on(section["enabled"])
+    return any(_is_on(value) for value in section.values())
+
+
+def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed read it, so that a key it does not know is found before anything is made."""
+    # Its world size is 1 as long as no process group is there; without this key it fits any.
+    alone = {key: value for key, value in config.items() if key != "train_batch_size"}
+    try:
+        DeepSpeedConfig(alone)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        text = " ".join(str(error).split()).split(" For further information")[0]
+        raise UserError(f"deepspeed: DeepSpeed refuses {name}: {text}") from None
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """ZeRO stage of a filled-in DeepSpeed config, 0 to 3."""
+    return config["zero_optimization"]["stage"]

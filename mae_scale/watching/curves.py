@@ -1,0 +1,140 @@
+"""The curves of a report: which there are, and over what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_scale.train.records import METRICS, VALIDATION, readable_rows
+from mae_scale.watching.charts import Chart, Curve, Values, draw
+from mae_scale.watching.run_view import RunView
+
+METRIC_KEYS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second",
+               "data_wait", "memory_gb", "mfu", "bad_steps")  # fmt: skip
+SCORES = ("top1", "ema_top1", "top5", "ema_top5", "loss", "ema_loss")
+
+Columns = dict[str, Values]
+
+
+@dataclass
+class Shown:
+    """A run on the page."""
+
+    view: RunView
+    label: str
+    colour: str
+
+    @cached_property
+    def metrics(self) -> Columns:
+        """Columns of metrics.jsonl, NaN where a value is not finite."""
+        return read_columns(self.view.folder / METRICS, METRIC_KEYS)
+
+    @cached_property
+    def validations(self) -> Columns:
+        """Columns of validation.jsonl."""
+        return read_columns(self.view.folder / VALIDATION, ("step", "epoch", *SCORES))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps of an epoch, of a run that has rows."""
+        return float(self.metrics["step"][-1] / self.metrics["epoch"][-1])
+
+    @property
+    def batch(self) -> float:
+        """Images of an optimiser step, of a run that has rows."""
+        return float(self.metrics["samples"][-1] / self.metrics["step"][-1])
+
+    @property
+    def seconds(self) -> float:
+        """Spent training, without validations and saves."""
+        samples, rate = self.metrics["samples"], self.metrics["images_per_second"]
+        return float(np.nansum(np.diff(samples, prepend=0.0) / rate))
+
+
+def read_columns(path: Path, keys: tuple[str, ...]) -> Columns:
+    """Values of the keys of all rows, float64 [rows]; NaN where a row has none."""
+    columns: dict[str, list[float]] = {key: [] for key in keys}
+    for row in readable_rows(path):
+        for key, column in columns.items():
+            value = row.get(key)
+            column.append(value if isinstance(value, (int, float)) else np.nan)
+    return {key: np.array(column, np.float64) for key, column in columns.items()}
+
+
+def curves(runs: list[Shown]) -> list[str]:
+    """The charts, over steps where a step means the same in all runs, else over epochs."""
+    drawn = [run for run in runs if len(run.metrics["step"])]
+    if not drawn:
+        return ["<h2>Curves</h2>", "<p>No step has been logged yet.</p>"]
+    lengths = {(run.batch, round(run.steps_per_epoch, 6)) for run in drawn}
+    axis = "step" if len(lengths) == 1 else "epoch"
+    label = "optimiser step" if axis == "step" else "epoch"
+    end = max(float(run.metrics[axis][-1]) for run in drawn)
+    marks = [
+        (step if axis == "step" else step / run.steps_per_epoch, run.colour)
+        for run in drawn
+        for step in run.view.resumes
+    ]
+
+    def chart(title: str, key: str, **how: Any) -> Chart:
+        curves = [Curve(run.metrics[axis], run.metrics[key], run.colour) for run in drawn]
+        return Chart(title, curves, label, end, marks, **how)
+
+    charts = [
+        chart("Learning rate", "lr", scale="zero"),
+        chart("Gradient norm", "grad_norm", smooth=True),
+        chart("Images per second", "images_per_second", scale="zero"),
+        chart("Share of the time spent waiting for data", "data_wait", scale="percent"),
+        chart("Memory of a rank, GB", "memory_gb", scale="zero"),
+    ]
+    if any(np.isfinite(run.metrics["mfu"]).any() for run in drawn):
+        charts.append(chart("Model FLOPs utilisation", "mfu", scale="percent"))
+    if any(np.nanmax(run.metrics["bad_steps"], initial=0) > 0 for run in drawn):
+        charts.append(chart("Steps not applied so far", "bad_steps", scale="zero"))
+    scores = _validation_charts(drawn, axis, label, end, marks)
+    loss = chart("Loss", "loss", smooth=True)
+    both = draw(loss, 1240, 340).replace("<svg", '<svg class="broad"', 1)
+    both += draw(loss, 420, 280).replace("<svg", '<svg class="narrow"', 1)
+    notes = ["Loss and gradient norm: moving means, and faintly what they are of."]
+    if marks:
+        notes.append("Dotted lines: the run was stopped or ended there, and went on.")
+    if any(curve.dashed for score in scores for curve in score.curves):
+        notes.append("Dashed curves: the moving average of the weights.")
+    legend = "".join(
+        f'<li><span class="chip" style="--colour:{run.colour}"></span>{escape(run.label)}</li>'
+        for run in drawn
+    )
+    return [
+        "<h2>Curves</h2>",
+        f'<ul class="legend">{legend}</ul>' if len(runs) > 1 else "",
+        f'<div class="card wide"><h3>Loss</h3>{both}</div>',
+        f'<div class="grid">{"".join(map(_chart_card, [*scores, *charts]))}</div>',
+        f'<p class="soft">{" ".join(notes)}</p>',
+    ]
+
+
+def _validation_charts(
+    runs: list[Shown], axis: str, label: str, end: float, marks: list[tuple[float, str]]
+) -> list[Chart]:
+    charts = []
+    titles = {"top1": "Validation: top-1, %", "top5": "Validation: top-5, %",
+              "loss": "Validation: loss"}  # fmt: skip
+    for key, title in titles.items():
+        curves = [
+            Curve(run.validations[axis], run.validations[name], run.colour, name != key)
+            for run in runs
+            for name in (key, f"ema_{key}")
+            if np.isfinite(run.validations[name]).any()
+        ]
+        if curves:
+            charts.append(Chart(title, curves, label, end, marks))
+    return charts
+
+
+def _chart_card(chart: Chart) -> str:
+    return f'<div class="card"><h3>{escape(chart.title)}</h3>{draw(chart, 420, 260)}</div>'
