@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +30,8 @@ class Encoder(nn.Module):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the transformer.
         drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
+        make_block: makes a block from its number and its rate of stochastic depth; None: timm's
+            block as pre-training has it.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -43,6 +45,7 @@ class Encoder(nn.Module):
         depth: int,
         num_heads: int,
         drop_path: float = 0.0,
+        make_block: Callable[[int, float], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         _check_image(img_size, patch_size)
@@ -54,10 +57,13 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
-        self.blocks = nn.ModuleList(
-            transformer_block(embed_dim, num_heads, drop_path=rate)
-            for rate in drop_path_rates(drop_path, depth)
-        )
+        if make_block is None:
+
+            def make_block(number: int, rate: float) -> nn.Module:
+                return transformer_block(embed_dim, num_heads, drop_path=rate)
+
+        rates = drop_path_rates(drop_path, depth)
+        self.blocks = nn.ModuleList(make_block(i, rate) for i, rate in enumerate(rates))
 
     @property
     def patch_size(self) -> int:
@@ -144,17 +150,20 @@ class Encoder(nn.Module):
     def run_blocks(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         """Apply blocks one after the other, recomputing some in the backward pass."""
         for i, block in enumerate(blocks):
-            if self.recomputes(i):
-                # The hooks of the outer context get the block's input only: within, those of
-                # checkpoint count. Pinned memory lets the device copy without the host waiting.
-                with save_on_cpu(pin_memory=x.is_cuda) if self._offload else nullcontext():
-                    # Without drop path nothing in a block is random: no generator to put back.
-                    x = checkpoint(
-                        block, x, use_reentrant=False, preserve_rng_state=self._is_random
-                    )
-            else:
-                x = block(x)
+            x = self.run_block(i, block, x)
         return x
+
+    def run_block(self, number: int, block: nn.Module, *inputs: Any) -> torch.Tensor:
+        """Apply the block of this number, recomputing it in the backward pass if that is due."""
+        if not self.recomputes(number):
+            return block(*inputs)
+        # The hooks of the outer context get the block's input only: within, those of checkpoint
+        # count. Pinned memory lets the device copy without the host waiting.
+        with save_on_cpu(pin_memory=inputs[0].is_cuda) if self._offload else nullcontext():
+            # Without drop path nothing in a block is random: no generator to put back.
+            return checkpoint(
+                block, *inputs, use_reentrant=False, preserve_rng_state=self._is_random
+            )
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -46,11 +46,23 @@ def interpolate_pos_embed(pos_embed: torch.Tensor, grid_size: int) -> torch.Tens
     Returns:
         [1, 1 + grid_size**2, D], of the same dtype.
     """
-    cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    patches = resize_grid(pos_embed[:, 1:], (grid_size, grid_size))
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
+
+
+def resize_grid(patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resample the rows of a square grid to another grid, bicubic, without antialiasing.
+
+    Args:
+        patches: [1, g*g, D].
+        size: rows and columns of the new grid.
+
+    Returns:
+        [1, rows * columns, D], of the same dtype; the same tensor where the grid is the same.
+    """
     old = round(patches.shape[1] ** 0.5)
-    if old == grid_size:
-        return pos_embed
+    if size == (old, old):
+        return patches
     grid = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, (grid_size, grid_size), mode="bicubic", align_corners=False)
-    patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
-    return torch.cat([cls_row, patches], dim=1)
+    grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(patches.dtype)
