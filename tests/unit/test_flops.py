@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.models import MODELS, build_mae
+from mae_scale.planning import gpus as mfu_module
 from mae_scale.planning.flops import forward_flops, training_flops
 from mae_scale.planning.gpus import mfu, peak_flops
-from mae_scale.planning import gpus as mfu_module
 
 
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.4])
