@@ -1,0 +1,46 @@
+"""Normalisation of feature maps in pyramids and heads."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from timm.layers import LayerNorm2d
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+Norm = Literal["batch", "layer"]
+
+
+class CountedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over all processes, each weighted by the number of its values.
+
+    A process may have no values at all, as a mask head has on images without objects. PyTorch's own
+    SyncBatchNorm refuses tensors on CPUs, and such a process. With one process it is BatchNorm2d.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> the same; all processes call together in training."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        values = x.float()
+        own = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        number = own.new_full((2, 1), x.numel() / self.num_features)
+        total = all_reduce(torch.cat([own, number], dim=1))
+        count = total[0, -1].detach()
+        mean, square = total[:, :-1] / count.clamp(min=1)
+        var = (square - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            weight = (self.momentum or 0.1) * (count > 0)
+            unbiased = var * count / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.to(self.running_mean), weight)  # type: ignore[union-attr]
+            self.running_var.lerp_(unbiased.to(self.running_var), weight)  # type: ignore[union-attr]
+        scale = self.weight.float() * (var + self.eps).rsqrt()
+        shift = self.bias.float() - mean * scale
+        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+NORMS: dict[Norm, Any] = {"batch": CountedBatchNorm, "layer": partial(LayerNorm2d, eps=1e-6)}
