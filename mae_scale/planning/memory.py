@@ -103,7 +103,7 @@ def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Size
     statistics = 2 * tokens * size.statistic
     if not any(p.requires_grad for p in block.parameters()):
         # The first block's input, this one's, the MLP's, its norm, and before and after GELU.
-        return Part(passing=4 * unit + 2 * hidden + _batch(model, False))
+        return Part(passing=4 * unit + 2 * hidden + _batch(model))
     whole = block.norm1.weight.requires_grad
     paths = [block.drop_path1, block.drop_path2] if whole else [block.drop_path2]
     saved = 2 * unit + 2 * hidden + statistics
@@ -123,9 +123,9 @@ def _image_bytes(model: Encoder) -> int:
     return 3 * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
 
 
-def _batch(model: Encoder, image_is_kept: bool) -> int:
+def _batch(model: Encoder) -> int:
     """The image as it came, in uint8, and normalised in fp32, which all of the forward pass has."""
-    return _image_bytes(model) * (1 if image_is_kept else 1 + FP32)
+    return _image_bytes(model) * (1 + FP32)
 
 
 def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
@@ -133,18 +133,18 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
     visible, tokens = model.encoder_tokens, 1 + patches
     outputs = model.decoder_pred.out_features
-    embedded = patches * embed_dim * value
+    seen = patches if model.mask_tokens_in_encoder else visible - 1
+    pixels = 3 * model.patch_size**2  # of a patch
     predicted = tokens * outputs * value
     difference = patches * outputs * FP32  # of prediction and target; the logarithm of softmax
-    # The order of the patches, and all of them to take the visible ones from; or which to replace.
-    masked = patches if model.mask_tokens_in_encoder else patches * INT64 + embedded
+    replaced = patches if model.mask_tokens_in_encoder else 0  # whether each patch is
     # Visible and mask tokens, not yet in order, and that order.
     ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
     ids = patches * INT64 if model.target == "tokens" else 0
     return [
-        Part(  # the image
-            kept=_image_bytes(model) * value + masked,
-            passing=2 * embedded,
+        Part(  # the pixels of the patches that are seen
+            kept=seen * pixels * value + replaced,
+            passing=2 * seen * embed_dim * value,
             gradient=model.patch_embed.proj.weight.numel() * value,
         ),
         *blocks_parts(model, model.blocks, visible, size),
@@ -159,7 +159,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
         ),
         Part(  # the loss: the mask; the target and the square are there beside the difference
             kept=difference + patches * FP32 + ids,
-            passing=2 * difference + predicted + _batch(model, value == FP32),
+            passing=2 * difference + predicted + _batch(model),
         ),
     ]
 
@@ -183,8 +183,5 @@ def _classifier_parts(model: Classifier, size: Sizes) -> list[Part]:
         embed,
         *blocks_parts(model, model.blocks, tokens, size),
         Part(head, passing=unit, gradient=model.last_linear.weight.numel() * value),
-        Part(  # the loss
-            kept=model.num_classes * FP32 + targets,
-            passing=_batch(model, projection.requires_grad and value == FP32),
-        ),
+        Part(model.num_classes * FP32 + targets, passing=_batch(model)),  # the loss
     ]
