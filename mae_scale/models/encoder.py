@@ -39,7 +39,13 @@ class PatchEmbed(nn.Module):
     Args:
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim: D, channels of an embedded patch.
+
+    Attributes:
+        strict_img_size: whether images of other sizes are refused; set it to False to allow
+            every size that is a multiple of the patch size.
     """
+
+    strict_img_size: bool = True
 
     def __init__(self, img_size: int, patch_size: int, embed_dim: int) -> None:
         super().__init__()
@@ -62,15 +68,17 @@ class PatchEmbed(nn.Module):
             [B, K, D].
 
         Raises:
-            ValueError: images of another size.
+            ValueError: images of another size than `img_size`, where that is strict.
         """
-        if images.shape[-2:] != self.img_size:
-            raise ValueError(f"images must be {self.img_size}, not {tuple(images.shape[-2:])}")
-        b, (g, p) = len(images), (self.grid_size[0], self.patch_size[0])
-        patches = images.reshape(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        size = tuple(images.shape[-2:])
+        if self.strict_img_size and size != self.img_size:
+            raise ValueError(f"images must be {self.img_size}, not {size}")
+        b, p = len(images), self.patch_size[0]
+        rows, columns = size[0] // p, size[1] // p
+        patches = images.reshape(b, 3, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         if ids is not None:
             image = torch.arange(b, device=ids.device)[:, None]
-            patches = patches[image, ids // g, ids % g]
+            patches = patches[image, ids // columns, ids % columns]
         dtype = self.proj.weight.dtype
         patches = patches.to(dtype, memory_format=torch.contiguous_format)
         return self.proj(patches.reshape(b, -1, 3 * p * p))

@@ -70,7 +70,8 @@ def test_patches_are_embedded_as_by_the_convolution(dtype: torch.dtype):
         torch.autograd.grad(x, [proj.weight, proj.bias], direction)
         for x in (wanted, model.embed_patches(images, ids))
     )
-    torch.testing.assert_close(found, expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 10 * torch.finfo(dtype).eps * b.norm()
     with pytest.raises(ValueError, match="must be"):
         model.embed_patches(images[..., :56])
 
