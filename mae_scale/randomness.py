@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     MIX = 9
     MASK_BLOCK = 10
     COLOR_JITTER = 11
+    ANNOTATED_AUGMENT = 20
 
 
 def hash64(*keys: IntLike) -> npt.NDArray[np.uint64]:

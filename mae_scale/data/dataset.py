@@ -86,8 +86,16 @@ class ShardReader:
             UserError: the shard is not what was indexed.
             OSError: the shard cannot be read, after several tries; the message names it.
         """
+        return self._member(sample, "offset", "size")
+
+    def read_annotation(self, sample: int) -> Member:
+        """The annotation file of a global sample id, of shards that have them; as `read`."""
+        return self._member(sample, "extra_offset", "extra_size")
+
+    def _member(self, sample: int, offset_field: str, size_field: str) -> Member:
         shard = int(self._shard_of(sample))
-        offset, size, _ = self._shards.index[sample].item()
+        entry = self._shards.index[sample]
+        offset, size = int(entry[offset_field]), int(entry[size_field])
         header, data = bytearray(_BLOCK), bytearray(size)
         for attempt in range(_READ_TRIES):
             try:
@@ -185,6 +193,7 @@ class Batch:
     epoch: int
     samples: npt.NDArray[np.int64]  # [b], global ids of what was really used
     damaged: dict[int, str] = field(default_factory=dict)  # sample id -> what and why, replaced
+    targets: dict[str, npt.NDArray] = field(default_factory=dict)  # more for the batch, by its key
 
 
 class _BatchDataset(torch.utils.data.Dataset):

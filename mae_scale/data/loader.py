@@ -94,7 +94,7 @@ class _Loader:
             for batch in running:
                 if isinstance(batch, Exception):
                     raise batch
-                if self._workers:
+                if self._workers and batch.images is None and "image" not in batch.targets:
                     shared = self._dataset.slots[batch.slot][: len(batch.labels)]
                     images = torch.empty_like(shared, pin_memory=self._pin_memory)
                     batch.images = images.copy_(shared)
@@ -160,7 +160,7 @@ class TrainLoader(_Loader):
         max_bad_fraction: float = 1e-4,
         augment: Augment | None = None,
     ) -> None:
-        order = SampleOrder(shards.samples, seed, lanes, window)
+        order = self._order(shards, seed, lanes, window)
         if micro_batch_size is None:
             micro_batch_size = max(1, global_batch_size // world_size)
         if global_batch_size % (micro_batch_size * world_size):
@@ -168,10 +168,10 @@ class TrainLoader(_Loader):
                 f"a global batch of {global_batch_size} does not divide into micro-batches of "
                 f"{micro_batch_size} on {world_size} ranks"
             )
-        self.steps_per_epoch = len(shards) // global_batch_size
+        self.steps_per_epoch = len(order) // global_batch_size
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{shards.root} holds {len(shards)} samples, fewer than one global batch of "
+                f"{shards.root} holds {len(order)} samples, fewer than one global batch of "
                 f"{global_batch_size}"
             )
         cache = shard_cache(shards, cache_dir, cache_bytes)
@@ -186,7 +186,7 @@ class TrainLoader(_Loader):
                     cache_bytes / 1e9, lanes, shards.root, need / 1e9,
                 )  # fmt: skip
         super().__init__(
-            TrainDataset(shards, img_size, order, cache, augment),
+            self._make_dataset(shards, img_size, order, cache, augment),
             micro_batch_size,
             workers,
             pin_memory,
@@ -197,6 +197,19 @@ class TrainLoader(_Loader):
         self._start_step = start_step
         self._max_bad_fraction = max_bad_fraction
         self._bad: set[int] = set()
+
+    def _order(self, shards: ShardSet, seed: int, lanes: int, window: int) -> SampleOrder:
+        return SampleOrder(shards.samples, seed, lanes, window)
+
+    def _make_dataset(
+        self,
+        shards: ShardSet,
+        img_size: int,
+        order: SampleOrder,
+        cache: ShardCache | None,
+        augment: Any,
+    ) -> TrainDataset:
+        return TrainDataset(shards, img_size, order, cache, augment)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The stream from `start_step` on, see `batches`."""
@@ -292,13 +305,17 @@ class EvalLoader(_Loader):
         if crop_ratio is None:
             crop_ratio = default_crop_ratio(img_size)
         cache = shard_cache(shards, cache_dir, cache_bytes)
-        super().__init__(
-            EvalDataset(shards, img_size, crop_ratio, cache), batch_size, workers, pin_memory
-        )
+        dataset = self._make_dataset(shards, img_size, crop_ratio, cache)
+        super().__init__(dataset, batch_size, workers, pin_memory)
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
         self.img_size, self.batch_size = img_size, batch_size
         self.most_batches = math.ceil(math.ceil(n / world_size) / batch_size)
+
+    def _make_dataset(
+        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None
+    ) -> EvalDataset:
+        return EvalDataset(shards, img_size, crop_ratio, cache)
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -372,10 +389,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    assert batch.images is not None
     return {
-        "image": batch.images,
+        **({} if batch.images is None else {"image": batch.images}),
         "label": torch.from_numpy(batch.labels),
         "epoch": torch.full((len(batch.labels),), batch.epoch, dtype=torch.int64),
         "sample": torch.from_numpy(batch.samples),
+        **{key: torch.from_numpy(value) for key, value in batch.targets.items()},
     }

@@ -10,6 +10,10 @@ A folder holds
 - ``_info.json`` and ``sizes.json``: the same counts as timm and open_clip want them.
 
 The manifest is written last and atomically: a folder without one is not finished.
+
+Shards with annotations have version 2. In the place of ``<key>.cls`` there is ``<key>.json`` (COCO:
+the original annotations of the image) or ``<key>.seg.png`` (ADE20K: the class of each pixel), the
+index says where it lies too (`ANNOTATED_DTYPE`), and the manifest names the task.
 """
 
 from __future__ import annotations
@@ -36,6 +40,16 @@ CHECKSUMS = "checksums.npy"
 VERSION = 1
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
 NO_LABEL = -1  # in foreign shards whose samples have no class
+ANNOTATED_VERSION = 2
+ANNOTATED_DTYPE = np.dtype(
+    [
+        *((name, INDEX_DTYPE[name]) for name in ("offset", "size", "label")),
+        ("extra_offset", "<i8"),  # the annotation: where it lies, bytes, CRC-32
+        ("extra_size", "<i4"),
+        ("extra_checksum", "<u4"),
+        ("objects", "<i4"),  # that can be trained on: those that are no crowd and have an area
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +77,13 @@ class ShardSet:
     bytes: npt.NDArray[np.int64]  # [num_shards], size of each tar
     sha256: Sequence[str]  # of each tar
     starts: npt.NDArray[np.int64]  # [num_shards + 1], cumulative samples
-    index: np.ndarray  # [num_samples] of INDEX_DTYPE, memory-mapped
+    index: np.ndarray  # [num_samples] of INDEX_DTYPE or ANNOTATED_DTYPE, memory-mapped
     checksums: np.ndarray  # uint32 [num_samples], CRC-32 of each image's bytes, memory-mapped
     fingerprint: str  # SHA-256 of manifest.json
     index_file: str
     checksums_file: str
+    task: str = "classification"  # or detection, or segmentation: what the samples hold
+    categories: Sequence[dict[str, Any]] = ()  # of detection: as the COCO file lists them
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -178,12 +194,18 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         bytes=np.array([shard["bytes"] for shard in shards], np.int64),
         sha256=[shard["sha256"] for shard in shards],
         starts=starts,
-        index=_open_array(index_path, INDEX, INDEX_DTYPE, total, root),
+        index=_open_array(index_path, INDEX, _index_dtype(manifest), total, root),
         checksums=_open_array(checksums_path, CHECKSUMS, np.dtype("<u4"), total, root),
         fingerprint=hashlib.sha256(content).hexdigest(),
         index_file=str(index_path.resolve()),
         checksums_file=str(checksums_path.resolve()),
+        task=manifest.get("task", "classification"),
+        categories=manifest.get("categories", []),
     )
+
+
+def _index_dtype(manifest: dict[str, Any]) -> np.dtype:
+    return INDEX_DTYPE if manifest["version"] == VERSION else ANNOTATED_DTYPE
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -206,8 +228,11 @@ def _parse(content: bytes, root: str) -> dict[str, Any]:
         raise UserError(
             f"{root}: {MANIFEST} is damaged ({error}); make the shards again"
         ) from error
-    if version != VERSION:
-        raise UserError(f"{root}: {MANIFEST} has version {version}, this program reads {VERSION}")
+    if version not in (VERSION, ANNOTATED_VERSION):
+        raise UserError(
+            f"{root}: {MANIFEST} has version {version}, this program reads {VERSION} and "
+            f"{ANNOTATED_VERSION}"
+        )
     return manifest
 
 
@@ -231,28 +256,33 @@ def write_shard_set(
     index: np.ndarray,
     checksums: np.ndarray,
     made_by: dict[str, Any],
+    annotations: dict[str, Any] | None = None,
 ) -> None:
     """Write what lies beside the tars, the manifest last.
 
     Files for timm and open_clip that somebody else has put there stay as they are.
 
     Args:
-        index: [num_samples] of INDEX_DTYPE, in the order of `shards`.
+        index: [num_samples] of INDEX_DTYPE, in the order of `shards`; of ANNOTATED_DTYPE where
+            there are annotations.
         checksums: uint32 [num_samples], CRC-32 of each image's bytes.
         made_by: what the writer wants to remember of how the shards came about.
+        annotations: entries of the manifest that say what the annotations are: at least "task".
     """
     total = sum(shard.samples for shard in shards)
     if index.shape != (total,) or checksums.shape != (total,):
         raise ValueError(f"{index.shape}, {checksums.shape} entries for {total} samples")
     foreign = not (folder / MANIFEST).exists() and "plan" not in made_by
-    write_atomically(folder / INDEX, _npy(index.astype(INDEX_DTYPE, copy=False)))
+    dtype = INDEX_DTYPE if annotations is None else ANNOTATED_DTYPE
+    write_atomically(folder / INDEX, _npy(index.astype(dtype, copy=False)))
     write_atomically(folder / CHECKSUMS, _npy(checksums.astype("<u4", copy=False)))
     for name, content in files_for_others(split, shards).items():
         if not (foreign and (folder / name).exists()):
             write_atomically(folder / name, content)
     manifest = {
-        "version": VERSION,
+        "version": VERSION if annotations is None else ANNOTATED_VERSION,
         "split": split,
+        **(annotations or {}),
         "classes": list(classes),
         "num_samples": total,
         "shards": [vars(shard) for shard in shards],

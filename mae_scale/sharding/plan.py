@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, permutation
+from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import shrink
 from mae_scale.sharding.sources import Source
 
@@ -42,6 +44,13 @@ class Plan:
         n = len(source)
         self.order = permutation(n, Purpose.WRITE_ORDER, options.seed)
         self.entry_sizes = 512 + _padded(source.sizes * self._shrink_ratio()) + 1024
+        if isinstance(source, AnnotatedSource):
+            if options.resize_short:
+                raise UserError(
+                    f"resizing would move the pixels that the annotations of {source.root} speak "
+                    "of; leave it out"
+                )
+            self.entry_sizes += _padded(source.annotation_sizes) - 512
         if options.samples_per_shard:
             count = -(-n // options.samples_per_shard)
             bounds = np.minimum(np.arange(count + 1) * options.samples_per_shard, n)
@@ -49,7 +58,7 @@ class Plan:
             count = min(n, max(1, round(int(self.entry_sizes.sum()) / options.shard_size)))
             bounds = np.arange(count + 1) * n // count
         self.bounds: npt.NDArray[np.int64] = bounds
-        self.keys = _keys(source)
+        self.keys = source.keys if isinstance(source, AnnotatedSource) else _keys(source)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

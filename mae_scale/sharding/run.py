@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mae_scale.data.shards import (
+    ANNOTATED_DTYPE,
     INDEX_DTYPE,
     MANIFEST,
     Shard,
@@ -32,9 +33,12 @@ from mae_scale.data.shards import (
 from mae_scale.errors import UserError
 from mae_scale.files import host, owner, write_atomically
 from mae_scale.launch.console import say, size_text, warn
+from mae_scale.sharding.ade import find_ade
+from mae_scale.sharding.annotated import AnnotatedSource
+from mae_scale.sharding.coco import find_coco
 from mae_scale.sharding.plan import Options, Plan
 from mae_scale.sharding.processes import run_all
-from mae_scale.sharding.sources import find_source
+from mae_scale.sharding.sources import Source, find_source
 from mae_scale.sharding.writer import (
     WORK,
     Job,
@@ -57,6 +61,7 @@ def shard(
     num_tasks: int = 1,
     task_index: int = 0,
     dry_run: bool = False,
+    find: Callable[[Path, str, int], Source] | None = None,
 ) -> int:
     """Write the images of one split of `src` as shards into the folder `out`.
 
@@ -64,6 +69,7 @@ def shard(
         workers: writer processes; they don't change the result.
         num_tasks, task_index: write only every `num_tasks`-th shard, from `task_index` on.
         dry_run: say what would be written, and write nothing.
+        find: lists what is in `src`, from folder, split and workers; None: looks what it is.
 
     Returns:
         Exit code: 0 done, STOPPED by a signal.
@@ -79,7 +85,7 @@ def shard(
             try:
                 if src.is_dir():
                     say(f"listing the images of {src}")
-                source = find_source(src, options.split, workers)
+                source = (find or _find)(src, options.split, workers)
             except OSError as error:
                 raise UserError(f"{src} cannot be read: {error}") from error
             for warning in source.warnings:
@@ -95,6 +101,13 @@ def shard(
         warn("stopped; the same command goes on from here")
         return STOPPED
     return 0
+
+
+def _find(src: Path, split: str, workers: int) -> Source:
+    for find in (find_coco, find_ade):
+        if (source := find(src, split, workers)) is not None:
+            return source
+    return find_source(src, split, workers)
 
 
 @contextmanager
@@ -275,12 +288,15 @@ def _finish(plan: Plan, out: Path, records: list[dict[str, Any]]) -> None:
         with suppress(OSError):
             out.rmdir()
         raise UserError(f"none of the {len(plan.source):,} images can be decoded")
-    index = np.array([tuple(e) for r in full for e in r["index"]], INDEX_DTYPE)
+    annotated = isinstance(plan.source, AnnotatedSource)
+    dtype = ANNOTATED_DTYPE if annotated else INDEX_DTYPE
+    index = np.array([tuple(e) for r in full for e in r["index"]], dtype)
     checksums = np.concatenate([np.array(r["checksums"], np.uint32) for r in full])
     shards = [Shard(r["file"], r["samples"], r["bytes"], r["sha256"]) for r in full]
     classes, split = plan.source.classes, plan.options.split
     made_by = {"plan": plan.record, "damaged": damaged}
-    write_shard_set(out, split, classes, shards, index, checksums, made_by)
+    annotations = plan.source.manifest if isinstance(plan.source, AnnotatedSource) else None
+    write_shard_set(out, split, classes, shards, index, checksums, made_by, annotations)
     _clean(out)
     say(
         f"{out}: {len(index):,} images of {len(classes):,} classes in {len(shards):,} shards, "

@@ -20,6 +20,7 @@ from mae_scale.data.shards import (
     read_manifest,
 )
 from mae_scale.errors import UserError
+from mae_scale.sharding.annotated import ENDINGS
 from mae_scale.sharding.images import decode_error
 from mae_scale.sharding.processes import run_all, shared
 from mae_scale.sharding.sources import walk_tar
@@ -116,7 +117,8 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
         if images < shards.samples[number]:
             problems.append(f"shows {images:,} images of {shards.samples[number]:,}")
         for sample in range(int(shards.starts[number]), int(shards.starts[number + 1])):
-            offset, length, label = shards.index[sample].item()
+            entry = shards.index[sample]
+            offset, length, label = (int(entry[key]) for key in ("offset", "size", "label"))
             name = names.get(offset) or _name_before(descriptor, offset)
             data = os.pread(descriptor, length, offset)
             problem = _image_problem(data, length, int(shards.checksums[sample]), job.fast)
@@ -131,6 +133,8 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
                 problem = f"has the label {text!r}, the index says {label}"
             if problem is not None:
                 problems.append(f"{name} {problem}")
+            if shards.task != "classification":
+                problems += _annotation_problems(shards, sample, descriptor, names, name)
             job.checked[number] += 1
     finally:
         os.close(descriptor)
@@ -144,6 +148,25 @@ def _image_problem(data: bytes, length: int, checksum: int, fast: bool) -> str |
     if reason:
         return f"cannot be decoded: {reason}"
     return "has other bytes than were written" if zlib.crc32(data) != checksum else None
+
+
+def _annotation_problems(
+    shards: ShardSet, sample: int, descriptor: int, names: dict[int, str], image: str
+) -> list[str]:
+    """What is wrong with the annotation of an image, beginning with its name."""
+    entry = shards.index[sample]
+    offset, size = int(entry["extra_offset"]), int(entry["extra_size"])
+    name = names.get(offset) or _name_before(descriptor, offset)
+    data = os.pread(descriptor, size, offset)
+    ending = ENDINGS[shards.task]
+    problem = None
+    if offset not in names or split_key(name) != (split_key(image)[0], ending):
+        problem = f"is not {split_key(image)[0]}.{ending}, which belongs to {image}"
+    elif len(data) != size:
+        problem = "is cut short"
+    elif zlib.crc32(data) != int(entry["extra_checksum"]):
+        problem = "has other bytes than were written"
+    return [f"{name} {problem}"] if problem else []
 
 
 def _same_label(text: bytes, label: int, classes: list[str]) -> bool:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from mae_scale.errors import RunError
 from mae_scale.files import host, owner, write_atomically
 from mae_scale.launch.console import size_text
+from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import damage, shrink
 from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
@@ -97,7 +98,7 @@ class _Piece:
 
     parts: list[bytes]  # not joined: copying them would take as long as hashing them
     size: int  # bytes
-    index: list[tuple[int, int, int]]  # offset in the piece, size, label
+    index: list[tuple[int, ...]]  # fields of INDEX_DTYPE or ANNOTATED_DTYPE, offsets in the piece
     checksums: list[int]
     damaged: list[tuple[str, str]]  # name, reason
 
@@ -110,7 +111,7 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         for part in piece.parts:
             digest.update(part)
         stream.writelines(piece.parts)
-        index += [(at + offset, size, label) for offset, size, label in piece.index]
+        index += [_moved(entry, at) for entry in piece.index]
         at += piece.size
         checksums += piece.checksums
         damaged += piece.damaged
@@ -128,6 +129,12 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         "checksums": checksums,
         "damaged": damaged,
     }
+
+
+def _moved(entry: tuple[int, ...], at: int) -> tuple[int, ...]:
+    """An entry of the index whose offsets count from elsewhere."""
+    moved = (entry[0] + at, *entry[1:3])
+    return moved if len(entry) == 3 else (*moved, entry[3] + at, *entry[4:])
 
 
 def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Piece]:
@@ -156,15 +163,23 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
             piece.damaged.append((plan.source.title(place), reason))
             continue
         key, label = plan.keys[place], int(plan.source.labels[place])
-        cls = b"%d" % label
-        piece.index.append((piece.size + tarfile.BLOCKSIZE, len(data), label))
+        entry: tuple[int, ...] = (piece.size + tarfile.BLOCKSIZE, len(data), label)
+        if isinstance(plan.source, AnnotatedSource):
+            ending, extra = plan.source.ending, plan.source.annotation(place)
+            after = piece.size + 2 * tarfile.BLOCKSIZE + len(data) + -len(data) % tarfile.BLOCKSIZE
+            objects = int(plan.source.objects[place])
+            entry = (*entry, after, len(extra), zlib.crc32(extra), objects)
+        else:
+            ending, extra = "cls", b"%d" % label
+        piece.index.append(entry)
         piece.checksums.append(zlib.crc32(data))
         sample = (
             tar_header(key + ".jpg", len(data)),
             data,
             bytes(-len(data) % tarfile.BLOCKSIZE),
-            tar_header(key + ".cls", len(cls)),
-            cls.ljust(tarfile.BLOCKSIZE, b"\0"),
+            tar_header(f"{key}.{ending}", len(extra)),
+            extra,
+            bytes(-len(extra) % tarfile.BLOCKSIZE),
         )
         piece.parts += sample
         piece.size += sum(map(len, sample))

@@ -81,7 +81,7 @@ def test_names_are_joined() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2, this program reads 1"),
+        ({"version": 3}, "has version 3, this program reads 1 and 2"),
         ({"shards": [{"file": "x"}]}, "is damaged"),
         ({"shards": []}, "holds no samples"),
         ({"shards": None}, "is damaged"),

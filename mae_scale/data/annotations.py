@@ -1,0 +1,183 @@
+"""What the annotation files in shards say: objects of COCO, label maps of ADE20K."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as rle
+
+from mae_scale.data.cache import ShardCache
+from mae_scale.data.dataset import ShardReader
+from mae_scale.data.shards import ShardSet, read_manifest
+from mae_scale.errors import UserError
+
+IGNORE = 255  # in a label map: the pixel counts for nothing
+
+
+@dataclass
+class Objects:
+    """The objects of one image that can be trained on: no crowd regions, nothing without area."""
+
+    categories: npt.NDArray[np.int64]  # [n], ids of COCO
+    shapes: list[Any]  # [n], each polygons [[x, y, x, y, ...], ...] in pixels, or run lengths
+
+
+def read_record(data: bytes | bytearray) -> dict[str, Any]:
+    """The JSON beside an image of COCO.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        record = json.loads(data)
+        if not isinstance(record["annotations"], list):
+            raise ValueError("annotations are no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"holds no annotations of COCO ({error})") from error
+    return record
+
+
+def objects_of(record: dict[str, Any]) -> Objects:
+    """The objects of a record that can be trained on."""
+    kept = [
+        annotation
+        for annotation in record["annotations"]
+        if not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
+    ]
+    categories = np.array([annotation["category_id"] for annotation in kept], np.int64)
+    return Objects(categories, [annotation["segmentation"] for annotation in kept])
+
+
+def read_label_map(data: bytes | bytearray) -> npt.NDArray[np.uint8]:
+    """The values of a PNG that gives each pixel a class, uint8 [H, W]; a palette is left aside.
+
+    Raises:
+        ValueError: it is no such image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, values = image.mode, np.array(image)
+    except Exception as error:  # PIL raises whatever its decoders meet in a damaged file
+        raise ValueError(f"cannot be decoded ({error})") from error
+    if mode not in ("L", "P"):
+        raise ValueError(
+            f"has pixels of mode {mode}; expected one byte a pixel, the number of its class"
+        )
+    return values
+
+
+def shape_mask(shape: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """0 or 1 for each pixel, uint8 [height, width], as pycocotools rasterises a shape.
+
+    Args:
+        shape: polygons, or run lengths of this very size as numbers or as text.
+    """
+    if isinstance(shape, dict):
+        packed = shape if isinstance(shape["counts"], str | bytes) else None
+        return rle.decode(packed or rle.frPyObjects(shape, height, width))
+    return rle.decode(rle.merge(rle.frPyObjects(shape, height, width)))
+
+
+def box_within(
+    polygons: list[npt.NDArray[np.float64]], x0: float, y0: float, x1: float, y1: float
+) -> tuple[float, float, float, float] | None:
+    """The bounding box of what of some polygons lies in a rectangle, None where nothing does.
+
+    The extremes of the common part are ends of the polygons' edges cut to the rectangle, or corners
+    of the rectangle that lie inside of a polygon.
+
+    Args:
+        polygons: float64 [k, 2] each, x and y.
+
+    Returns:
+        x0, y0, x1, y1.
+    """
+    points = []
+    corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]])
+    for polygon in polygons:
+        if (polygon >= (x0, y0)).all() and (polygon <= (x1, y1)).all():
+            points.append(polygon)
+            continue
+        start, end = polygon, np.roll(polygon, -1, axis=0)
+        step = end - start
+        first, last = np.zeros(len(polygon)), np.ones(len(polygon))
+        for axis, (low, high) in enumerate(((x0, x1), (y0, y1))):
+            along = step[:, axis]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                a, b = (low - start[:, axis]) / along, (high - start[:, axis]) / along
+            inside = (start[:, axis] >= low) & (start[:, axis] <= high)
+            still = along == 0
+            first = np.maximum(first, np.where(still, np.where(inside, 0, 2), np.minimum(a, b)))
+            last = np.minimum(last, np.where(still, np.where(inside, 1, -1), np.maximum(a, b)))
+        hit = first <= last
+        for t in (first, last):
+            points.append((start + t[:, None] * step)[hit])
+        points.append(corners[[_contains(polygon, corner) for corner in corners]])
+    found = np.concatenate(points) if points else np.zeros((0, 2))
+    if not len(found):
+        return None
+    (left, top), (right, bottom) = found.min(axis=0), found.max(axis=0)
+    return (
+        float(max(left, x0)), float(max(top, y0)), float(min(right, x1)), float(min(bottom, y1))
+    )  # fmt: skip
+
+
+def _contains(polygon: npt.NDArray[np.float64], point: npt.NDArray[np.float64]) -> bool:
+    """Whether a ray from the point to the right crosses an odd number of edges."""
+    x, y = point
+    start, end = polygon, np.roll(polygon, -1, axis=0)
+    over = (start[:, 1] > y) != (end[:, 1] > y)
+    start, end = start[over], end[over]
+    at = start[:, 0] + (y - start[:, 1]) / (end[:, 1] - start[:, 1]) * (end[:, 0] - start[:, 0])
+    return bool((at > x).sum() % 2)
+
+
+def read_records(shards: ShardSet, cache: ShardCache | None = None) -> list[dict[str, Any]]:
+    """The JSON of each sample of COCO shards, in the order of the samples.
+
+    Raises:
+        UserError: one is damaged, or these are no shards of COCO.
+    """
+    if shards.task != "detection":
+        raise UserError(f"{shards.root} holds no objects; make it with data_prep/shard_coco.py")
+    reader = ShardReader(shards, cache)
+    records = []
+    for sample in range(len(shards)):
+        reader.prepare(np.array([sample]))
+        member = reader.read_annotation(sample)
+        try:
+            records.append(read_record(member.data))
+        except ValueError as error:
+            raise UserError(f"{shards.root}: {member.name} {error}") from None
+    reader.close()
+    return records
+
+
+def coco_file(shards: ShardSet) -> dict[str, Any]:
+    """COCO's file of instances, made again from the shards of a folder, as `json.load` gives it.
+
+    It is equal to the file that the shards were made of, unless images were damaged and left out.
+
+    Raises:
+        UserError: these are no shards of COCO, or a file in them is damaged.
+    """
+    records = sorted(read_records(shards), key=lambda record: record["place"])
+    annotations = sorted(
+        (pair for r in records for pair in zip(r["places"], r["annotations"], strict=True)),
+        key=lambda pair: pair[0],
+    )
+    manifest = read_manifest(Path(shards.root))
+    content = {
+        **manifest.get("dataset", {}),
+        "images": [record["image"] for record in records],
+        "annotations": [annotation for _, annotation in annotations],
+        "categories": list(shards.categories),
+    }
+    return {key: content[key] for key in manifest["keys"]}

@@ -1,0 +1,65 @@
+"""Sources whose images have annotations: objects (COCO) or the class of each pixel (ADE20K)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_scale.sharding.sources import Source
+
+ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # of the annotation's file, by task
+
+
+@dataclass(kw_only=True)
+class AnnotatedSource(Source):
+    """Images with annotations. `labels` are all `NO_LABEL`, `classes` those of the annotations."""
+
+    task: str  # detection or segmentation
+    keys: list[str]  # [n], unique WebDataset keys
+    annotation_sizes: npt.NDArray[np.int64]  # [n], bytes
+    objects: npt.NDArray[np.int32]  # [n], see ANNOTATED_DTYPE
+    annotations: Sequence[bytes] | Sequence[Path]  # [n], content, or the files that hold it
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+
+    @property
+    def ending(self) -> str:
+        """What the names of the annotation files end in, without the first dot."""
+        return ENDINGS[self.task]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says of the annotations."""
+        return {"task": self.task, **self.facts}
+
+    def title(self, i: int) -> str:
+        return self.names[i]
+
+    def annotation(self, i: int) -> bytes:
+        """The annotation file of an image.
+
+        Raises:
+            OSError: it cannot be read, or has changed since it was listed.
+        """
+        found = self.annotations[i]
+        if isinstance(found, bytes):
+            return found
+        data = found.read_bytes()
+        if len(data) != self.annotation_sizes[i]:
+            raise OSError(f"{found} changed while it was being sharded")
+        return data
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and sizes of images and annotations, and the content of COCO's."""
+        digest = hashlib.sha256(super().fingerprint().encode())
+        digest.update(repr(sorted(self.manifest.items())).encode())
+        for i, key in enumerate(self.keys):
+            digest.update(f"{key} {self.annotation_sizes[i]}\n".encode())
+            if isinstance(content := self.annotations[i], bytes):
+                digest.update(content)
+        return digest.hexdigest()
