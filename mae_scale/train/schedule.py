@@ -1,8 +1,12 @@
-"""The learning-rate rule of MAE (paper Table 8)."""
+"""The learning-rate rules: of MAE (paper Table 8), and of detection and segmentation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
+
+Curve = Literal["cosine", "linear", "steps"]
 
 
 def learning_rate(
@@ -21,3 +25,40 @@ def learning_rate(
         return peak * epoch / warmup
     progress = (epoch - warmup) / (epochs - warmup)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def curve_rate(
+    step: int,
+    steps: int,
+    *,
+    peak: float,
+    floor: float,
+    curve: Curve,
+    warmup_steps: int,
+    warmup_factor: float,
+    drops: Sequence[float] = (),
+) -> float:
+    """Learning rate by a curve over the whole run, which the warm-up multiplies.
+
+    Detectron2 and MMSegmentation count this way: the curve begins at step 0, below the warm-up, and
+    not after it as in `learning_rate`.
+
+    Args:
+        step: optimiser steps done.
+        steps: of the whole schedule.
+        peak: where the curve begins.
+        floor: where "cosine" and "linear" end.
+        curve: "cosine", half a period; "linear"; or "steps", a tenth from each of `drops` on.
+        warmup_steps: steps over which a factor of the curve rises linearly to 1.
+        warmup_factor: at step 0.
+        drops: shares of the run.
+    """
+    progress = min(1.0, step / steps)
+    if curve == "steps":
+        rate = peak * 0.1 ** sum(progress >= drop for drop in drops)
+    else:
+        left = 0.5 * (1.0 + math.cos(math.pi * progress)) if curve == "cosine" else 1 - progress
+        rate = floor + (peak - floor) * left
+    if step < warmup_steps:
+        rate *= warmup_factor + (1 - warmup_factor) * step / warmup_steps
+    return rate

@@ -23,7 +23,7 @@ from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.engine import compile_blocks
 from mae_scale.train.metrics import Meter, MetricsLog, read_metrics
-from mae_scale.train.schedule import learning_rate
+from mae_scale.train.schedule import curve_rate, learning_rate
 
 TABLE_8 = {"peak": 2.4e-3, "floor": 0.0, "warmup": 40.0, "epochs": 1600.0}
 
@@ -46,6 +46,26 @@ def test_learning_rate_follows_the_rule_of_the_reference() -> None:
 
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate(0, peak=1.0, floor=0.0, warmup=0, epochs=10) == 1.0
+
+
+def test_learning_rates_of_the_published_detectors() -> None:
+    warmup = {"peak": 1e-4, "floor": 0.0, "warmup_steps": 250, "warmup_factor": 1e-3}
+    drops = (163_889 / 184_375, 177_546 / 184_375)
+    vitdet = {
+        step: curve_rate(step, 184_375, curve="steps", drops=drops, **warmup)
+        for step in (0, 125, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
+    }
+    expected = [1e-7, 1e-4 * 0.5005, 1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6]
+    assert list(vitdet.values()) == pytest.approx(expected)
+    li = [curve_rate(step, 1000, curve="cosine", **warmup) for step in (500, 1000)]
+    assert li == pytest.approx([5e-5, 0], abs=1e-12)
+
+
+def test_learning_rate_of_upernet() -> None:
+    rule = {"peak": 1e-4, "floor": 0.0, "warmup_steps": 1500, "warmup_factor": 1e-6}
+    found = [curve_rate(s, 160_000, curve="linear", **rule) for s in (0, 750, 80_000, 160_000)]
+    before = 1e-4 * (1 - 750 / 160_000) * (1 - 0.5 * (1 - 1e-6))
+    assert found == pytest.approx([1e-10, before, 5e-5, 0], abs=1e-15)
 
 
 def test_accumulation_makes_up_the_global_batch() -> None:
