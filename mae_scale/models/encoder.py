@@ -22,15 +22,20 @@ transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
 
 
 class PatchProjection(nn.Conv2d):
-    """The projection of patches, with the parameters of a convolution and the work of a Linear.
+    """The projection of patches: a convolution of an image, or a linear map of chosen patches.
 
-    A convolution whose stride is its kernel is a linear map of each patch. As such it takes any
-    selection of patches, and its gradient is a plain matrix product.
+    Both are the same, since the stride is the kernel's size. The convolution sums in the order in
+    which other implementations do; the linear map takes any selection of patches.
     """
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """[..., C * p * p] -> [..., D]; within a patch the order is (channel, row, column)."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] -> [B, D, H / p, W / p]; patches [B, K, C * p * p] -> [B, K, D].
+
+        Within a patch the order is (channel, row, column).
+        """
+        if x.ndim == 4:
+            return super().forward(x)
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -58,7 +63,7 @@ class PatchEmbed(nn.Module):
         """Embed patches, in the dtype of the weights.
 
         The pixels of the wanted patches are gathered first, so that nothing is computed of the
-        others. What is gathered is copied once, and changes its dtype in the same copy.
+        others.
 
         Args:
             images: float [B, 3, H, W].
@@ -73,15 +78,15 @@ class PatchEmbed(nn.Module):
         size = tuple(images.shape[-2:])
         if self.strict_img_size and size != self.img_size:
             raise ValueError(f"images must be {self.img_size}, not {size}")
+        dtype = self.proj.weight.dtype
+        if ids is None:
+            return self.proj(images.to(dtype)).flatten(2).transpose(1, 2)
         b, p = len(images), self.patch_size[0]
         rows, columns = size[0] // p, size[1] // p
         patches = images.reshape(b, 3, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        if ids is not None:
-            image = torch.arange(b, device=ids.device)[:, None]
-            patches = patches[image, ids // columns, ids % columns]
-        dtype = self.proj.weight.dtype
-        patches = patches.to(dtype, memory_format=torch.contiguous_format)
-        return self.proj(patches.reshape(b, -1, 3 * p * p))
+        image = torch.arange(b, device=ids.device)[:, None]
+        patches = patches[image, ids // columns, ids % columns]
+        return self.proj(patches.to(dtype).reshape(b, -1, 3 * p * p))
 
 
 class Encoder(nn.Module):

@@ -103,7 +103,7 @@ def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Size
     statistics = 2 * tokens * size.statistic
     if not any(p.requires_grad for p in block.parameters()):
         # The first block's input, this one's, the MLP's, its norm, and before and after GELU.
-        return Part(passing=4 * unit + 2 * hidden + _batch(model))
+        return Part(passing=4 * unit + 2 * hidden + _batch(model, False))
     whole = block.norm1.weight.requires_grad
     paths = [block.drop_path1, block.drop_path2] if whole else [block.drop_path2]
     saved = 2 * unit + 2 * hidden + statistics
@@ -123,9 +123,9 @@ def _image_bytes(model: Encoder) -> int:
     return 3 * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
 
 
-def _batch(model: Encoder) -> int:
+def _batch(model: Encoder, image_is_kept: bool) -> int:
     """The image as it came, in uint8, and normalised in fp32, which all of the forward pass has."""
-    return _image_bytes(model) * (1 + FP32)
+    return _image_bytes(model) * (1 if image_is_kept else 1 + FP32)
 
 
 def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
@@ -159,7 +159,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
         ),
         Part(  # the loss: the mask; the target and the square are there beside the difference
             kept=difference + patches * FP32 + ids,
-            passing=2 * difference + predicted + _batch(model),
+            passing=2 * difference + predicted + _batch(model, seen == patches and value == FP32),
         ),
     ]
 
@@ -183,5 +183,8 @@ def _classifier_parts(model: Classifier, size: Sizes) -> list[Part]:
         embed,
         *blocks_parts(model, model.blocks, tokens, size),
         Part(head, passing=unit, gradient=model.last_linear.weight.numel() * value),
-        Part(model.num_classes * FP32 + targets, passing=_batch(model)),  # the loss
+        Part(  # the loss
+            kept=model.num_classes * FP32 + targets,
+            passing=_batch(model, projection.requires_grad and value == FP32),
+        ),
     ]
