@@ -31,11 +31,12 @@ from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import World, start
 from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models.compiled import compile_blocks
 from mae_scale.models.masking import mask_noise
 from mae_scale.planning.flops import training_flops
 from mae_scale.planning.gpus import mfu
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
-from mae_scale.train.engine import build_engine, compile_blocks
+from mae_scale.train.engine import build_engine
 from mae_scale.train.metrics import memory_gb
 
 MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")

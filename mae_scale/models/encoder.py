@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
+from mae_scale.models.compiled import GraphDropPath
 from mae_scale.models.pos_embed import sincos_pos_embed
 
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -163,7 +164,7 @@ class Encoder(nn.Module):
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | GraphDropPath):
             module.reset_parameters()
         elif module is self.patch_embed.proj:
             # Drawn as for a Linear, but the bias as for a convolution.

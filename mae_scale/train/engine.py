@@ -110,13 +110,3 @@ def _sum_in_fp32(engine: DeepSpeedEngine) -> None:
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(take)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the transformer blocks in place: one graph serves all blocks of a shape.
-
-    Only what is within a block's hooks, where ZeRO-3 gathers and releases weights, is compiled.
-    """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]

@@ -23,10 +23,11 @@ from mae_scale.files import write_atomically
 from mae_scale.launch.distributed import be_patient, on_rank0, process_group
 from mae_scale.launch.stopping import STOPPED, stop_request
 from mae_scale.launch.watchdog import watchdog
+from mae_scale.models.compiled import compile_blocks
 from mae_scale.train import checkpoint
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
-from mae_scale.train.engine import build_engine, compile_blocks, fill_in
+from mae_scale.train.engine import build_engine, fill_in
 from mae_scale.train.loop import Batch, Loop, Pictures, Validation
 from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.preflight import ready

@@ -19,9 +19,9 @@ from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import World
 from mae_scale.models import build_mae
+from mae_scale.models.compiled import compile_blocks
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
-from mae_scale.train.engine import compile_blocks
 from mae_scale.train.metrics import Meter, MetricsLog, read_metrics
 from mae_scale.train.schedule import curve_rate, learning_rate
 
