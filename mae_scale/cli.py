@@ -10,34 +10,27 @@ import traceback
 from typing import NoReturn
 
 from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.tasks.task import TASKS
+from mae_scale.tasks.task import main as train
 from mae_scale.world import World
 
-# Command: (folder of its module, which has a `main(argv, prog) -> exit code`; what it does). A
-# module is imported when it is called: --help and a mistyped key must not wait for DeepSpeed.
+# What each command of `mae_scale.commands` does. Its module, which has a `main(argv, prog) -> exit
+# code`, is imported when it is called: --help and a mistyped key must not wait for torch.
 COMMANDS = {
-    "pretrain": ("tasks", "train a masked autoencoder on shards"),
-    "finetune": ("tasks", "train a classifier, from weights or from scratch"),
-    "linprobe": ("tasks", "train a linear classifier on a frozen encoder"),
-    "evaluate": (
-        "mae_scale.commands.evaluate",
-        "accuracy of a classifier, also on robustness sets",
-    ),
-    "plan": ("commands", "memory, time, data and saves of a recipe on a cluster"),
-    "sweep": (
-        "mae_scale.commands.sweep",
-        "run a table of experiments, such as the paper's ablations",
-    ),
-    "status": ("commands", "print how runs are doing, on one screen"),
-    "report": ("commands", "write an HTML page that shows one or several runs"),
-    "export": ("commands", "weights for the authors' code, timm or Hugging Face"),
-    "reconstruct": ("commands", "draw what a trained one makes of images"),
+    "evaluate": "accuracy of a classifier, also on robustness sets",
+    "plan": "memory, time, data and saves of a recipe on a cluster",
+    "sweep": "run a table of experiments, such as the paper's ablations",
+    "status": "print how runs are doing, on one screen",
+    "report": "write an HTML page that shows one or several runs",
+    "export": "weights for the authors' code, timm or Hugging Face",
+    "reconstruct": "draw what a trained one makes of images",
 }
-TRAINING = {"pretrain", "finetune", "linprobe"}
 
 
 def usage() -> str:
     """The text of `mae-scale --help`."""
-    lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
+    about = {**{task.name: task.about for task in TASKS.values()}, **COMMANDS}
+    lines = [f"  {name:<13} {text}" for name, text in about.items()]
     return "\n".join(
         [
             "usage: mae-scale COMMAND [options]",
@@ -62,17 +55,19 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     try:
-        if name not in COMMANDS:
-            raise UserError(f"unknown command '{name}'; commands: {', '.join(COMMANDS)}")
-        if name in TRAINING:
+        if name in TASKS:
             from mae_scale.launch.stopping import stop_request
 
             stop_request.install()
-        module = importlib.import_module(f"mae_scale.{COMMANDS[name][0]}.{name}")
+            return train(name, argv[1:], f"mae-scale {name}")
+        if name not in COMMANDS:
+            known = ", ".join([*TASKS, *COMMANDS])
+            raise UserError(f"unknown command '{name}'; commands: {known}")
+        module = importlib.import_module(f"mae_scale.commands.{name}")
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:
         world = World.from_environment()
-        if isinstance(error, UserError) and name in TRAINING and world.size > 1:
+        if isinstance(error, UserError) and name in TASKS and world.size > 1:
             from mae_scale.launch.distributed import agreed
 
             error = agreed(world, error)

@@ -26,8 +26,8 @@ from mae_scale.models.classifier import (
     keep_statistics_in_fp32,
 )
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
-from mae_scale.tasks import classification
-from mae_scale.tasks.trained import Trained
+from mae_scale.tasks.classification import classes_of
+from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.train import checkpoint
 from mae_scale.train.validation import Scores, evaluate
 from mae_scale.world import World, data_workers
@@ -183,7 +183,7 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
     Raises:
         UserError: there is none, or it does not fit.
     """
-    if classification.is_ours(options.weights):
+    if is_ours(options.weights):
         return _load_ours(options)
     if options.ema:
         raise UserError(f"--ema: {options.weights} is no run folder, which a moving average is in")
@@ -216,14 +216,13 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
 
 
 def _load_ours(options: argparse.Namespace) -> Loaded:
-    trained = Trained.read(on_rank0(lambda: classification.best_checkpoint(options.weights)))
-    if trained.task == "pretrain":
+    trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
+    if not trained.classes:
         raise UserError(f"{trained.run_dir} is no run of finetune or linprobe: it has no classes")
-    model = trained.classifier(options.img_size)
+    model = trained.model(options.img_size)
     model.load_state_dict(fit_to_classifier(trained.weights(options.ema), model, whole=True))
-    trained_at = trained.config["model"]["img_size"]
-    same_size = options.img_size in (None, trained_at)
-    crop_ratio = trained.config["model"]["crop_ratio"] if same_size else None
+    same_size = options.img_size in (None, trained.config.model.img_size)
+    crop_ratio = getattr(trained.config.model, "crop_ratio", None) if same_size else None
     step = checkpoint.Commit.read(trained.folder).step
     return Loaded(model, trained.classes, crop_ratio, step)
 
@@ -267,7 +266,7 @@ def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torc
     Raises:
         UserError: the set has classes that the classifier does not have.
     """
-    names = classification.classes_of(shards)
+    names = classes_of(shards)
     numbers = {name: number for number, name in enumerate(classes)}
     if not set(names) <= numbers.keys() and sorted(names) == sorted(map(str, range(len(classes)))):
         numbers = {str(number): number for number in range(len(classes))}

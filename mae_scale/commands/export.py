@@ -25,8 +25,7 @@ from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import ProbeHead
 from mae_scale.models.hugging_face import StateDict
-from mae_scale.tasks.classification import best_checkpoint
-from mae_scale.tasks.trained import Trained
+from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -77,9 +76,9 @@ def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
         RunError: it cannot be written.
     """
     check_place(out, to)
-    trained = Trained.read(best_checkpoint(run))
+    trained = TrainedRun.read(best_checkpoint(run))
     with torch.device("meta"):
-        model = trained.mae() if trained.task == "pretrain" else trained.classifier()
+        model = trained.model()
     form = FORMATS[to](trained, model, lambda: _weights(trained, model, ema))
     single = out.suffix == SINGLE_FILE.get(to)
     lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
@@ -129,7 +128,7 @@ def _is_card(path: Path) -> bool:
     return path.is_file() and MARK in path.read_text(errors="replace")
 
 
-def _weights(trained: Trained, model: torch.nn.Module, ema: bool) -> StateDict:
+def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDict:
     """All weights by the authors' keys, in the order of the model; fp32, but for counters.
 
     Raises:
@@ -158,7 +157,7 @@ class Form:
     """Lines of Python that load it from FOLDER, its place, or FILE, that of the weights."""
 
 
-def official(trained: Trained, model: Any, weights: Callable[[], StateDict]) -> Form:
+def official(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
     """Everything under the authors' keys."""
     code = """
 import torch
@@ -168,14 +167,14 @@ state = torch.load("FILE", weights_only=True)["model"]  # keys of facebookresear
     return Form(weights(), PTH, {}, "pytorch", code)
 
 
-def timm(trained: Trained, model: Any, weights: Callable[[], StateDict]) -> Form:
+def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
     """The encoder of a masked autoencoder, or a classifier whose head is one linear layer.
 
     Raises:
         UserError: another head.
     """
     _check_head(model, "timm")
-    name, kwargs = timm_form.arguments(trained.config["model"]["name"], model)
+    name, kwargs = timm_form.arguments(trained.config.model.name, model)
     state = timm_form.to_timm(_folded(weights(), model), name, kwargs)
     code = f"""
 import timm
@@ -195,13 +194,13 @@ model = timm.create_model({_call(name, kwargs)}, checkpoint_path="FILE")
     return Form(state, SAFETENSORS, {CONFIG: config}, "timm", code)
 
 
-def huggingface(trained: Trained, model: Any, weights: Callable[[], StateDict]) -> Form:
+def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
     """A ViTMAEForPreTraining, or a ViTForImageClassification whose head is one linear layer.
 
     Raises:
         UserError: they cannot hold this model.
     """
-    if trained.task == "pretrain":
+    if not trained.classes:
         names = ["ViTMAEForPreTraining", "ViTMAEModel"]
         config = hugging_face.mae_config(model)
     else:
@@ -235,7 +234,7 @@ processor = AutoImageProcessor.from_pretrained("FOLDER")
     return Form(state, SAFETENSORS, files, "transformers", code)
 
 
-FORMATS: dict[str, Callable[[Trained, Any, Callable[[], StateDict]], Form]] = {
+FORMATS: dict[str, Callable[[TrainedRun, Any, Callable[[], StateDict]], Form]] = {
     "official": official,
     "timm": timm,
     "huggingface": huggingface,
@@ -256,8 +255,8 @@ def _folded(state: StateDict, model: Any) -> StateDict:
     return state
 
 
-def _crop_ratio(trained: Trained, size: int) -> float:
-    return trained.config["model"].get("crop_ratio") or default_crop_ratio(size)
+def _crop_ratio(trained: TrainedRun, size: int) -> float:
+    return getattr(trained.config.model, "crop_ratio", None) or default_crop_ratio(size)
 
 
 def _call(name: str, kwargs: dict[str, Any]) -> str:

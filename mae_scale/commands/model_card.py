@@ -10,22 +10,18 @@ from typing import Any
 import yaml
 
 from mae_scale import __version__
-from mae_scale.config.identity import flatten
+from mae_scale.config.identity import as_yaml, flatten
 from mae_scale.data.shards import MANIFEST, open_shards
 from mae_scale.errors import UserError
-from mae_scale.tasks.trained import Trained
+from mae_scale.tasks.task import AVERAGED
+from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train.checkpoint import Commit
 from mae_scale.train.records import METRICS, VALIDATION, read_metrics
 
 MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier export is known
-TASKS = {
-    "pretrain": "Masked autoencoder, pre-trained",
-    "finetune": "Classifier on the encoder of a masked autoencoder, fine-tuned",
-    "linprobe": "Linear classifier on the frozen encoder of a masked autoencoder",
-}
 
 
-def model_card(trained: Trained, ema: bool, to: str, library: str, code: str) -> str:
+def model_card(trained: TrainedRun, ema: bool, to: str, library: str, code: str) -> str:
     """The card as Markdown, with the Hub's front matter.
 
     Args:
@@ -36,12 +32,11 @@ def model_card(trained: Trained, ema: bool, to: str, library: str, code: str) ->
         code: lines of Python that do.
     """
     config, commit = trained.config, Commit.read(trained.folder)
-    name = config["model"]["name"]
+    name = config.model.name
     front: dict[str, Any] = {"library_name": library, "tags": ["mae-scale", "masked-autoencoder"]}
-    kind = "image-feature-extraction" if trained.task == "pretrain" else "image-classification"
-    front["pipeline_tag"] = kind
+    front["pipeline_tag"] = trained.task.hub_tag
     average = ", the moving average of its weights" if ema else ""
-    size, classes = config["model"]["img_size"], len(trained.classes)
+    size, classes = config.model.img_size, len(trained.classes)
     facts = [
         (
             "Model",
@@ -54,14 +49,15 @@ def model_card(trained: Trained, ema: bool, to: str, library: str, code: str) ->
         ("Versions", ", ".join([f"mae-scale {__version__}", *_versions()])),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    recipe = {key: value for key, value in flatten(config).items() if key.startswith(RECIPE)}
+    flat = flatten(yaml.safe_load(as_yaml(config)))
+    recipe = {key: value for key, value in flat.items() if key.startswith(RECIPE)}
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {name}: {trained.task}
+# {name}: {trained.task.name}
 
-{TASKS[trained.task]}
+{trained.task.card}
 with mae-scale after He et al., "Masked Autoencoders Are Scalable Vision Learners"
 ([arXiv 2111.06377](https://arxiv.org/abs/2111.06377)){average}.
 Inputs are RGB images, scaled to 0 to 1 and normalised with ImageNet's mean and deviation.
@@ -92,22 +88,22 @@ images and to the weights that training started from. Write it here, and as `lic
 RECIPE = ("seed", "weights", "model.", "augment.", "train.", "optim.", "deepspeed")
 
 
-def _steps(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
+def _steps(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
     facts = [("Steps", f"{commit.step:,}"), ("Images seen", f"{commit.samples:,}")]
     rows = [r for r in read_metrics(trained.run_dir / METRICS) if r["step"] <= commit.step]
     if rows:
         last = rows[-1]
         epochs = last["epoch"] / last["step"] * commit.step
-        facts.append(("Epochs", f"{epochs:.4g} of {trained.config['train']['epochs']}"))
+        facts.append(("Epochs", f"{epochs:.4g} of {trained.config.train.epochs}"))
         if last["loss"] is not None:
             facts.append(("Training loss", f"{last['loss']:.4f} at step {last['step']:,}"))
     trained_by = f"{commit.world_size} processes, ZeRO-{commit.zero_stage}, {commit.precision}"
     return [*facts, ("Trained by", trained_by)]
 
 
-def _data(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
+def _data(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
     """The shards, and what is in them where they are still at hand."""
-    path = trained.config["data"]["train"]
+    path = trained.config.data.train
     facts = [("Data", f"`{path}`"), ("Fingerprint of the data", f"`{commit.data}`")]
     if (Path(path) / MANIFEST).is_file():
         try:
@@ -119,17 +115,21 @@ def _data(trained: Trained, commit: Commit) -> list[tuple[str, str]]:
     return facts
 
 
-def _scores(trained: Trained, step: int) -> list[tuple[str, str]]:
+def _scores(trained: TrainedRun, step: int) -> list[tuple[str, str]]:
     """The best validation up to a step, of the weights and of their moving average."""
     rows = [r for r in read_metrics(trained.run_dir / VALIDATION) if r["step"] <= step]
     facts = []
-    for prefix, whose in (("", ""), ("ema_", " of the moving average")):
-        scored = [row for row in rows if f"{prefix}top1" in row]
+    for prefix, whose in (("", ""), (AVERAGED, " of the moving average")):
+        decides = prefix + trained.task.best_by
+        scored = [row for row in rows if decides in row]
         if scored:
-            best = max(scored, key=lambda row: row[f"{prefix}top1"])
-            top1, top5, loss = (best[prefix + key] for key in ("top1", "top5", "loss"))
-            value = f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
-            facts.append((f"Best validation{whose}", f"{value}, at step {best['step']:,}"))
+            best = max(scored, key=lambda row: row[decides])
+            values = ", ".join(
+                f"{label.removesuffix(', %')} {best[prefix + name]:.2f} %" if label.endswith("%")
+                else f"{label} {best[prefix + name]:.4f}"
+                for name, label in trained.task.scores.items()
+            )  # fmt: skip
+            facts.append((f"Best validation{whose}", f"{values}, at step {best['step']:,}"))
     return facts
 
 

@@ -21,23 +21,21 @@ import psutil
 import torch
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.config.parsing import config_class_of, given_keys, parse
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
+from mae_scale.config.parsing import given_values, parse
+from mae_scale.config.sections import RunConfig
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
-from mae_scale.models import build_classifier, build_mae
 from mae_scale.planning.choice import HEADROOM, Cluster, Job, Plan, Row, choose, rows
-from mae_scale.planning.flops import classifier_training_flops, training_flops
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
 from mae_scale.planning.text import comparison, page, way
 from mae_scale.tasks.classification import classes_of
+from mae_scale.tasks.task import TASKS, task_of_arguments
 
-TASKS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig}
 CHOSEN = ("deepspeed", "train.micro_batch_size", "train.activation_checkpointing",
           "train.activation_offload")  # fmt: skip
 # Where no shards are named: ImageNet-1K's training split, and what benchmarks/data_loading.py read.
-IMAGENET, IMAGENET_CLASSES, IMAGE_BYTES = 1_281_167, 1000, 107_600
+IMAGENET, IMAGE_BYTES = 1_281_167, 107_600
 PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
 
 
@@ -168,21 +166,21 @@ def _clusters(options: argparse.Namespace) -> list[Cluster]:
     ]
 
 
-def _job(name: str, rest: list[str], task: str | None, prog: str) -> Job:
+def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> Job:
     """The run of a config and further `--section.key value` arguments."""
     argv = ["--config", name, *rest]
-    config_class: type[RunConfig] = TASKS[task] if task else config_class_of(argv)
-    given = given_keys(argv)
-    _check_known(rest, config_class)
+    task = TASKS[task_name] if task_name else task_of_arguments(argv)
+    given = given_values(argv)
+    _check_known(rest, task.config)
     for key, place in PLACES.items():
         if key not in given:
             argv.append(f"--{key}={place}")
-    config = parse(config_class, argv, prog)
-    images, classes, image_bytes = IMAGENET, IMAGENET_CLASSES, float(IMAGE_BYTES)
+    config = parse(task.config, argv, prog)
+    images, classes, image_bytes = IMAGENET, task.num_classes, float(IMAGE_BYTES)
     if any(token.split("=")[0] == "--data.train" for token in rest):
         shards = open_shards(config.data.train, config.data.cache_dir)
         images, image_bytes = len(shards), float(shards.bytes.sum()) / len(shards)
-        if not isinstance(config, PretrainConfig):
+        if task.num_classes:
             classes = len(classes_of(shards))
     if images < config.train.global_batch_size:
         raise UserError(
@@ -191,15 +189,8 @@ def _job(name: str, rest: list[str], task: str | None, prog: str) -> Job:
         )
     fixed = frozenset(token[2:].split("=")[0] for token in rest if token.startswith("--"))
     with torch.device("meta"):  # no weights
-        if isinstance(config, PretrainConfig):
-            mae = build_mae(**config.model.build_kwargs())
-            return Job(config, mae, training_flops(mae), images, image_bytes, fixed)
-        model = build_classifier(num_classes=classes, **config.model.build_kwargs())
-    if isinstance(config, LinprobeConfig):
-        model.tune_last(0)
-    elif config.train.tune_blocks is not None:
-        model.tune_last(config.train.tune_blocks)
-    return Job(config, model, classifier_training_flops(model), images, image_bytes, fixed)
+        model = task.module.build(config, classes)
+    return Job(config, model, task.module.flops(model), images, image_bytes, fixed)
 
 
 def _check_known(rest: list[str], config_class: type[RunConfig]) -> None:
@@ -249,7 +240,7 @@ def _command(
     options: argparse.Namespace,
 ) -> str:
     """What starts the run: sbatch, or torchrun on this machine."""
-    task = next(task for task, config in TASKS.items() if type(job.config) is config)
+    task = job.config.task
     if options.this_machine:
         start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"
     else:
@@ -258,7 +249,7 @@ def _command(
             f"slurm/{task}.sbatch"
         )
     arguments = ["--config", name, *rest]
-    given = given_keys(arguments)
+    given = given_values(arguments)
     for key, place in PLACES.items():
         if key not in given:
             arguments += [f"--{key}", place]

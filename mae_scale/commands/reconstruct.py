@@ -18,9 +18,8 @@ from mae_scale.models.weights import (
     read_weights,
     sizes_of,
 )
-from mae_scale.tasks.classification import is_ours
 from mae_scale.tasks.figures import save_reconstruction_grid
-from mae_scale.tasks.trained import Trained
+from mae_scale.tasks.trained import TrainedRun, is_ours
 from mae_scale.train import checkpoint
 from mae_scale.world import World
 
@@ -105,10 +104,10 @@ def reconstruct(
 
 def load_mae(folder: Path) -> MaskedAutoencoderViT:
     """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
-    trained = Trained.read(folder)
-    if trained.task != "pretrain":
-        raise UserError(f"{trained.run_dir} is a run of {trained.task}, which has no decoder")
-    model = trained.mae()
+    trained = TrainedRun.read(folder)
+    model = trained.model()
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise UserError(f"{trained.run_dir} is a run of {trained.task.name}, which has no decoder")
     model.load_state_dict(trained.weights())
     return model.eval()
 

@@ -13,7 +13,7 @@ from mae_scale.commands.arguments import Parser
 from mae_scale.errors import UserError
 from mae_scale.launch.console import size_text
 from mae_scale.watching.health import Rows, duration, health, pace_of, seconds_to_save
-from mae_scale.watching.run_view import RunView, best_validation
+from mae_scale.watching.run_view import RunView
 
 ROWS = 400  # of the metrics that are looked at, the last ones
 BAR = 40  # characters
@@ -97,7 +97,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
         line("last row" if rows else "last sign", f"{duration(now - run.last_sign)} ago", often)
     due = seconds_to_save(run, now, step, pace) if state == "running" else None
     line("checkpoint", *_saved(run, now, due))
-    best = best_validation(run.validations())
+    best = run.best_validation()
     if best:
         score, row = best
         line("best", f"{score} {row[score]:.2f} % at step {row['step']:,}")

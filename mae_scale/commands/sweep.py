@@ -37,22 +37,18 @@ import yaml
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import RECIPES, parse
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.stopping import STOPPED
+from mae_scale.tasks.task import TASKS
 from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import read_history
 from mae_scale.world import World, is_slurm_task
 
 log = logging.getLogger("mae_scale")
 
-CONFIGS: dict[str, Any] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "linprobe": LinprobeConfig,
-}
 COLUMNS = {"finetune": "fine-tuning", "linprobe": "linear probing"}
+STEPS = ("pretrain", *COLUMNS)  # tasks of a row, in the order of their work
 SWEEPS = RECIPES / "sweeps"
 
 
@@ -107,12 +103,13 @@ class Run:
     arguments: tuple[str, ...]
     run_dir: Path
 
-    def top1(self) -> float | None:
-        """Accuracy at its end in percent, of the moving average where it keeps one."""
+    def score(self) -> float | None:
+        """Give the deciding score at its end, of the moving average where it keeps one."""
         rows = read_metrics(self.run_dir / VALIDATION)
         if not rows or not _is_finished(self.run_dir):
             return None
-        return rows[-1].get("ema_top1", rows[-1]["top1"])
+        score = TASKS[self.task].best_score(rows[-1])
+        return rows[-1][score] if score else None
 
 
 def _is_finished(run_dir: Path) -> bool:
@@ -146,7 +143,7 @@ class Sweep:
         return [
             {
                 "name": row["name"],
-                **{task: [run.top1() for run in runs] for task, runs in measured.items()},
+                **{task: [run.score() for run in runs] for task, runs in measured.items()},
                 "paper": row.get("paper") or {},
             }
             for row, measured in zip(self.rows, self.measured, strict=True)
@@ -176,7 +173,7 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    known = {"title", "seeds", "rows", *CONFIGS}
+    known = {"title", "seeds", "rows", *STEPS}
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise UserError(f"{path} is no sweep: expected title, pretrain, finetune, linprobe, rows")
     for key in content:
@@ -187,14 +184,14 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
     for row in sweep.rows:
         if not isinstance(row, dict) or "name" not in row:
             raise UserError(f"{path}: a row lacks its name: {row}")
-        unknown = row.keys() - {"name", "paper", *CONFIGS}
+        unknown = row.keys() - {"name", "paper", *STEPS}
         if unknown:
             raise UserError(f"{path}: row {row['name']}: unknown key '{unknown.pop()}'")
         measured: dict[str, list[Run]] = {}
         needed: list[Run] = []
         for seed in content.get("seeds", [0]):
             weights: Path | None = None
-            for task in CONFIGS:
+            for task in STEPS:
                 settings = _settings(content, row, task)
                 if settings is None:
                     continue
@@ -211,7 +208,7 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
                 arguments = [f"--{name}={value}" for name, value in settings.items()]
                 run = Run(task, (*arguments, f"--run_dir={place}"), place)
                 try:
-                    parse(CONFIGS[task], list(run.arguments), task)
+                    parse(TASKS[task].config, list(run.arguments), task)
                 except UserError as error:
                     raise UserError(f"{path}: row {row['name']}, {task}: {error}") from None
                 needed.append(run)

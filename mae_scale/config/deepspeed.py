@@ -9,6 +9,7 @@ from typing import Any
 
 import hjson
 
+from mae_scale.config.sections import OptimizerConfig
 from mae_scale.errors import UserError
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -45,9 +46,9 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_lars(zero_stage: int) -> None:
-    """Raise a UserError where ZeRO breaks the norms that LARS needs."""
-    if zero_stage != 0:
+def check_stage(optim: OptimizerConfig, zero_stage: int) -> None:
+    """Raise a UserError where the optimiser does not work under a ZeRO stage."""
+    if zero_stage > optim.max_zero_stage:
         raise UserError(
             f"deepspeed: ZeRO-{zero_stage} cuts the weights into pieces, and LARS scales its step "
             "by the norms of whole matrices; use zero0 (only the probe's linear layer is trained)"

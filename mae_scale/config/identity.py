@@ -9,33 +9,7 @@ from typing import Any
 
 import yaml
 
-from mae_scale.config.sections import DataConfig
-
-# What a run may change when it goes on: none of it changes which samples a step sees or the
-# learning rate. `data.train` may move as long as its manifest stays the same (checked apart).
-MAY_CHANGE = (
-    "run_dir",
-    "deepspeed",
-    "data.train",
-    "data.val",
-    "data.workers",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.max_bad_fraction",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "train.activation_checkpointing",
-    "train.activation_offload",
-    "train.compile",
-    "train.max_bad_steps",
-    "train.log_every",
-    "train.hang_timeout",
-    "train.validate_epochs",
-    "train.profile",
-    "train.reconstruct_every",
-    "checkpoint",
-    "replay",
-)
+from mae_scale.config.sections import CHANGEABLE, DataConfig
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,9 +24,9 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved config as YAML, tuples as lists."""
+    """The resolved config as YAML: the task first, tuples as lists."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump({"task": plain.pop("task"), **plain}, sort_keys=False)
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -62,22 +36,31 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], config: Any) -> list[str]:
-    """Keys that a run may not change, as lines `key: old -> new`.
+    """Name the keys that a run may not change and that differ, as lines `key: old -> new`.
 
     Args:
         old: as in the config.yaml of the run; keys that are newer than it count as their defaults.
         config: the new one.
     """
     before, after = {**_defaults(config), **flatten(old)}, flatten(yaml.safe_load(as_yaml(config)))
+    may_change = _changeable_keys(config)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and not _may_change(key)
+        if before.get(key) != after.get(key) and key not in may_change
     ]
 
 
-def _may_change(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the keys that are declared by `sections.changeable`."""
+    keys = set()
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            keys |= _changeable_keys(value, f"{prefix}{entry.name}.")
+        elif entry.metadata.get(CHANGEABLE):
+            keys.add(prefix + entry.name)
+    return keys
 
 
 def identity_hash(config: Any) -> str:
@@ -86,9 +69,10 @@ def identity_hash(config: Any) -> str:
     Defaults are left out, so that a key that joins later leaves the hash of older runs as it was.
     """
     flat, defaults = flatten(yaml.safe_load(as_yaml(config))), _defaults(config)
+    may_change = _changeable_keys(config)
     identity = {
         key: value
         for key, value in flat.items()
-        if not _may_change(key) and value != defaults.get(key)
+        if key not in may_change and value != defaults.get(key)
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

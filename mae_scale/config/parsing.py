@@ -13,7 +13,6 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.config.identity import flatten
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
 from mae_scale.errors import UserError
 
 T = TypeVar("T")
@@ -26,32 +25,20 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-AT_LEAST = {
-    "seed": 0,
-    "replay": 1,
-    "data.workers": 0,
-    "data.lanes": 1,
-    "data.window": 1,
-    "train.epochs": 1,
-    "train.max_steps": 1,
-    "train.max_bad_steps": 1,
-    "train.log_every": 1,
-    "train.hang_timeout": 10,
-    "train.validate_epochs": 1,
-    "train.reconstruct_every": 1,
-    "optim.warmup_epochs": 0,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.background_gb": 0,
-    "checkpoint.milestone_epochs": 1,
-}
-
-
 class _Parser(ArgumentParser):
     """jsonargparse's parser with one-line errors that the command line turns into exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split()).replace("Parser key", "config key")
+        number = re.search(r"Not of type ([\w ]+?):", text)
+        value = re.search(
+            r"Given value: (.*)$|: (\S+) does not conform|(?:literal|convert).*: ('.*')$", text
+        )
+        if number and value:
+            given = next(group for group in value.groups() if group is not None)
+            words = re.findall(r"typing\.Literal\[(.*?)\]", text)
+            others = [*(f"one of {found}" for found in words), *["null"] * ("NoneType" in text)]
+            text = f"{text.split(': ')[0]}: {given} is not a {' or '.join([number[1], *others])}"
         text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
         raise UserError(text)
 
@@ -77,39 +64,62 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
         help=f"YAML file, or the name of a recipe: {', '.join(recipe_names())}.",
     )
     parser.add_class_arguments(config_class)
-    known = _keys(config_class)
+    known = config_keys(config_class)
     files, rest = _split_config_arguments(argv)
     for file in files:
-        _check_known(_yaml_keys(file), known, f" in {file}")
+        _check_known(_read_yaml(file), known, f" in {file}")
     options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
     _check_known(options, [*known, "help", "print_config"], "")
     namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     namespace.pop("config")
-    config = config_class(**vars(parser.instantiate(namespace)))
-    flat = flatten(dataclasses.asdict(config))  # type: ignore[call-overload]
-    for key, least in AT_LEAST.items():
-        if flat.get(key) is not None and flat[key] < least:
-            raise UserError(f"{key} is {flat[key]}; it must be at least {least}")
-    return config
+    return _plain(config_class(**vars(parser.instantiate(namespace))))
 
 
-def config_class_of(argv: list[str]) -> type[RunConfig]:
-    """Of which task the `--config` files and `--section.key` arguments are: by their keys.
+def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
+    """Build a config from the content of a run's config.yaml.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a missing required key.
+    """
+    parser = _Parser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    _check_known(flatten(content), config_keys(config_class), " in the run's config.yaml")
+    namespace = parser.parse_object(content)
+    return _plain(config_class(**vars(parser.instantiate(namespace))))
+
+
+def _plain(value: Any) -> Any:
+    """The same config with ordinary numbers.
+
+    jsonargparse's numbers with a range are classes of its own. They would be pickled into
+    checkpoints, which could then not be read without it.
+    """
+    if dataclasses.is_dataclass(value):
+        for entry in dataclasses.fields(value):
+            setattr(value, entry.name, _plain(getattr(value, entry.name)))
+    elif isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    elif isinstance(value, float):
+        return float(value)
+    return value
+
+
+def given_values(argv: list[str]) -> dict[str, Any]:
+    """Read what the `--config` files and the arguments set; of arguments the keys only.
 
     Raises:
         UserError: a file that is not there or not YAML.
     """
-    given = given_keys(argv)
-    classes: tuple[type[RunConfig], ...] = (PretrainConfig, FinetuneConfig, LinprobeConfig)
-    # A mistyped key is nobody's; the class that knows most of them will name it.
-    return max(classes, key=lambda config: sum(key in _keys(config) for key in given))
-
-
-def given_keys(argv: list[str]) -> set[str]:
-    """Keys that the `--config` files and arguments set."""
     files, rest = _split_config_arguments(argv)
-    keys = {key for file in files for key in _yaml_keys(file)}
-    return keys | {token[2:].split("=")[0] for token in rest if token.startswith("--")}
+    values: dict[str, Any] = {}
+    for token in rest:
+        if token.startswith("--"):
+            values[token[2:].split("=")[0]] = None
+    for file in files:
+        values |= _read_yaml(file)
+    return values
 
 
 def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
@@ -133,24 +143,25 @@ def _find_config(value: str) -> Path:
     raise UserError(f"--config {value!r} is neither a file nor a recipe{hint}")
 
 
-def _keys(config_class: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all keys of a config class, sections included."""
+def config_keys(config_class: Any, prefix: str = "") -> list[str]:
+    """List the dotted names of all keys of a config class, sections included."""
     keys = []
     for name, hint in get_type_hints(config_class).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys += _keys(hint, f"{prefix}{name}.")
+            keys += config_keys(hint, f"{prefix}{name}.")
     return keys
 
 
-def _yaml_keys(path: Path) -> list[str]:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config file: values by dotted key."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no config keys; expected lines such as 'seed: 1'")
-    return list(flatten(content))
+    return flatten(content)
 
 
 def _check_known(keys: Iterable[str], known: list[str], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -69,6 +70,12 @@ class Augment:
         self._operations: dict[int, Any] = {}  # RandAugment by image size
         if rand_augment is not None:
             self._operations_for(224)
+
+    @classmethod
+    def of(cls, section: Any) -> Augment:
+        """Make what a config section `augment` asks for: its keys are the arguments' names."""
+        names = signature(cls).parameters
+        return cls(**{k: v for k, v in vars(section).items() if k in names})
 
     def __call__(
         self,

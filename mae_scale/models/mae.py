@@ -18,15 +18,7 @@ from mae_scale.models.masking import (
     random_masking,
 )
 from mae_scale.models.pos_embed import sincos_pos_embed
-from mae_scale.models.targets import (
-    PatchPCA,
-    Target,
-    mean_squared_error,
-    patch_statistics,
-    patchify,
-    token_cross_entropy,
-    unpatchify,
-)
+from mae_scale.models.targets import TARGETS, Target, patchify, unpatchify
 
 # Base, large and huge: the authors' models, their decoder being 512 wide and 8 blocks deep (paper
 # Table 1). The small two are ours, for tests, CIFAR and the demo: DeiT's widths, a decoder of the
@@ -119,7 +111,7 @@ class MaskedAutoencoderViT(Encoder):
         mask_ratio: float = 0.75,
         mask_sampling: Sampling = "random",
         mask_tokens_in_encoder: bool = False,
-        target: Target = "pixels",
+        target: str = "pixels",
         norm_pix_loss: bool = False,
         pca_components: int = 96,
         vocabulary_size: int = 8192,
@@ -127,15 +119,15 @@ class MaskedAutoencoderViT(Encoder):
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         check_sampling(mask_sampling, self.num_patches, mask_ratio)
-        if target not in ("pixels", "pca", "tokens"):
-            raise UserError(f"target {target!r} must be pixels, pca or tokens")
+        if target not in TARGETS:
+            raise UserError(f"target {target!r} must be one of {', '.join(TARGETS)}")
         if norm_pix_loss and target != "pixels":
             raise UserError(
                 f"norm_pix_loss normalises pixels; with target {target} it must be false"
             )
         self.mask_ratio, self.mask_sampling = mask_ratio, mask_sampling
         self.mask_tokens_in_encoder = mask_tokens_in_encoder
-        self.target, self.norm_pix_loss = target, norm_pix_loss
+        self._target, self.norm_pix_loss = target, norm_pix_loss
         tokens = 1 + self.num_patches
         self.pos_embed.requires_grad_(False)
         self.norm = layer_norm(embed_dim)
@@ -150,14 +142,21 @@ class MaskedAutoencoderViT(Encoder):
         )
         self.decoder_norm = layer_norm(width)
         patch_values = patch_size**2 * 3
-        outputs = {"pixels": patch_values, "pca": pca_components, "tokens": vocabulary_size}[target]
-        if outputs < 1:
-            raise UserError(f"vocabulary_size {outputs} must be at least 1")
-        self.decoder_pred = nn.Linear(width, outputs)
-        if target == "pca":
-            self.pca = PatchPCA(patch_values, pca_components)
+        predicted = TARGETS[target](
+            patch_values,
+            norm_pix_loss=norm_pix_loss,
+            pca_components=pca_components,
+            vocabulary_size=vocabulary_size,
+        )
+        self.decoder_pred = nn.Linear(width, predicted.width)
+        self.add_module(target, predicted)  # its keys begin with its name, as `pca.mean`
 
         self.initialize_weights()
+
+    @property
+    def target(self) -> Target:
+        """What the decoder predicts."""
+        return getattr(self, self._target)
 
     @property
     def encoder_tokens(self) -> int:
@@ -174,7 +173,7 @@ class MaskedAutoencoderViT(Encoder):
             width = self.decoder_pos_embed.shape[-1]
             self.decoder_pos_embed.copy_(sincos_pos_embed(width, self.patch_embed.grid_size[0]))
             nn.init.normal_(self.mask_token, std=0.02)
-        elif isinstance(module, PatchPCA):
+        elif isinstance(module, Target):
             module.reset_parameters()
 
     def noise(
@@ -229,17 +228,8 @@ class MaskedAutoencoderViT(Encoder):
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss over the removed patches, float32 scalar; arguments and results as in `forward`."""
-        if self.target == "tokens":
-            if token_ids is None:
-                raise ValueError("the target is token ids; forward needs them")
-            return token_cross_entropy(pred, token_ids, mask)
-        target = patchify(images.float(), self.patch_size)
-        if self.target == "pca":
-            target = self.pca(target)
-        elif self.norm_pix_loss:
-            mean, std = patch_statistics(target)
-            target = (target - mean) / std
-        return mean_squared_error(pred, target, mask)
+        patches = patchify(images.float(), self.patch_size)
+        return self.target.loss(pred, patches, mask, token_ids)
 
     def forward_encoder(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """Encode the class token and the visible patches.
@@ -308,14 +298,9 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             UserError: the model predicts token ids, which are no image.
         """
-        if self.target == "tokens":
+        if not self.target.is_image:
             raise UserError("the model predicts a tokenizer's ids, of which it can draw no image")
         _, pred, mask = self(images, noise, mask_ratio)
-        pred = pred.float()
-        if self.target == "pca":
-            pred = self.pca.inverse(pred)
-        elif self.norm_pix_loss:
-            mean, std = patch_statistics(patchify(images.float(), self.patch_size))
-            pred = pred * std + mean
+        pred = self.target.to_pixels(pred.float(), patchify(images.float(), self.patch_size))
         mask_pixels = mask[..., None].expand(-1, -1, self.patch_size**2)
         return unpatchify(pred, self.patch_size), unpatchify(mask_pixels, self.patch_size)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mae_scale.errors import UserError
-
-Target = Literal["pixels", "pca", "tokens"]
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -44,19 +41,122 @@ def masked_mean(per_patch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (per_patch * mask).sum() / mask.sum()
 
 
-def mean_squared_error(
-    pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error over the removed patches, in fp32 whatever the dtype of `pred`.
+class Target(nn.Module):
+    """What the decoder predicts of each patch. Another target is another subclass in `TARGETS`.
+
+    State-dict keys of a target begin with its name, such as `pca.mean`.
+
+    Attributes:
+        width: d, values that the decoder predicts for a patch.
+        is_image: whether a prediction can be drawn.
+        needs_tokenizer: whether the ids of a tokenizer are what is predicted.
+        fitted_on: number of images that `fit` wants to see when a run starts; 0: none.
+    """
+
+    width: int
+    is_image = True
+    needs_tokenizer = False
+    fitted_on = 0
+
+    def reset_parameters(self) -> None:
+        """Set what the target keeps to its initial values."""
+
+    def fit(self, patches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Compute what the target keeps from the patches of images, float32 [n, p*p*3] each."""
+        return {}
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Make the target of true patches: float32 [B, L, p*p*3] -> float32 [B, L, d]."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        pred: torch.Tensor,
+        patches: torch.Tensor,
+        mask: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compare over the removed patches, in fp32 whatever the dtype of `pred`.
+
+        Args:
+            pred: [B, L, d].
+            patches: float32 [B, L, p*p*3], the true ones.
+            mask: [B, L], 1 on removed patches.
+            token_ids: int64 [B, L], of a tokenizer.
+
+        Returns:
+            Mean squared error, float32 scalar.
+        """
+        return masked_mean((pred.float() - self(patches)).square().mean(dim=-1), mask)
+
+    def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Turn a prediction into patches: float32 [B, L, d] -> [B, L, p*p*3].
+
+        Args:
+            pred: the prediction.
+            patches: float32 [B, L, p*p*3], the true ones.
+        """
+        raise NotImplementedError
+
+
+class Pixels(Target):
+    """The pixels of a patch, normalised by its own mean and deviation (paper section 3).
 
     Args:
-        pred, target: [B, L, d].
-        mask: [B, L], 1 on removed patches.
-
-    Returns:
-        float32 scalar.
+        patch_values: p*p*3.
+        norm_pix_loss: whether they are normalised.
     """
-    return masked_mean((pred.float() - target).square().mean(dim=-1), mask)
+
+    def __init__(self, patch_values: int, *, norm_pix_loss: bool, **unused: object) -> None:
+        super().__init__()
+        self.width, self._normalises = patch_values, norm_pix_loss
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Make the target of true patches: float32 [B, L, p*p*3], the same shape."""
+        if not self._normalises:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Give a normalised prediction the true patches' means and deviations, as the authors."""
+        if not self._normalises:
+            return pred
+        mean, std = patch_statistics(patches)
+        return pred * std + mean
+
+
+class Tokens(Target):
+    """The id that a tokenizer gives to a patch (paper Table 1d), as logits.
+
+    Args:
+        patch_values: p*p*3.
+        vocabulary_size: number of different ids.
+
+    Raises:
+        UserError: no ids.
+    """
+
+    is_image = False
+    needs_tokenizer = True
+
+    def __init__(self, patch_values: int, *, vocabulary_size: int, **unused: object) -> None:
+        super().__init__()
+        if vocabulary_size < 1:
+            raise UserError(f"vocabulary_size {vocabulary_size} must be at least 1")
+        self.width = vocabulary_size
+
+    def loss(
+        self,
+        pred: torch.Tensor,
+        patches: torch.Tensor,
+        mask: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy over the removed patches, in fp32; arguments as in `Target.loss`."""
+        if token_ids is None:
+            raise ValueError("the target is token ids; forward needs them")
+        return token_cross_entropy(pred, token_ids, mask)
 
 
 def token_cross_entropy(
@@ -76,14 +176,14 @@ def token_cross_entropy(
     return masked_mean(per_patch.view_as(mask), mask)
 
 
-class PatchPCA(nn.Module):
+class PatchPCA(Target):
     """The largest PCA coefficients of a patch's pixels (paper Table 1d), kept in fp32.
 
-    A new one gives the first pixels; `state_from` makes the state of a fitted one.
+    A new one gives the first pixels; `fit` makes the state of a fitted one.
 
     Args:
-        width: d, pixel values of a patch.
-        components: k, coefficients.
+        patch_values: p*p*3.
+        pca_components: k, coefficients.
 
     Raises:
         UserError: more components than pixel values.
@@ -91,15 +191,18 @@ class PatchPCA(nn.Module):
 
     mean: torch.Tensor
     components: torch.Tensor
+    fitted_on = 2048
 
-    def __init__(self, width: int, components: int) -> None:
+    def __init__(self, patch_values: int, *, pca_components: int, **unused: object) -> None:
         super().__init__()
-        if not 1 <= components <= width:
+        if not 1 <= pca_components <= patch_values:
             raise UserError(
-                f"pca_components {components} must be from 1 to the {width} pixel values of a patch"
+                f"pca_components {pca_components} must be from 1 to the {patch_values} pixel "
+                "values of a patch"
             )
-        self.register_buffer("mean", torch.empty(width))
-        self.register_buffer("components", torch.empty(components, width))
+        self.width = pca_components
+        self.register_buffer("mean", torch.empty(patch_values))
+        self.register_buffer("components", torch.empty(pca_components, patch_values))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,17 +214,15 @@ class PatchPCA(nn.Module):
         """[..., d] -> [..., k], in fp32."""
         return (patches.float() - self.mean) @ self.components.T
 
-    def inverse(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """[..., k] -> the patches [..., d] with these coefficients and no others."""
-        return coefficients.float() @ self.components + self.mean
+    def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Sum the components: [..., k] -> the patches with these coefficients and no others."""
+        return pred.float() @ self.components + self.mean
 
-    @staticmethod
-    def state_from(patches: Iterable[torch.Tensor], components: int) -> dict[str, torch.Tensor]:
+    def fit(self, patches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Mean and components of a sample of patches, by the covariance in float64.
 
         Args:
             patches: tensors [n, d] that together are the sample.
-            components: k.
 
         Returns:
             "mean" float32 [d] and "components" float32 [k, d], orthonormal, the largest variance
@@ -134,6 +235,9 @@ class PatchPCA(nn.Module):
             total, products = total + values.sum(dim=0), products + values.T @ values
         mean = total / count
         _, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-        found = vectors.T.flip(0)[:components]
+        found = vectors.T.flip(0)[: self.width]
         largest = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
         return {"mean": mean.float(), "components": (found * largest.sign()).float()}
+
+
+TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "pca": PatchPCA, "tokens": Tokens}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
-from mae_scale.config.deepspeed import check_lars, load_deepspeed_config
-from mae_scale.config.sections import FinetuneConfig, LarsConfig, RunConfig
+from mae_scale.config.deepspeed import check_stage, load_deepspeed_config
+from mae_scale.config.sections import RunConfig
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder
 from mae_scale.planning.flops import recomputed_flops
@@ -147,7 +147,7 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
     """
     train, fixed = job.config.train, job.fixed
     stages: tuple[str, ...] = STAGES
-    if isinstance(job.config.optim, LarsConfig):
+    if job.config.optim.max_zero_stage == 0:
         stages = ("zero0",)
     if "deepspeed" in fixed:
         stages = (job.config.deepspeed,)
@@ -157,9 +157,8 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
     if fixed & {"train.activation_checkpointing", "train.activation_offload"}:
         ways = ((train.activation_checkpointing, train.activation_offload),)
     sections = {name: load_deepspeed_config(name).get("zero_optimization", {}) for name in stages}
-    if isinstance(job.config.optim, LarsConfig):
-        for section in sections.values():
-            check_lars(section.get("stage", 0))
+    for section in sections.values():
+        check_stage(job.config.optim, section.get("stage", 0))
     found = []
     for every, offload in ways:
         job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]
@@ -179,8 +178,8 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
     """
     train = job.config.train
     batch, most = train.global_batch_size, train.micro_batch_size
-    is_probe = isinstance(job.config.optim, LarsConfig)  # whose BatchNorm sees a micro-batch
-    if "train.micro_batch_size" in job.fixed or (is_probe and batch % (gpus * most) == 0):
+    keeps = job.config.has_batch_statistics and batch % (gpus * most) == 0
+    if "train.micro_batch_size" in job.fixed or keeps:
         accumulation_steps(train, gpus)
         return [most]
     if batch < 1 or batch % gpus:
@@ -192,9 +191,8 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
         )
     share = batch // gpus
     found = [2**n for n in range(share.bit_length()) if share % 2**n == 0]
-    augment = job.config.augment if isinstance(job.config, FinetuneConfig) else None
-    if augment is not None and (augment.mixup > 0 or augment.cutmix > 0):
-        found = [micro for micro in found if micro % 2 == 0]  # they mix pairs
+    if job.config.mixes_pairs:
+        found = [micro for micro in found if micro % 2 == 0]
     if not found:
         raise UserError(
             f"train.global_batch_size {batch} gives each of {gpus} GPUs {share} images, an odd "

@@ -140,7 +140,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
     replaced = patches if model.mask_tokens_in_encoder else 0  # whether each patch is
     # Visible and mask tokens, not yet in order, and that order.
     ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
-    ids = patches * INT64 if model.target == "tokens" else 0
+    ids = patches * INT64 if model.target.needs_tokenizer else 0
     return [
         Part(  # the pixels of the patches that are seen
             kept=seen * pixels * value + replaced,

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.config.sections import OptimizerConfig
 
 FP32 = 4  # bytes
 ITEMSIZE = {"bf16": 2, "fp32": FP32}
+MOMENTS = {"adamw": 2, "lars": 1}  # fp32 values of an optimiser's state for each parameter
 ALL_REDUCE_AT_ONCE = 500_000_000  # values that stage 0 sends at once
 
 
@@ -56,7 +57,7 @@ class Trained:
 
 
 def trained_by(
-    optim: OptimConfig | LarsConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
+    optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
 ) -> Trained:
     """What a run with this optimiser has; the model may be on the meta device."""
     # Of a parameter that ZeRO-3 has sharded, the own size is in ds_numel.
@@ -65,8 +66,8 @@ def trained_by(
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, is_trained in sizes if is_trained),
         precision=precision,
-        moments=1 if isinstance(optim, LarsConfig) else 2,
-        ema=isinstance(optim, FinetuneOptimConfig) and optim.ema_decay is not None,
+        moments=MOMENTS[optim.optimizer],
+        ema=optim.average_decay is not None,
         grad_reduce=grad_reduce,
     )
 

@@ -7,21 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.weights import fit_to_classifier, read_weights
-from mae_scale.train import checkpoint
+from mae_scale.models.weights import fit_to_classifier
+from mae_scale.tasks.task import AVERAGED, TASKS
+from mae_scale.tasks.trained import CLASSES, read_any
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
 from mae_scale.train.validation import averaged_weights, evaluate
 from mae_scale.world import World
-
-CLASSES = "classes.json"  # in the run folder
 
 
 def classes_of(shards: ShardSet) -> list[str]:
@@ -51,53 +49,19 @@ def initial_weights(
     return lambda: fit_to_classifier(read_any(Path(spec)), model, new_head=new_head)
 
 
-def read_any(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of a run of ours (its best or newest checkpoint), of a step folder, or of a file.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not is_ours(path):
-        return read_weights(path)
-    return checkpoint.load_weights(best_checkpoint(path))
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a path is a run folder or a committed step folder."""
-    return (path / checkpoint.COMMITTED).exists() or (path / "config.yaml").exists()
-
-
-def best_checkpoint(path: Path) -> Path:
-    """Of a run folder the best checkpoint by validation, or else the newest; of a step folder it.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
-    return checkpoint.find_checkpoint(best or path)
-
-
-def run_config(folder: Path) -> dict:
-    """The config.yaml of the run that a step folder is of."""
-    return yaml.safe_load((folder.parents[1] / "config.yaml").read_text())
-
-
 def notes(classes: list[str]) -> dict[str, str]:
     """What the run folder tells evaluation."""
     return {CLASSES: json.dumps(classes) + "\n"}
 
 
 def validation(
-    config: FinetuneConfig | LinprobeConfig, world: World, train: ShardSet, with_ema: bool = False
+    config: FinetuneConfig | LinprobeConfig, world: World, train: ShardSet
 ) -> Validation | None:
     """Top-1, top-5 and loss on data.val; of the moving average as well, where there is one.
 
     Raises:
         UserError: no shards, or their classes are not those of the training shards.
     """
-    ratio = config.model.crop_ratio
-    if ratio is not None and not 0 < ratio <= 1:
-        raise UserError(f"model.crop_ratio {ratio} must lie in 0 to 1, not 0")
     if config.data.val is None:
         return None
     shards = open_shards(config.data.val, config.data.cache_dir)
@@ -112,12 +76,14 @@ def validation(
         batch_size=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.size,
-        workers=config.data.workers,
+        workers=config.data.worker_processes,
         crop_ratio=config.model.crop_ratio,
         pin_memory=world.device.type == "cuda",
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
     )
+
+    task, averages = TASKS[config.task], config.optim.average_decay is not None
 
     def scores(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
         found = evaluate(
@@ -132,12 +98,14 @@ def validation(
 
     def run(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
         own = scores(engine, stop)
-        if own is None or not with_ema:
+        if own is None or not averages:
             return own
         with averaged_weights(engine):
             average = scores(engine, stop)
         if average is None:
             return None
-        return own | {f"ema_{key}": average[key] for key in ("top1", "top5", "loss")}
+        return own | {AVERAGED + key: average[key] for key in task.scores}
 
-    return Validation(config.train.validate_epochs, run, "ema_top1" if with_ema else "top1")
+    return Validation(
+        config.train.validate_epochs, run, (AVERAGED if averages else "") + task.best_by
+    )

@@ -1,69 +1,105 @@
-"""A trained run as evaluate, reconstruct and export see it: its config, its model, its weights."""
+"""A trained run as other commands use it: its config, its model, its weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from mae_scale.config.sections import FinetuneOptimConfig, ModelConfig
+from mae_scale.config.parsing import from_mapping
+from mae_scale.config.sections import RunConfig
 from mae_scale.errors import UserError
-from mae_scale.models import Classifier, MaskedAutoencoderViT, build_classifier, build_mae
-from mae_scale.tasks.classification import CLASSES, run_config
+from mae_scale.models.weights import read_weights
+from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
 from mae_scale.train.optimizers import optimizer_order
 
+CLASSES = "classes.json"  # in the run folder of a task that has classes
+
+
+def read_any(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run of ours (its best or newest checkpoint), of a step folder, or of a file.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not is_ours(path):
+        return read_weights(path)
+    return checkpoint.load_weights(best_checkpoint(path))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path is a run folder or a committed step folder."""
+    return (path / checkpoint.COMMITTED).exists() or (path / "config.yaml").exists()
+
+
+def best_checkpoint(path: Path) -> Path:
+    """Of a run folder the best checkpoint by validation, or else the newest; of a step folder it.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
+    return checkpoint.find_checkpoint(best or path)
+
 
 @dataclass
-class Trained:
-    """A checkpoint, and the run that it is of."""
+class TrainedRun:
+    """A checkpoint, and the run that it belongs to."""
 
     folder: Path
     """The step folder."""
-    config: dict[str, Any]
-    """Of the run."""
-    task: str
-    """pretrain, finetune or linprobe."""
+    task: Task
+    config: RunConfig
     classes: list[str]
-    """Of the outputs, in order; none of pre-training."""
+    """Names of the model's outputs, in order; none in pre-training."""
 
     @classmethod
-    def read(cls, folder: Path) -> Trained:
-        """Read what the run of a step folder says of it, but no weights."""
-        config, notes = run_config(folder), folder.parents[1] / CLASSES
-        if not notes.exists():
-            return cls(folder, config, "pretrain", [])
-        task = "linprobe" if "momentum" in config["optim"] else "finetune"
-        return cls(folder, config, task, json.loads(notes.read_text()))
+    def read(cls, folder: Path) -> TrainedRun:
+        """Read what the run of a step folder says of it, but no weights.
+
+        Raises:
+            UserError: its config.yaml or classes.json cannot be read.
+        """
+        run_dir = folder.parents[1]
+        path, notes = run_dir / "config.yaml", run_dir / CLASSES
+        try:
+            content = yaml.safe_load(path.read_text())
+            classes = json.loads(notes.read_text()) if notes.exists() else []
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{run_dir} is no run folder that can be read: {text}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is not the config of a run")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"{notes} is not a list of the names of classes")
+        task = task_of(content)
+        return cls(folder, task, from_mapping(task.config, content), classes)
 
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
         return self.folder.parents[1]
 
-    def mae(self) -> MaskedAutoencoderViT:
-        """The model of a run of pre-training, with fresh weights."""
-        return build_mae(**ModelConfig(**self.config["model"]).build_kwargs())
-
-    def classifier(self, img_size: int | None = None) -> Classifier:
-        """The model of a run of fine-tuning or probing, with fresh weights.
+    def model(self, img_size: int | None = None) -> Any:
+        """Build the model of the run with fresh weights.
 
         Args:
             img_size: another one than it was trained at.
         """
-        section = {k: v for k, v in self.config["model"].items() if v is not None}
-        section.pop("crop_ratio", None)
-        if self.task == "linprobe":
-            section["head"] = "probe"
+        config = self.config
         if img_size is not None:
-            section["img_size"] = img_size
-        return build_classifier(num_classes=len(self.classes), **section)
+            section = dataclasses.replace(config.model, img_size=img_size)
+            config = dataclasses.replace(config, model=section)
+        return self.task.module.build(config, len(self.classes))
 
     def weights(self, ema: bool = False) -> dict[str, torch.Tensor]:
-        """The state dict in fp32; all ranks call.
+        """Read the state dict in fp32; all ranks call.
 
         Args:
             ema: the moving averages of the parameters that were trained, instead of these.
@@ -73,14 +109,11 @@ class Trained:
         """
         if not ema:
             return checkpoint.load_weights(self.folder)
-        if self.config["optim"].get("ema_decay") is None:
-            raise UserError(f"--ema: {self.run_dir} keeps no moving average (optim.ema_decay)")
+        if self.config.optim.average_decay is None:
+            raise UserError(f"{self.run_dir} keeps no moving average (optim.ema_decay)")
         with torch.device("meta"):
-            model = self.classifier()
-        if self.config["train"]["tune_blocks"] is not None:
-            model.tune_last(self.config["train"]["tune_blocks"])
-        order = optimizer_order(model, FinetuneOptimConfig(**self.config["optim"]))
-        averages = checkpoint.load_averages(self.folder, order)
+            model = self.model()
+        averages = checkpoint.load_averages(self.folder, optimizer_order(model, self.config.optim))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         state = checkpoint.load_weights(self.folder)
         return state | {name: average.view(shapes[name]) for name, average in averages.items()}

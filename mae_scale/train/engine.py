@@ -9,7 +9,7 @@ import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.config.sections import OptimizerConfig
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.deepspeed_config import zero_stage
 from mae_scale.train.ds import (
@@ -58,7 +58,7 @@ def fill_in(
 
 
 def build_engine(
-    model: nn.Module, optim: OptimConfig | LarsConfig, deepspeed_config: dict[str, Any]
+    model: nn.Module, optim: OptimizerConfig, deepspeed_config: dict[str, Any]
 ) -> DeepSpeedEngine:
     """Wrap a model with its optimiser, sharded as the config says.
 
@@ -83,8 +83,8 @@ def build_engine(
         value.data = buffers[name].to(value.device)
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
-    if isinstance(optim, FinetuneOptimConfig) and optim.ema_decay is not None:
-        keep_moving_average(engine, optim.ema_decay)
+    if optim.average_decay is not None:
+        keep_moving_average(engine, optim.average_decay)
     return engine
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from mae_scale.config.batch import total_steps
-from mae_scale.config.sections import CheckpointConfig, LarsConfig, OptimConfig, TrainConfig
+from mae_scale.config.sections import CheckpointConfig, OptimizerConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.launch.stopping import stop_request
@@ -79,7 +79,7 @@ class Loop:
     run_dir: Path
     seed: int
     train: TrainConfig
-    optim: OptimConfig | LarsConfig
+    optim: OptimizerConfig
     checkpoint: CheckpointConfig
     steps_per_epoch: int
     accumulation: int

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.optim import Lars
 from torch import nn
 
-from mae_scale.config.deepspeed import check_lars
-from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.config.deepspeed import check_stage
+from mae_scale.config.sections import OptimizerConfig
 from mae_scale.train.ds import DeepSpeedEngine
 
 EMA = "ema"  # key in the optimiser's state of a parameter
 
 
-def optimizer_groups(model: nn.Module, optim: OptimConfig | LarsConfig) -> list[dict[str, Any]]:
-    """Trained parameters by weight decay and, for fine-tuning, by layer.
+def optimizer_groups(model: nn.Module, optim: OptimizerConfig) -> list[dict[str, Any]]:
+    """Group the trained parameters by weight decay and, under layer-wise decay, by layer.
 
-    Biases and norms have no weight decay; in fine-tuning class token and position embedding have
-    none either. A group's `lr_scale` multiplies the learning rate: under layer-wise decay it is
-    `layer_decay ** (last layer - layer)` (paper Table 9).
+    Biases and norms have no weight decay, nor do the matrices in `optim.without_decay`. A group's
+    `lr_scale` multiplies the learning rate: under layer-wise decay it is
+    `rate_per_layer ** (last layer - layer)` (paper Table 9), with the layers of `model.layer_of`.
     """
-    not_decayed: tuple[str, ...] = ()
-    layer_decay = 1.0
-    if isinstance(optim, FinetuneOptimConfig):
-        not_decayed, layer_decay = ("cls_token", "pos_embed"), optim.layer_decay
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         # A parameter that ZeRO-3 has sharded is flat; its own shape is in ds_shape.
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        decays = is_matrix and name not in not_decayed
+        decays = is_matrix and name not in optim.without_decay
         layer, scale = 0, 1.0
-        if layer_decay != 1:
+        if optim.rate_per_layer != 1:
             layer, last = model.layer_of(name), model.layer_of("head")  # type: ignore[operator]
-            scale = layer_decay ** (last - layer)
+            scale = optim.rate_per_layer ** (last - layer)
         new = {
             "params": [],
             "weight_decay": optim.weight_decay if decays else 0.0,
@@ -46,26 +43,23 @@ def optimizer_groups(model: nn.Module, optim: OptimConfig | LarsConfig) -> list[
     return [groups[key] for key in sorted(groups)]
 
 
-def optimizer_order(model: nn.Module, optim: OptimConfig | LarsConfig) -> list[str]:
-    """Names of the trained parameters in the order of the optimiser's groups."""
+def optimizer_order(model: nn.Module, optim: OptimizerConfig) -> list[str]:
+    """List the names of the trained parameters in the order of the optimiser's groups."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = optimizer_groups(model, optim)
     return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
 
 
 def make_optimizer(
-    model: nn.Module, optim: OptimConfig | LarsConfig, zero_stage: int
+    model: nn.Module, optim: OptimizerConfig, zero_stage: int
 ) -> torch.optim.Optimizer:
-    """The optimiser of a run; the learning rate is set by the loop at each step.
+    """Make the optimiser of a run; the loop sets the learning rate at each step.
 
     Raises:
-        UserError: LARS under a ZeRO stage that cuts matrices into pieces.
+        UserError: it does not work under this ZeRO stage.
     """
-    groups = optimizer_groups(model, optim)
-    if isinstance(optim, LarsConfig):
-        check_lars(zero_stage)
-        return GuardedLars(groups, optim.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    check_stage(optim, zero_stage)
+    return OPTIMIZERS[optim.optimizer](optimizer_groups(model, optim), optim)
 
 
 class GuardedLars(Lars):
@@ -93,6 +87,13 @@ class GuardedLars(Lars):
             after = [t for p in parameters for t in (p, self.state[p]["momentum_buffer"])]
             for tensor, old in zip(after, before, strict=True):
                 tensor.copy_(torch.where(found_inf > 0, old, tensor))
+
+
+# How an optimiser is made of parameter groups and its config, by `OptimizerConfig.optimizer`.
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, optim: torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True),
+    "lars": lambda groups, optim: GuardedLars(groups, optim.momentum),
+}
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:

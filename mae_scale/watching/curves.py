@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mae_scale.tasks.task import AVERAGED
 from mae_scale.train.records import METRICS, VALIDATION, readable_rows
 from mae_scale.watching.charts import Chart, Curve, Values, draw
 from mae_scale.watching.run_view import RunView
 
 METRIC_KEYS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second",
                "data_wait", "memory_gb", "mfu", "bad_steps")  # fmt: skip
-SCORES = ("top1", "ema_top1", "top5", "ema_top5", "loss", "ema_loss")
 
 Columns = dict[str, Values]
 
@@ -37,7 +37,8 @@ class Shown:
     @cached_property
     def validations(self) -> Columns:
         """Columns of validation.jsonl."""
-        return read_columns(self.view.folder / VALIDATION, ("step", "epoch", *SCORES))
+        names = [prefix + name for name in self.view.task.scores for prefix in ("", AVERAGED)]
+        return read_columns(self.view.folder / VALIDATION, ("step", "epoch", *names))
 
     @property
     def steps_per_epoch(self) -> float:
@@ -122,17 +123,16 @@ def _validation_charts(
     runs: list[Shown], axis: str, label: str, end: float, marks: list[tuple[float, str]]
 ) -> list[Chart]:
     charts = []
-    titles = {"top1": "Validation: top-1, %", "top5": "Validation: top-5, %",
-              "loss": "Validation: loss"}  # fmt: skip
-    for key, title in titles.items():
+    labels = {name: text for run in runs for name, text in run.view.task.scores.items()}
+    for key, text in labels.items():
         curves = [
             Curve(run.validations[axis], run.validations[name], run.colour, name != key)
             for run in runs
-            for name in (key, f"ema_{key}")
-            if np.isfinite(run.validations[name]).any()
+            for name in (key, AVERAGED + key)
+            if name in run.validations and np.isfinite(run.validations[name]).any()
         ]
         if curves:
-            charts.append(Chart(title, curves, label, end, marks))
+            charts.append(Chart(f"Validation: {text}", curves, label, end, marks))
     return charts
 
 

@@ -21,7 +21,7 @@ from mae_scale.launch.console import size_text
 from mae_scale.watching.charts import spread
 from mae_scale.watching.curves import Shown, curves
 from mae_scale.watching.health import duration
-from mae_scale.watching.run_view import SESSION, RunView, best_validation
+from mae_scale.watching.run_view import SESSION, RunView
 
 PICTURES = 6  # of a run, at the most
 PICTURE_SIDE = 1000  # pixels
@@ -105,7 +105,7 @@ def _card(run: Shown) -> str:
         numbers["trained for"] = duration(run.seconds)
         if np.nanmax(metrics["bad_steps"], initial=0) > 0:
             numbers["steps not applied"] = f"{np.nanmax(metrics['bad_steps']):.0f}"
-    best = best_validation(view.validations())
+    best = view.best_validation()
     if best:
         score, row = best
         numbers[f"best {score}"] = f"{row[score]:.2f} % at step {row['step']:,}"

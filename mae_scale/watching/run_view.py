@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mae_scale.errors import UserError
+from mae_scale.tasks.task import Task, task_of
 from mae_scale.train.records import HISTORY, METRICS, VALIDATION, readable_rows
 from mae_scale.world import host
 
@@ -84,6 +85,15 @@ class RunView:
         """So many of the last rows of metrics.jsonl, however long it is."""
         return list(readable_rows(self.folder / METRICS, 600 * most))[-most:]
 
+    @property
+    def task(self) -> Task:
+        """The task of the run."""
+        return task_of(self.config)
+
+    def best_validation(self) -> tuple[str, dict[str, Any]] | None:
+        """Give the score that decides and the first validation in which it is highest."""
+        return self.task.best_row(self.validations())
+
     def validations(self) -> list[dict[str, Any]]:
         """The rows of validation.jsonl."""
         return list(readable_rows(self.folder / VALIDATION))
@@ -134,15 +144,6 @@ class RunView:
             return "not started"
         elsewhere = event.get("host") != host()
         return "running" if elsewhere and time.time() - sign < YOUNG_S else "failed"
-
-
-def best_validation(rows: list[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
-    """The score that decides, top1 or that of the moving average, and the first best row."""
-    for score in ("ema_top1", "top1"):
-        scored = [row for row in rows if isinstance(row.get(score), (int, float))]
-        if scored:
-            return score, max(scored, key=lambda row: row[score])
-    return None
 
 
 def _saved(folder: Path) -> Saved | None:

@@ -22,7 +22,7 @@ from mae_scale.cli import main
 from mae_scale.data.transforms import decode_image, eval_crop, normalize
 from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights
-from mae_scale.tasks.trained import Trained
+from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train import checkpoint
 from mae_scale.train.ds import deepspeed
 from mae_scale.train.metrics import read_metrics
@@ -61,8 +61,8 @@ def export(run: Path, to: str, out: Path, *options: str) -> Path:
 
 def ours(run: Path, ema: bool = False) -> nn.Module:
     """The model of a run, by the checkpoint itself."""
-    trained = Trained.read(checkpoint.find_checkpoint(run))
-    model = trained.mae() if trained.task == "pretrain" else trained.classifier()
+    trained = TrainedRun.read(checkpoint.find_checkpoint(run))
+    model = trained.model()
     model.load_state_dict(trained.weights(ema))
     return model.eval()
 

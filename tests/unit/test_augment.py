@@ -120,5 +120,3 @@ def test_label_smoothing_alone() -> None:
 def test_mixing_needs_pairs() -> None:
     with pytest.raises(UserError, match=r"train.micro_batch_size 5 must be even"):
         Targets(AugmentConfig(), classes=5, micro_batch_size=5)
-    with pytest.raises(UserError, match=r"augment.label_smoothing 1.0"):
-        Targets(AugmentConfig(label_smoothing=1.0), classes=5, micro_batch_size=4)

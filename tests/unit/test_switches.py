@@ -110,24 +110,24 @@ def test_pca_is_that_of_the_covariance() -> None:
     scale = torch.linspace(3, 0.1, 12)
     rotation = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
     data = torch.randn(5000, 12, generator=generator) * scale @ rotation.T + 7
-    state = PatchPCA.state_from(data.split(700), 4)
-    pca = PatchPCA(12, 4)
+    pca = PatchPCA(12, pca_components=4)
+    state = pca.fit(data.split(700))
     pca.load_state_dict(state)
     _, s, v = torch.linalg.svd(data - data.mean(dim=0), full_matrices=False)
     expected = v[:4] * v[:4].gather(1, v[:4].abs().argmax(1, keepdim=True)).sign()
     torch.testing.assert_close(pca.components, expected, rtol=1e-3, atol=1e-4)
     coefficients = pca(data)
     torch.testing.assert_close(coefficients.std(dim=0), s[:4] / math.sqrt(5000 - 1))
-    left_over = (data - pca.inverse(coefficients)).square().sum()
+    left_over = (data - pca.to_pixels(coefficients, data)).square().sum()
     torch.testing.assert_close(left_over, s[4:].square().sum(), rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="pca_components 13 must be from 1 to the 12"):
-        PatchPCA(12, 13)
+        PatchPCA(12, pca_components=13)
 
 
 def test_pca_as_target() -> None:
     model = mae(target="pca", pca_components=20)
     patches = patchify(IMAGES, 8)
-    model.pca.load_state_dict(PatchPCA.state_from([patches.flatten(0, 1)], 20))
+    model.pca.load_state_dict(model.pca.fit([patches.flatten(0, 1)]))
     noise = torch.rand(4, 16)
     loss, pred, mask = model(IMAGES, noise)
     assert pred.shape == (4, 16, 20) and "pca.components" in model.state_dict()
@@ -135,7 +135,7 @@ def test_pca_as_target() -> None:
     by_hand = ((pred - target) ** 2).mean(dim=-1)[mask > 0].mean()
     torch.testing.assert_close(loss, by_hand)
     image, _ = model.reconstruct(IMAGES, noise)
-    torch.testing.assert_close(patchify(image, 8), model.pca.inverse(pred))
+    torch.testing.assert_close(patchify(image, 8), model.pca.to_pixels(pred, patches))
 
 
 def test_weights_of_the_switches_go_into_others() -> None:

@@ -1,0 +1,139 @@
+"""What a task is: the registry that every other part asks what a run consists of.
+
+Importing it needs no torch. The part of a task that does is its module, `tasks/NAME.py`, with
+
+    build(config, num_classes) -> model     as it is trained, on the device of the context
+    flops(model) -> int                     operations of one image in a training step
+    prepare(config, world, ds_config) -> Training     what `train.run.train` trains
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from mae_scale.config.identity import flatten
+from mae_scale.config.parsing import config_keys, given_values, parse
+from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
+from mae_scale.errors import UserError
+from mae_scale.world import World
+
+AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
+CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of run."""
+
+    name: str
+    """The command that trains it, and the name of its module in `tasks/`."""
+    config: type[RunConfig]
+    about: str
+    """What it does, for `mae-scale --help`."""
+    card: str
+    """What its model is, for a model card."""
+    hub_tag: str
+    """Its pipeline tag on the Hugging Face Hub."""
+    scores: Mapping[str, str] = field(default_factory=dict)
+    """What a validation measures: label by the name in validation.jsonl."""
+    best_by: str = ""
+    """The score whose highest value makes the best checkpoint."""
+    num_classes: int = 0
+    """Classes where no data set says how many: those of the paper's."""
+
+    @property
+    def module(self) -> ModuleType:
+        """The module of the task, which imports torch."""
+        return importlib.import_module(f"mae_scale.tasks.{self.name}")
+
+    def best_score(self, row: Mapping[str, Any]) -> str | None:
+        """Name the score of a validation that decides: the moving average's where it keeps one."""
+        names = (AVERAGED + self.best_by, self.best_by)
+        return next((n for n in names if isinstance(row.get(n), (int, float))), None)
+
+    def best_row(self, rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+        """Give the deciding score and the first validation in which it is highest."""
+        scored = [(name, row) for row in rows if (name := self.best_score(row))]
+        return max(scored, key=lambda pair: pair[1][pair[0]]) if scored else None
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "pretrain",
+            PretrainConfig,
+            "train a masked autoencoder on shards",
+            "Masked autoencoder, pre-trained",
+            "image-feature-extraction",
+        ),
+        Task(
+            "finetune",
+            FinetuneConfig,
+            "train a classifier, from weights or from scratch",
+            "Classifier on the encoder of a masked autoencoder, fine-tuned",
+            "image-classification",
+            CLASSIFICATION,
+            "top1",
+            1000,
+        ),
+        Task(
+            "linprobe",
+            LinprobeConfig,
+            "train a linear classifier on a frozen encoder",
+            "Linear classifier on the frozen encoder of a masked autoencoder",
+            "image-classification",
+            CLASSIFICATION,
+            "top1",
+            1000,
+        ),
+    )
+}
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """Find the task of a run or of a recipe by the content of its config.yaml.
+
+    Folders and recipes that do not name their task are of the one that knows most of their keys.
+
+    Raises:
+        UserError: it names a task that does not exist.
+    """
+    flat = flatten(dict(config))
+    name = flat.get("task")
+    if name is not None:
+        if name not in TASKS:
+            raise UserError(f"task {name!r} is not known; tasks: {', '.join(TASKS)}")
+        return TASKS[name]
+    return max(TASKS.values(), key=lambda task: sum(k in config_keys(task.config) for k in flat))
+
+
+def task_of_arguments(argv: list[str]) -> Task:
+    """Find the task of `--config` files and `--section.key` arguments.
+
+    Raises:
+        UserError: a file that is not there or not YAML.
+    """
+    return task_of(given_values(argv))
+
+
+def main(name: str, argv: list[str], prog: str) -> int:
+    """Train a task and give the exit code: 0 finished, 85 stopped early.
+
+    What can be wrong with the input is found while the training is prepared, before anything is
+    made.
+    """
+    task = TASKS[name]
+    config = parse(task.config, argv, prog)
+    world = World.from_environment()
+
+    from mae_scale.launch.logs import set_up_logging
+    from mae_scale.train.run import deepspeed_config, train
+
+    set_up_logging(world)
+    ds_config = deepspeed_config(config, world)
+    return train(config, world, ds_config, task.module.prepare(config, world))
