@@ -246,6 +246,7 @@ def sliding_logits(
     images: torch.Tensor,
     window: int,
     stride: int,
+    at_once: int = 1,
 ) -> torch.Tensor:
     """Logits of images of any size: averages over overlapping square windows.
 
@@ -256,22 +257,28 @@ def sliding_logits(
         logits_of: float32 [B, 3, window, window] -> float32 [B, classes, window, window].
         images: float32 [B, 3, H, W], normalised.
         window, stride: in pixels.
+        at_once: windows that go through the model together, of one image.
 
     Returns:
         float32 [B, classes, H, W].
     """
     height, width = images.shape[2:]
     images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
+    places = [
+        (..., slice(top, top + window), slice(left, left + window))
+        for top in window_starts(images.shape[2], window, stride)
+        for left in window_starts(images.shape[3], window, stride)
+    ]
     total: torch.Tensor | None = None
     count = images.new_zeros(images.shape[2:])
-    for top in window_starts(images.shape[2], window, stride):
-        for left in window_starts(images.shape[3], window, stride):
-            place = (..., slice(top, top + window), slice(left, left + window))
-            logits = logits_of(images[place])
+    for start in range(0, len(places), at_once):
+        some = places[start : start + at_once]
+        logits = logits_of(torch.cat([images[place] for place in some]))
+        for place, part in zip(some, logits.split(len(images)), strict=True):
             if total is None:
-                total = logits.new_zeros(*logits.shape[:2], *images.shape[2:])
-            total[place] += logits
-            count[place] += 1
+                total = part.new_zeros(*part.shape[:2], *images.shape[2:])
+            total[place] += part
+            count[place[1:]] += 1
     assert total is not None
     return (total / count)[..., :height, :width]
 

@@ -1,0 +1,215 @@
+"""COCO's average precision of a detector: exact, each image once, the same at any world size."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools import mask as rle
+
+from mae_scale.data.annotated import DetectionEvalLoader
+from mae_scale.data.annotations import read_records
+from mae_scale.data.cache import ShardCache
+from mae_scale.data.shards import ShardSet
+from mae_scale.errors import RunError, UserError
+from mae_scale.launch.distributed import gather_to_all, on_rank0
+from mae_scale.launch.watchdog import watchdog
+
+SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCO's first six numbers
+Found = dict[str, torch.Tensor]
+Library = tuple[type, type]  # COCO and COCOeval
+
+
+def ground_truth(shards: ShardSet, cache: ShardCache | None = None) -> dict[str, Any]:
+    """What COCO's evaluation needs of the official file, made again from the shards.
+
+    Raises:
+        UserError: these are no shards of COCO, or a file in them is damaged.
+    """
+    records = read_records(shards, cache)
+    return {
+        "images": [record["image"] for record in records],
+        "annotations": [a for record in records for a in record["annotations"]],
+        "categories": list(shards.categories),
+    }
+
+
+def library(name: str = "auto") -> Library:
+    """COCO and COCOeval of pycocotools, or of faster-coco-eval, which gives the same numbers.
+
+    Args:
+        name: "pycocotools"; "faster-coco-eval"; or "auto", the latter where it is installed.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if name != "pycocotools":
+        try:
+            faster = importlib.import_module("faster_coco_eval")
+            return faster.COCO, faster.COCOeval_faster
+        except ImportError:
+            if name != "auto":
+                raise UserError(
+                    "faster-coco-eval is not installed: pip install 'mae-scale[coco]'"
+                ) from None
+    coco = importlib.import_module("pycocotools.coco").COCO
+    return coco, importlib.import_module("pycocotools.cocoeval").COCOeval
+
+
+def average_precision(
+    truth: dict[str, Any], detections: Sequence[dict[str, Any]], of: Library | None = None
+) -> dict[str, float]:
+    """COCO's numbers for boxes and masks, in percent; -100 where there is nothing of a size.
+
+    Args:
+        truth: images, annotations and categories as in COCO's file.
+        detections: image_id, category_id, bbox (x, y, width, height), score, segmentation (run
+            lengths as text); in COCO's own form of results.
+        of: the library; by default the faster one that is installed.
+
+    Returns:
+        "box_ap", "box_ap50", … and "mask_ap", …, see `SCORES`.
+    """
+    make_coco, make_evaluation = of or library()
+    found: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = make_coco()
+        coco.dataset = truth
+        coco.createIndex()
+        # In an order that does not depend on which rank found what.
+        order = sorted(range(len(detections)), key=lambda i: detections[i]["image_id"])
+        for kind, name in (("bbox", "box"), ("segm", "mask")):
+            if not detections:
+                found |= {f"{name}_{score}": 0.0 for score in SCORES}
+                continue
+            fields = ("image_id", "category_id", "score", *_FIELDS[kind])
+            results = coco.loadRes([{key: detections[i][key] for key in fields} for i in order])
+            evaluation = make_evaluation(coco, results, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            values = [100 * float(value) for value in evaluation.stats[: len(SCORES)]]
+            found |= {f"{name}_{s}": v for s, v in zip(SCORES, values, strict=True)}
+    return found
+
+
+_FIELDS = {"bbox": ("bbox",), "segm": ("segmentation",)}
+
+
+def as_coco(found: Found, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The detections of one image in COCO's form of results.
+
+    Args:
+        found: "boxes" float [n, 4], x0, y0, x1, y1 in pixels of the image as it is in the file;
+            "classes" int64 [n] from 0; "scores" float [n]; "masks" bool [n, H, W].
+        category_ids: of each class.
+    """
+    boxes = found["boxes"].double().cpu().numpy()
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    classes, scores = found["classes"].tolist(), found["scores"].tolist()
+    result = []
+    for i, mask in enumerate(found["masks"].cpu().numpy()):
+        packed = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+        result.append(
+            {
+                "image_id": image_id,
+                "category_id": category_ids[classes[i]],
+                "bbox": boxes[i].tolist(),
+                "score": scores[i],
+                "segmentation": {"size": packed["size"], "counts": packed["counts"].decode()},
+            }
+        )
+    return result
+
+
+@torch.no_grad()
+def evaluate_detection(
+    detect: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[Found]],
+    loader: DetectionEvalLoader,
+    shards: ShardSet,
+    *,
+    device: torch.device,
+    what: str = "evaluating",
+    stop: Callable[[], bool] = lambda: False,
+    cache: ShardCache | None = None,
+) -> dict[str, float] | None:
+    """COCO's numbers over each image once; all ranks call, and get the same.
+
+    Every rank runs as many batches, all of the same size: missing images are grey.
+
+    Args:
+        detect: images uint8 [b, 3, S, S], their sizes int64 [b, 2] without padding and their
+            original sizes int64 [b, 2], all on the device -> of each what `as_coco` takes.
+        loader: this rank's part of the data set.
+        shards: of the data set.
+        device: of this rank.
+        what: for the message of a rank that hangs.
+        stop: asked before each batch; where any rank says yes, all give up.
+        cache: of remote shards.
+
+    Returns:
+        "images", "box_ap", …, "mask_ap", … in percent; None where it was stopped.
+
+    Raises:
+        RunError: an image is damaged, or a shard cannot be read.
+    """
+    batches = iter(loader)
+    ids = [category["id"] for category in sorted(shards.categories, key=lambda c: c["id"])]
+    packed: list[tuple[int, list[dict[str, Any]]]] = []
+    for number in range(loader.most_batches):
+        watchdog.doing(f"{what}, batch {number + 1} of {loader.most_batches}")
+        stopping = torch.tensor(float(stop()))
+        dist.all_reduce(stopping)
+        if stopping:
+            loader.close()
+            return None
+        try:
+            batch = next(batches, None)
+        except (UserError, OSError) as error:
+            raise RunError(str(error)) from error  # on this rank alone
+        samples = [] if batch is None else batch["sample"].tolist()
+        images, sizes, originals = _filled(batch, loader)
+        found = detect(images.to(device), sizes.to(device), originals.to(device))
+        for sample, each in zip(samples, found, strict=False):
+            packed.append((sample, as_coco(each, 0, ids)))
+    watchdog.doing(f"{what}, comparing with the annotations")
+    everything = sorted(
+        (pair for part in gather_to_all(packed) for pair in part), key=lambda pair: pair[0]
+    )
+    return on_rank0(lambda: _compare(shards, cache, everything))
+
+
+def _compare(
+    shards: ShardSet,
+    cache: ShardCache | None,
+    found: list[tuple[int, list[dict[str, Any]]]],
+) -> dict[str, float]:
+    truth = ground_truth(shards, cache)
+    detections = [
+        {**each, "image_id": truth["images"][sample]["id"]}
+        for sample, of_image in found
+        for each in of_image
+    ]
+    return {"images": len(truth["images"]), **average_precision(truth, detections)}
+
+
+def _filled(
+    batch: dict[str, torch.Tensor] | None, loader: DetectionEvalLoader
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, sizes and original sizes of a whole batch."""
+    size = loader.img_size
+    if batch is None:
+        images = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        sizes = originals = torch.zeros(0, 2, dtype=torch.int64)
+    else:
+        images, sizes, originals = batch["image"], batch["size"], batch["original"]
+    missing = loader.batch_size - len(images)
+    whole = torch.full((missing, 2), size)
+    grey = torch.full((missing, 3, size, size), 128, dtype=torch.uint8)
+    return torch.cat([images, grey]), torch.cat([sizes, whole]), torch.cat([originals, whole])
