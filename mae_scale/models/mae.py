@@ -120,7 +120,8 @@ class MaskedAutoencoderViT(Encoder):
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         check_sampling(mask_sampling, self.num_patches, mask_ratio)
         if target not in TARGETS:
-            raise UserError(f"target {target!r} must be one of {', '.join(TARGETS)}")
+            *some, last = TARGETS
+            raise UserError(f"target {target!r} must be {', '.join(some)} or {last}")
         if norm_pix_loss and target != "pixels":
             raise UserError(
                 f"norm_pix_loss normalises pixels; with target {target} it must be false"
