@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mae_scale.config.sections import TrainConfig
+from mae_scale.config.sections import RunConfig, TrainConfig
 from mae_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,26 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
         f"train.global_batch_size {batch} is not a multiple of train.micro_batch_size {micro} x "
         f"{world_size} processes = {micro * world_size}; {would}"
     )
+
+
+def peak_rate(config: RunConfig) -> float:
+    """Highest learning rate of a run, by the linear rule (paper section 4)."""
+    return config.optim.base_lr * config.train.global_batch_size / 256
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Raise a UserError where the learning rate could not follow its rule."""
+    optim, epochs = config.optim, config.train.epochs
+    if optim.warmup_epochs > epochs:
+        raise UserError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} is longer than the run, train.epochs "
+            f"{epochs}; use at most {epochs}"
+        )
+    if optim.min_lr > peak_rate(config):
+        raise UserError(
+            f"optim.min_lr {optim.min_lr:g} is more than the peak learning rate "
+            f"{peak_rate(config):g} = optim.base_lr x train.global_batch_size / 256"
+        )
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

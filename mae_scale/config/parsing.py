@@ -89,10 +89,11 @@ def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """The same config with ordinary numbers.
+    """Give the same config with ordinary numbers, and `~` in paths resolved.
 
     jsonargparse's numbers with a range are classes of its own. They would be pickled into
-    checkpoints, which could then not be read without it.
+    checkpoints, which could then not be read without it. A shell does not resolve `~` behind an
+    equals sign or in YAML.
     """
     if dataclasses.is_dataclass(value):
         for entry in dataclasses.fields(value):
@@ -103,6 +104,8 @@ def _plain(value: Any) -> Any:
         return int(value)
     elif isinstance(value, float):
         return float(value)
+    elif isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
+from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.task import AVERAGED, TASKS
 from mae_scale.tasks.trained import CLASSES, read_any
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
 from mae_scale.train.validation import averaged_weights, evaluate
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 
 def classes_of(shards: ShardSet) -> list[str]:
@@ -46,7 +50,14 @@ def initial_weights(
     """A function that reads the weights to start from; None: from scratch."""
     if spec is None:
         return None
-    return lambda: fit_to_classifier(read_any(Path(spec)), model, new_head=new_head)
+
+    def read() -> dict[str, torch.Tensor]:
+        state = read_any(Path(spec))
+        weights = fit_to_classifier(state, model, new_head=new_head)
+        log.info("from %s: %s", spec, fitted(state, weights, model))
+        return weights
+
+    return read
 
 
 def notes(classes: list[str]) -> dict[str, str]:

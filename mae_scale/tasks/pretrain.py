@@ -20,6 +20,7 @@ from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.models.weights import fit_to_mae
 from mae_scale.planning.flops import training_flops as flops
 from mae_scale.tasks.pictures import reconstructions
+from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
@@ -105,13 +106,17 @@ def initial_weights(
         return None
 
     def read() -> dict[str, torch.Tensor]:
-        weights = {} if spec is None else fit_to_mae(read_any(Path(spec)), model)
+        weights = {}
+        if spec is not None:
+            state = read_any(Path(spec))
+            weights = fit_to_mae(state, model)
+            log.info("from %s: %s", spec, fitted(state, weights, model))
         if weights and "decoder_pred.weight" not in weights:
             log.warning("%s has no decoder: training starts with a new one", spec)
         if images:
             # Rank 0 computes it when a run starts; from then on it is in the checkpoints.
-            state = model.target.fit(first_patches(config, model.patch_size, images))
-            weights |= {f"{config.model.target}.{key}": value for key, value in state.items()}
+            kept = model.target.fit(first_patches(config, model.patch_size, images))
+            weights |= {f"{config.model.target}.{key}": value for key, value in kept.items()}
         return weights
 
     return read

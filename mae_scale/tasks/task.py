@@ -10,16 +10,20 @@ Importing it needs no torch. The part of a task that does is its module, `tasks/
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from mae_scale.config.batch import check_schedule
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import config_keys, given_values, parse
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
 from mae_scale.errors import UserError
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
 CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
@@ -132,8 +136,13 @@ def main(name: str, argv: list[str], prog: str) -> int:
     world = World.from_environment()
 
     from mae_scale.launch.logs import set_up_logging
+    from mae_scale.tasks.summary import summary
     from mae_scale.train.run import deepspeed_config, train
 
     set_up_logging(world)
+    check_schedule(config)
     ds_config = deepspeed_config(config, world)
-    return train(config, world, ds_config, task.module.prepare(config, world))
+    training = task.module.prepare(config, world)
+    for line in summary(config, world, training.model, training.loader.steps_per_epoch):
+        log.info(line)
+    return train(config, world, ds_config, training)

@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from mae_scale.cli import main
+from mae_scale.config.batch import check_schedule
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
 from mae_scale.config.parsing import parse, recipe_names
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
 from mae_scale.errors import UserError
+from mae_scale.tasks.task import task_of
 
 NEEDED = ["--run_dir=r", "--data.train=d"]
 
@@ -283,3 +285,30 @@ def test_a_run_from_before_a_key_joined_goes_on() -> None:
     assert differences(old, later) == [] and identity_hash(later) == before
     later.joined = 4
     assert differences(old, later) == ["joined: 3 -> 4"] and identity_hash(later) != before
+
+
+def test_a_schedule_that_cannot_be() -> None:
+    check_schedule(read("--config", "demo"))
+    with pytest.raises(UserError, match="warmup_epochs 10 is longer than the run, train.epochs 9"):
+        check_schedule(read("--config", "demo", "--train.epochs", "9"))
+    with pytest.raises(UserError, match="min_lr 5 is more than the peak learning rate 0.002"):
+        check_schedule(read("--config", "demo", "--optim.min_lr", "5"))
+
+
+def test_a_home_folder_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of a user")
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {val: ~/val}\n")
+    config = parse(PretrainConfig, ["--run_dir=~/r", "--data.train=d", f"--config={file}"], "x")
+    assert (config.run_dir, config.data.val) == ("/home/of a user/r", "/home/of a user/val")
+
+
+def test_a_run_names_its_task_and_older_ones_are_found_out() -> None:
+    for name in recipe_names():
+        config = read_recipe(name)
+        content = yaml.safe_load(as_yaml(config))
+        assert next(iter(content)) == "task" and task_of(content).config is type(config)
+        del content["task"]
+        assert task_of(content).config is type(config)
+    with pytest.raises(UserError, match="task 'pretrian' is not known; tasks: pretrain, finetune"):
+        task_of({"task": "pretrian"})

@@ -1,0 +1,61 @@
+"""What a run says of itself before its first step, so that a wrong setting is seen at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from mae_scale.config.batch import accumulation_steps, peak_rate, total_steps
+from mae_scale.config.sections import RunConfig
+from mae_scale.world import World
+
+
+def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: int) -> list[str]:
+    """Describe a run, a line for each subject.
+
+    Args:
+        model: as it is trained; it may be on the meta device.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    train = config.train
+    accumulation = accumulation_steps(train, world.size)
+    total = total_steps(train, steps_per_epoch)
+    validation = config.data.val or "none (data.val is null)"
+    return [
+        f"model       {config.model.name}, {sum(size for size, _ in sizes):,} parameters, "
+        f"{trained:,} of them trained",
+        f"weights     {config.weights or 'none: random ones to start from (weights is null)'}",
+        f"batch       {train.global_batch_size} = {train.micro_batch_size} x {world.size} ranks x "
+        f"{accumulation} accumulated",
+        f"schedule    {total:,} steps, {steps_per_epoch:,} an epoch; peak learning rate "
+        f"{peak_rate(config):.3g}, {config.optim.warmup_epochs:g} epochs of warm-up",
+        f"validation  {validation}",
+    ]
+
+
+def fitted(state: dict[str, torch.Tensor], taken: dict[str, torch.Tensor], model: nn.Module) -> str:
+    """Say which keys of a model are new, which of the weights are left out, which are resized.
+
+    Args:
+        state: the weights as they were read.
+        taken: what of them the model gets.
+        model: that gets them; it may be on the meta device.
+    """
+    expected = model.state_dict().keys()
+    resized = [key for key in taken if key in state and state[key].shape != taken[key].shape]
+    lists = {
+        "new": [key for key in expected if key not in taken],
+        "left out": [key for key in state if key not in taken],
+        "resized": resized,
+    }
+    words = [f"{what} {_grouped(keys)}" for what, keys in lists.items() if keys]
+    return "; ".join([f"{len(taken)} of the model's {len(expected)} tensors", *words])
+
+
+def _grouped(keys: list[str]) -> str:
+    """Keys by the part before the first dot, such as `head (2), norm (2)`."""
+    counts = Counter(key.partition(".")[0] for key in keys)
+    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
