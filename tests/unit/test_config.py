@@ -289,9 +289,9 @@ def test_a_run_from_before_a_key_joined_goes_on() -> None:
 
 def test_a_schedule_that_cannot_be() -> None:
     check_schedule(read("--config", "demo"))
-    with pytest.raises(UserError, match="warmup_epochs 10 is longer than the run, train.epochs 9"):
+    with pytest.raises(UserError, match=r"warmup_epochs 10 is longer than the run, train.epochs 9"):
         check_schedule(read("--config", "demo", "--train.epochs", "9"))
-    with pytest.raises(UserError, match="min_lr 5 is more than the peak learning rate 0.002"):
+    with pytest.raises(UserError, match=r"min_lr 5 is more than the peak learning rate 0.002"):
         check_schedule(read("--config", "demo", "--optim.min_lr", "5"))
 
 
