@@ -13,6 +13,8 @@ import re
 import signal
 import sys
 
+from mae_scale.errors import STOPPED
+
 
 def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
@@ -102,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(*_: object) -> None:
-    """Until `shard` takes the signals over nothing is written."""
+    """End at once. Until `shard` takes the signals over nothing is written."""
     print("stopped; the same command starts again", file=sys.stderr)
-    os._exit(85)
+    os._exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         if name in TASKS:
-            from mae_scale.launch.stopping import stop_request
+            from mae_scale.launch.stopping import catch_signals_early
 
-            stop_request.install()
+            catch_signals_early()
             return train(name, argv[1:], f"mae-scale {name}")
         if name not in COMMANDS:
             known = ", ".join([*TASKS, *COMMANDS])

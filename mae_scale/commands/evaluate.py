@@ -20,6 +20,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.distributed import on_rank0, process_group
 from mae_scale.launch.logs import set_up_logging
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import (
     Classifier,
     build_classifier,
@@ -97,12 +98,12 @@ def main(argv: list[str], prog: str) -> int:
     options = parser.parse_intermixed_args(argv)  # data sets may come after options
     world = World.from_environment()
     set_up_logging(world)
-    with process_group(world, hang_timeout=1800.0):
-        run(options, world)
+    with process_group(world, hang_timeout=1800.0) as watchdog:
+        run(options, world, watchdog)
     return 0
 
 
-def run(options: argparse.Namespace, world: World) -> None:
+def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     """Evaluate on all sets; rank 0 prints and writes.
 
     Raises:
@@ -144,6 +145,7 @@ def run(options: argparse.Namespace, world: World) -> None:
             loader,
             classes=len(columns),
             device=world.device,
+            doing=watchdog.doing,
             what=f"evaluating {name}",
             label_of=label_of,
         )

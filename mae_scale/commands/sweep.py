@@ -37,9 +37,8 @@ import yaml
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import RECIPES, parse
-from mae_scale.errors import UserError
+from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
-from mae_scale.launch.stopping import STOPPED
 from mae_scale.tasks.task import TASKS
 from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import read_history

@@ -36,6 +36,7 @@ from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.shards import ShardSet, is_remote
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
+from mae_scale.launch.parent import when_parent_ends
 
 logger = logging.getLogger("mae_scale")
 
@@ -348,16 +349,21 @@ class _Worker:
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        threading.Thread(target=self._watch, daemon=True).start()
+        when_parent_ends(_end, parent=self._parent)
+        threading.Thread(target=self._end_when_closed, daemon=True).start()
 
-    def _watch(self) -> None:
-        while os.getppid() == self._parent and not self._stop[0]:
+    def _end_when_closed(self) -> None:
+        while not self._stop[0]:
             time.sleep(0.5)
-        if self._stop[0]:
-            time.sleep(_GRACE_S)
-        for child in psutil.Process().children(recursive=True):  # that fetch a shard
-            child.kill()
-        os._exit(0)
+        time.sleep(_GRACE_S)
+        _end()
+
+
+def _end() -> None:
+    """End this worker and the children of it that fetch a shard."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(0)
 
 
 def _shared_images(batch_size: int, size: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Ranks: who this process is, agreeing with the others, starting and ending together."""
+"""The process group: ranks start together, agree with each other, and end together."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,10 +12,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from mae_scale.errors import CommonError, RunError, UserError
-from mae_scale.launch.stopping import waiting_for_others
-from mae_scale.launch.watchdog import watchdog
+from mae_scale.launch.stopping import StopRequest, waiting_for_others
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.world import World, cpus, host, is_slurm_task, slurm_rendezvous
 
 T = TypeVar("T")
@@ -22,11 +24,20 @@ T = TypeVar("T")
 # What `start` sets for DeepSpeed and torch, where a launcher has not.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-met = False  # whether the ranks have met: from then on a `UserError` is raised on all of them
+# Stores that this process serves. They outlive their process group: a slower rank may still be
+# reading there, and the next group of the same processes meets at the same port.
+_served: list[dist.Store] = []
 
 
-def start(world: World) -> None:
-    """Join the process group: gloo for CPU tensors, NCCL for those on a GPU."""
+def start(world: World, stop: StopRequest | None = None) -> str:
+    """Join the process group: gloo for CPU tensors, NCCL for those on a GPU.
+
+    Args:
+        stop: may have been set while the process was still starting.
+
+    Returns:
+        A prefix for keys in the store that no other group of these processes uses.
+    """
     # DeepSpeed takes LOCAL_RANK for the number of the GPU.
     local = world.local_rank if world.device.index is None else world.device.index
     ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local}
@@ -43,10 +54,10 @@ def start(world: World) -> None:
     timeout = timedelta(minutes=10)
     if world.size == 1:
         # A port of the kernel's choice: two runs on one machine must not meet.
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
+        alone = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port))
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        return "0"
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         if not is_slurm_task(os.environ):
             raise UserError(
@@ -54,29 +65,45 @@ def start(world: World) -> None:
             )
         address, port = slurm_rendezvous()
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    with waiting_for_others():
-        dist.init_process_group(backend, timeout=timeout)
+    with waiting_for_others(stop):
+        store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+        if world.rank == 0:
+            _served.append(store)
+        # The store of an earlier group of this process, or torchrun's, still holds its keys.
+        number = store.add(f"groups of rank {world.rank}", 1)
+        group_store = dist.PrefixStore(f"group {number}", store)
+        dist.init_process_group(
+            backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
 
 
 @contextmanager
 def process_group(
-    world: World, hang_timeout: float, problem: UserError | None = None
-) -> Iterator[None]:
+    world: World,
+    hang_timeout: float,
+    problem: UserError | None = None,
+    *,
+    stop: StopRequest | None = None,
+) -> Iterator[Watchdog]:
     """All ranks together from `start` to a common end, which leaves the environment as it was.
 
     A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
-    or `CommonError` is raised on all ranks and ends as orderly as success does.
+    or `CommonError` is raised on all ranks and ends as orderly as success does. A process may have
+    one group after the other.
 
     Args:
         hang_timeout: seconds without any progress after which the ranks end.
         problem: what this rank has found wrong before it came here.
+        stop: request to stop this process, if it trains.
+
+    Yields:
+        The watchdog of the group, which wants to be told what this rank does.
     """
-    global met
     with _environment_kept():
         try:
-            start(world)
-            watchdog.start(world.rank, world.size, hang_timeout)
-            met = True
+            watchdog = Watchdog(world, hang_timeout, start(world, stop), stop)
+            watchdog.start()
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             first = str(error).splitlines()[0]
@@ -86,14 +113,18 @@ def process_group(
             be_patient(hang_timeout)
             try:
                 _raise_together(problem)
-                yield
+                yield watchdog
             except (UserError, CommonError) as error:
                 wrong = error
-            finish()
+            finish(watchdog)
         except Exception as error:
             failure = _in_one_line(error)
             watchdog.report(failure)
+            if world.size == 1:  # else the others are gone, and destroying could wait for them
+                _destroy()
             raise failure from error
+        if isinstance(wrong, UserError):
+            wrong.on_all_ranks = True
         if wrong is not None:
             raise wrong
 
@@ -130,7 +161,7 @@ def agreed(world: World, error: UserError) -> UserError:
     Where they have not met yet, they meet now: a folder that one node lacks must be named once,
     not by each rank or by none.
     """
-    if world.size == 1 or met:
+    if world.size == 1 or error.on_all_ranks:
         return error
     try:
         with process_group(world, 60, error):
@@ -159,12 +190,21 @@ def be_patient(hang_timeout: float) -> None:
         set_timeout(timedelta(seconds=hang_timeout + 300), group)
 
 
-def finish() -> None:
+def finish(watchdog: Watchdog) -> None:
     """Leave the process group when all ranks have come this far."""
     watchdog.leave()
     dist.barrier()
     watchdog.stop()
-    dist.destroy_process_group()
+    _destroy()
+
+
+def _destroy() -> None:
+    """Destroy the process group, also in the eyes of DeepSpeed, which remembers groups of it."""
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def on_rank0(function: Callable[[], T]) -> T:

@@ -1,8 +1,7 @@
-"""Being stopped: signals raise a flag, the loop saves and exits with 85."""
+"""Stopping a run: a signal sets a flag, the training loop saves and the process exits with 85."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -13,71 +12,108 @@ from types import FrameType
 
 import psutil
 
-STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART)
+from mae_scale.errors import STOPPED
+from mae_scale.launch.parent import when_parent_ends
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1
+LAUNCHER_ENDED = "the end of the launcher"
 GRACE_S = 10
 
 
 class StopRequest:
-    """Remembers why the run is to stop: a signal, or a launcher that has died.
+    """Remembers whether this process was asked to stop, and by what.
 
-    Slurm, a launcher and a person may each send a signal, and often two of them do: more signals
+    Slurm, a launcher and a person may each send a signal, and often two of them do. Further signals
     change nothing, so that none can break the save that the first one asked for.
     """
 
-    def __init__(self) -> None:
-        self._reason: str | None = None
-        self._parent: psutil.Process | None = None  # DeepSpeed's launch.py, child of `deepspeed`
-        self._launcher = 0  # process id of `deepspeed`
-
-    def install(self) -> None:
-        """Take over SIGTERM, SIGUSR1, SIGINT and, unless under nohup, SIGHUP; watch the launcher.
-
-        A launcher that is killed cannot pass a signal on, and its ranks would train on as orphans.
-        torchrun's ranks are its children; those of `deepspeed` are its grandchildren.
-        """
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._remember)
-        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if "CROSS_SIZE" in os.environ:
-            self._parent = psutil.Process(os.getppid())
-            self._launcher = self._parent.ppid()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.set(signal.Signals(number).name)
+    def __init__(self, reason: str | None = None) -> None:
+        self.reason = reason
+        """The name of the first signal or `LAUNCHER_ENDED`; None while nobody has asked."""
 
     def set(self, reason: str) -> None:
-        """Ask the run to stop; the first reason counts."""
-        if self._reason is None:
-            self._reason = reason
+        """Ask the run to stop. The first reason is kept."""
+        if self.reason is None:
+            self.reason = reason
 
-    @property
-    def reason(self) -> str | None:
-        """The name of the first signal, "the end of the launcher", or None: train on."""
-        if self._reason is None and self._parent is not None and self._is_orphan(self._parent):
-            self._reason = "the end of the launcher"
-        return self._reason
-
-    def _is_orphan(self, parent: psutil.Process) -> bool:
-        try:
-            return parent.ppid() != self._launcher
-        except psutil.NoSuchProcess:
-            return True
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal; this is the handler that `signal.signal` is given."""
+        self.set(signal.Signals(number).name)
 
 
-stop_request = StopRequest()
+def catch_signals_early() -> None:
+    """Take over the signals of `SIGNALS` before the slow imports, and watch the launcher.
+
+    The run that begins later learns of a signal that came before it. SIGHUP stays ignored under
+    nohup. A launcher that is killed cannot pass a signal on, and its ranks would train on as
+    orphans. The ranks of torchrun are its children; those of `deepspeed` are its grandchildren.
+    """
+    early = StopRequest()
+    _set_handlers(early)
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
+        return
+
+    def launcher_ended() -> None:
+        current = _installed() or early
+        current.set(LAUNCHER_ENDED)
+        os.kill(os.getpid(), signal.SIGTERM)  # also wakes a main thread that waits for others
+
+    grandparent = None
+    if "CROSS_SIZE" in os.environ:  # the launcher `deepspeed` starts its launch.py, that the ranks
+        grandparent = psutil.Process(os.getppid()).ppid()
+    when_parent_ends(launcher_ended, grandparent=grandparent)
 
 
 @contextmanager
-def waiting_for_others() -> Iterator[None]:
+def catching_signals() -> Iterator[StopRequest]:
+    """Give one run a stop request of its own, and put the handlers back when the run is over.
+
+    A signal that came before the run, to `catch_signals_early`, counts for it. Outside of the main
+    thread, where Python allows no handlers, the request can be set by others only.
+    """
+    early = _installed()
+    request = StopRequest(early.reason if early else None)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = _set_handlers(request)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _set_handlers(request: StopRequest) -> dict[signal.Signals, signal.Handlers]:
+    """Install the handlers; gives those that were there before."""
+    before = {}
+    for number in SIGNALS:
+        old = signal.getsignal(number)
+        if number == signal.SIGHUP and old == signal.SIG_IGN:
+            continue
+        before[number] = signal.signal(number, request.handle)
+    return before  # type: ignore[return-value]
+
+
+def _installed() -> StopRequest | None:
+    """The stop request that gets SIGTERM at present."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return owner if isinstance(owner, StopRequest) else None
+
+
+@contextmanager
+def waiting_for_others(stop: StopRequest | None) -> Iterator[None]:
     """Let a signal end the process while the main thread waits inside C++ for other ranks.
 
     There Python's handlers do not run, and the ranks may never come. If the wait does not end in
     `GRACE_S` seconds the process exits with 85: nothing has begun, so nothing is lost.
+
+    Args:
+        stop: may have been set before the wait begins.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python has no wake-up file descriptor for other threads
+        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     over = threading.Event()
@@ -89,7 +125,7 @@ def waiting_for_others() -> Iterator[None]:
 
     threading.Thread(target=watch, daemon=True).start()
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    if stop_request.reason:
+    if stop is not None and stop.reason:
         writer.send(bytes([signal.SIGTERM]))
     try:
         yield

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError
-from mae_scale.launch.stopping import stop_request
-from mae_scale.world import host
+from mae_scale.launch.stopping import LAUNCHER_ENDED, StopRequest
+from mae_scale.world import World, host
 
 BEAT_S = 1.0
 SILENCE_S = 60  # without a sign of life: dead, frozen, or the host cannot be reached
@@ -84,9 +84,21 @@ def _names(peers: list[Peer]) -> str:
 
 
 class Watchdog:
-    """Tells the other ranks about this one, and ends this process when one of them is gone."""
+    """Tells the other ranks about this one, and ends this process when one of them is gone.
 
-    def __init__(self) -> None:
+    Each process group has a watchdog of its own; the process group must be there.
+
+    Args:
+        world: this rank.
+        hang_timeout: seconds without any progress on any rank after which all end.
+        store_prefix: of the keys in the store; the same on all ranks, and used only once.
+        stop: is set where the launcher has ended; None if this process does not train.
+    """
+
+    def __init__(
+        self, world: World, hang_timeout: float, store_prefix: str, stop: StopRequest | None = None
+    ) -> None:
+        self._world, self._hang_timeout, self._stop_request = world, hang_timeout, stop
         self._record: dict[str, Any] = {
             "beat": 0, "host": host(), "moves": 0, "doing": "starting",
             "waits": False, "broken": None,
@@ -94,15 +106,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._leaving = False
         self._threads: list[threading.Thread] = []
-
-    def start(self, rank: int, world_size: int, hang_timeout: float) -> None:
-        """Begin to watch; the process group is there.
-
-        Args:
-            hang_timeout: seconds without any progress on any rank.
-        """
-        self._peers = [Peer(r) for r in (range(world_size) if rank == 0 else [0])]
-        self._rank, self._hang_timeout = rank, hang_timeout
+        self._peers = [Peer(r) for r in (range(world.size) if world.rank == 0 else [0])]
         # A connection of its own: the process group's may be waiting for an answer.
         self._tcp = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -111,11 +115,13 @@ class Watchdog:
             wait_for_workers=False,
             timeout=timedelta(seconds=SILENCE_S),
         )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun keeps its store
-        self._store = dist.PrefixStore(f"watchdog/{attempt}", self._tcp)
+        self._store = dist.PrefixStore(f"watchdog/{store_prefix}", self._tcp)
         self._records: list[dict[str, Any]] = []
         self._verdict: str | None = None
         self._rounds, self._store_is_gone = 0, False
+
+    def start(self) -> None:
+        """Begin to watch."""
         self._talk()
         for target in (self._keep_talking, self._watch):
             self._threads.append(threading.Thread(target=target, daemon=True))
@@ -150,7 +156,7 @@ class Watchdog:
             return
         self.stop()
         if not self._store_is_gone:
-            self._tell(f"{Peer(self._rank, self._record)} failed: {what}")
+            self._tell(f"{Peer(self._world.rank, self._record)} failed: {what}")
 
     def _tell(self, verdict: str) -> None:
         """Set the verdict, if there is none yet; the store stays until the others have read it."""
@@ -158,14 +164,14 @@ class Watchdog:
             self._store.compare_set(VERDICT, "", verdict)
         except dist.DistError:
             return
-        if self._rank == 0:
+        if self._world.rank == 0 and self._world.size > 1:
             time.sleep(3 * BEAT_S)
 
     def _talk(self) -> None:
         """Write this rank's record, read those of the peers and the verdict."""
         self._record["beat"] += 1
         self._record["waits"] = _is_in_a_collective()
-        self._store.set(str(self._rank), json.dumps(self._record))
+        self._store.set(str(self._world.rank), json.dumps(self._record))
         if self._store.check([VERDICT]):
             self._verdict = self._store.get(VERDICT).decode()
         keys = [str(peer.rank) for peer in self._peers]
@@ -184,7 +190,7 @@ class Watchdog:
             self._store_is_gone = True
 
     def _watch(self) -> None:
-        me, rounds, unanswered = Peer(self._rank), 0, 0.0
+        me, rounds, unanswered = Peer(self._world.rank), 0, 0.0
         while not self._stop.wait(BEAT_S):
             me.update(dict(self._record))
             if rounds != self._rounds:
@@ -199,7 +205,7 @@ class Watchdog:
                 self._go_without_store(me)
                 continue
             verdict = self._verdict or find_lost(self._peers, limit)
-            if verdict is None and self._rank == 0:
+            if verdict is None and self._world.rank == 0:
                 verdict = find_stuck(self._peers, self._hang_timeout)
             if verdict is None and broken and broken[0].still >= 3 * limit:
                 verdict = f"{_names(broken[:1])} failed: {broken[0].record['broken']}"
@@ -210,8 +216,8 @@ class Watchdog:
     def _go_without_store(self, me: Peer) -> None:
         """The store is rank 0's, and has gone with it; if it is torchrun's, the run is to stop."""
         torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if torchruns and self._store_is_gone:
-            stop_request.set("the end of the launcher")
+        if torchruns and self._store_is_gone and self._stop_request is not None:
+            self._stop_request.set(LAUNCHER_ENDED)
         if (
             not (torchruns or self._leaving)
             or me.record["broken"]
@@ -244,6 +250,3 @@ def _is_in_a_collective() -> bool:
                 return True
             frame = frame.f_back
     return False
-
-
-watchdog = Watchdog()

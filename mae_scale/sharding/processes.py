@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import numpy as np
 
 from mae_scale.errors import RunError
 from mae_scale.launch.console import Progress
+from mae_scale.launch.parent import when_parent_ends
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -159,7 +159,7 @@ def _work(connection: Connection, function: Callable[[Any], Any], parent: int, v
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _keep_freed_memory()
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    when_parent_ends(lambda: os._exit(1), parent=parent)
     while True:
         try:
             item = connection.recv()
@@ -179,9 +179,3 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, size in ((-3, 32 << 20), (-1, 256 << 20)):  # mmap and trim thresholds
             mallopt(option, size)
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)

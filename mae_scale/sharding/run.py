@@ -30,7 +30,7 @@ from mae_scale.data.shards import (
     dump,
     write_shard_set,
 )
-from mae_scale.errors import UserError
+from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import host, owner, write_atomically
 from mae_scale.launch.console import say, size_text, warn
 from mae_scale.sharding.ade import find_ade
@@ -48,7 +48,6 @@ from mae_scale.sharding.writer import (
     write_shard,
 )
 
-STOPPED = 85  # stopped early, start me again
 _STALE_SECONDS = 3600.0
 
 

@@ -13,6 +13,7 @@ from mae_scale.config.sections import FinetuneConfig, LinprobeConfig
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
 from mae_scale.tasks.summary import fitted
@@ -96,23 +97,28 @@ def validation(
 
     task, averages = TASKS[config.task], config.optim.average_decay is not None
 
-    def scores(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def scores(
+        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         found = evaluate(
             engine,
             loader,
             classes=len(train.classes),
             device=world.device,
+            doing=watchdog.doing,
             what="validating",
             stop=stop,
         )
         return None if found is None else found.row()
 
-    def run(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
-        own = scores(engine, stop)
+    def run(
+        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        own = scores(engine, watchdog, stop)
         if own is None or not averages:
             return own
         with averaged_weights(engine):
-            average = scores(engine, stop)
+            average = scores(engine, watchdog, stop)
         if average is None:
             return None
         return own | {AVERAGED + key: average[key] for key in task.scores}

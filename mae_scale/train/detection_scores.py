@@ -19,7 +19,6 @@ from mae_scale.data.cache import ShardCache
 from mae_scale.data.shards import ShardSet
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.distributed import gather_to_all, on_rank0
-from mae_scale.launch.watchdog import watchdog
 
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCO's first six numbers
 Found = dict[str, torch.Tensor]
@@ -135,6 +134,7 @@ def evaluate_detection(
     shards: ShardSet,
     *,
     device: torch.device,
+    doing: Callable[[str], None] = lambda what: None,
     what: str = "evaluating",
     stop: Callable[[], bool] = lambda: False,
     cache: ShardCache | None = None,
@@ -149,7 +149,8 @@ def evaluate_detection(
         loader: this rank's part of the data set.
         shards: of the data set.
         device: of this rank.
-        what: for the message of a rank that hangs.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        what: how the work is named there.
         stop: asked before each batch; where any rank says yes, all give up.
         cache: of remote shards.
 
@@ -163,7 +164,7 @@ def evaluate_detection(
     ids = [category["id"] for category in sorted(shards.categories, key=lambda c: c["id"])]
     packed: list[tuple[int, list[dict[str, Any]]]] = []
     for number in range(loader.most_batches):
-        watchdog.doing(f"{what}, batch {number + 1} of {loader.most_batches}")
+        doing(f"{what}, batch {number + 1} of {loader.most_batches}")
         stopping = torch.tensor(float(stop()))
         dist.all_reduce(stopping)
         if stopping:
@@ -178,7 +179,7 @@ def evaluate_detection(
         found = detect(images.to(device), sizes.to(device), originals.to(device))
         for sample, each in zip(samples, found, strict=False):
             packed.append((sample, as_coco(each, 0, ids)))
-    watchdog.doing(f"{what}, comparing with the annotations")
+    doing(f"{what}, comparing with the annotations")
     everything = sorted(
         (pair for part in gather_to_all(packed) for pair in part), key=lambda pair: pair[0]
     )

@@ -18,8 +18,8 @@ from mae_scale.config.batch import total_steps
 from mae_scale.config.sections import CheckpointConfig, OptimizerConfig, TrainConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
-from mae_scale.launch.stopping import stop_request
-from mae_scale.launch.watchdog import watchdog
+from mae_scale.launch.stopping import StopRequest
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.planning.gpus import mfu
 from mae_scale.randomness import Purpose, hash64
 from mae_scale.train.checkpoint import Commit, Saver, add_score, best_score, folder_of
@@ -40,7 +40,7 @@ class Validation:
 
     every_epochs: int
     """The last epoch counts, too."""
-    run: Callable[[DeepSpeedEngine, Callable[[], bool]], dict[str, float] | None]
+    run: Callable[[DeepSpeedEngine, Watchdog, Callable[[], bool]], dict[str, float] | None]
     """Scores, the same on all ranks; None where the function it is given has said stop."""
     best_by: str
     """The score whose highest value makes the best checkpoint."""
@@ -76,6 +76,8 @@ class Loop:
     loss_of: Callable[[Batch, int, int], torch.Tensor]
     """Loss, a scalar, of a micro-batch on this rank's device; steps done, number in the step."""
     world: World
+    watchdog: Watchdog
+    stop: StopRequest
     run_dir: Path
     seed: int
     train: TrainConfig
@@ -145,7 +147,7 @@ class Loop:
             settle()
             if saved_step == step:
                 return
-            watchdog.doing(f"saving step {step}")
+            self.watchdog.doing(f"saving step {step}")
             if record:
                 record.sync()  # before the commit: a checkpoint must not be ahead of the record
             saver.start(self._commit_of(step, score))
@@ -172,14 +174,16 @@ class Loop:
 
         def draw() -> None:
             settle()
-            watchdog.doing(f"drawing after step {step}")
+            self.watchdog.doing(f"drawing after step {step}")
             write = self._draw()
             if record:
                 if write is not None:
                     record.add_picture(step, write)
                 record.leave_out()
 
-        profiler = StepProfiler(profiled_steps(self.train), self.run_dir, self.world.rank)
+        profiler = StepProfiler(
+            profiled_steps(self.train), self.run_dir, self.world.rank, self.watchdog
+        )
         try:
             if self.validates_first:
                 validate()
@@ -224,7 +228,9 @@ class Loop:
         """Validate, record, and give what the best checkpoint is chosen by; None: stopped."""
         assert self.validation is not None
         self.engine.eval()
-        scores = self.validation.run(self.engine, lambda: stop_request.reason is not None)
+        scores = self.validation.run(
+            self.engine, self.watchdog, lambda: self.stop.reason is not None
+        )
         self.engine.train()
         if scores is None:
             return None
@@ -281,7 +287,7 @@ class Loop:
         losses = torch.zeros(self.accumulation, dtype=torch.float64, device=self.engine.device)
         for micro in range(self.accumulation):
             began = time.monotonic()
-            watchdog.doing(f"waiting for the data of step {step + 1}")
+            self.watchdog.doing(f"waiting for the data of step {step + 1}")
             try:
                 with record_function("data wait"):
                     batch = next(batches)
@@ -289,14 +295,14 @@ class Loop:
                 raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
             wait += time.monotonic() - began
             samples.append(batch["sample"])
-            watchdog.doing(f"computing step {step + 1}")
+            self.watchdog.doing(f"computing step {step + 1}")
             with record_function("forward"):
                 loss = self.loss_of(self._to_device(batch), step, micro)
             losses[micro] = loss.detach()
             with record_function("backward"):
                 self.engine.backward(loss)
             if micro == self.accumulation - 1:
-                wishes.stop = stop_request.reason is not None
+                wishes.stop = self.stop.reason is not None
                 shared = self._agree(losses.mean(), wishes)
                 self._guard.watch(shared[0])
             with record_function("optimizer step"):

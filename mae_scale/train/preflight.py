@@ -26,7 +26,7 @@ from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import CommonError, UserError
 from mae_scale.launch.console import size_text
 from mae_scale.launch.distributed import gather_to_all, on_rank0
-from mae_scale.launch.watchdog import watchdog
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.planning.model_states import trained_by
 from mae_scale.train.run_dir import abandon, check_run, keep_config, open_run
 from mae_scale.world import World, host
@@ -41,7 +41,13 @@ MAY_DIFFER = ("data.workers",)  # config keys that follow from the node
 
 @contextmanager
 def ready(
-    config: Any, world: World, data: str, model: nn.Module, *, writes: bool = True
+    config: Any,
+    world: World,
+    data: str,
+    model: nn.Module,
+    watchdog: Watchdog,
+    *,
+    writes: bool = True,
 ) -> Iterator[None]:
     """Check that all ranks can begin; within it, rank 0 holds the lock of `config.run_dir`.
 
@@ -50,6 +56,7 @@ def ready(
     Args:
         data: fingerprint of the shards.
         model: its parameters need room in checkpoints.
+        watchdog: is told what is being checked.
         writes: whether the run writes into its folder; else that is only compared with `config`.
 
     Raises:
@@ -58,7 +65,7 @@ def ready(
     """
     began = time.monotonic()
     watchdog.doing("comparing the ranks")
-    _compare(config, world, data)
+    _compare(config, world, data, watchdog)
     run_dir = Path(config.run_dir)
     if not writes:
         on_rank0(partial(check_run, run_dir, config))
@@ -106,7 +113,7 @@ class _Facts:
     clock: float = 0.0  # seconds
 
 
-def _compare(config: Any, world: World, data: str) -> None:
+def _compare(config: Any, world: World, data: str, watchdog: Watchdog) -> None:
     """Raise a `UserError` on all ranks if one of them is not as rank 0 is."""
     flat = {k: v for k, v in flatten(asdict(config)).items() if k not in MAY_DIFFER}
     own = _Facts(host(), _code(), flat, data, *_gpu(world))

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.files import owner
-from mae_scale.launch.watchdog import watchdog
+from mae_scale.launch.watchdog import Watchdog
 
 log = logging.getLogger("mae_scale")
 
@@ -44,9 +44,13 @@ class StepProfiler:
     Args:
         steps: first and last one, counted from 1; None: nothing is ever written.
         run_dir, rank: of the run and this process.
+        watchdog: is told when a trace is being written.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, run_dir: Path, rank: int) -> None:
+    def __init__(
+        self, steps: tuple[int, int] | None, run_dir: Path, rank: int, watchdog: Watchdog
+    ) -> None:
+        self._watchdog = watchdog
         self._first, self._last = steps or (0, 0)  # there is no step 0
         name = f"steps-{self._first}-{self._last}-rank-{rank}.json.gz"
         self._path = run_dir / "profile" / name
@@ -72,7 +76,7 @@ class StepProfiler:
     def write(self) -> None:
         """Write the trace, whole or not at all."""
         assert self._profile is not None
-        watchdog.doing(f"writing {self._path.name}")
+        self._watchdog.doing(f"writing {self._path.name}")
         self._profile.stop_trace()
         self._on = False
         temporary = self._path.with_name(f".{owner()}.{self._path.name}")

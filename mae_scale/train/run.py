@@ -18,11 +18,11 @@ from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import ShardSet, open_shards
-from mae_scale.errors import UserError
+from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.distributed import be_patient, on_rank0, process_group
-from mae_scale.launch.stopping import STOPPED, stop_request
-from mae_scale.launch.watchdog import watchdog
+from mae_scale.launch.stopping import catching_signals
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.compiled import compile_blocks
 from mae_scale.train import checkpoint
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
@@ -123,10 +123,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
 
     writes = config.replay is None
     with (
-        process_group(world, config.train.hang_timeout),
+        catching_signals() as stop,
+        process_group(world, config.train.hang_timeout, stop=stop) as watchdog,
         closing(loader),
-        _initial_weights(parts, run_dir) as (weights, read_weights),
-        ready(config, world, parts.shards.fingerprint, model, writes=writes),
+        _initial_weights(parts, run_dir, watchdog) as (weights, read_weights),
+        ready(config, world, parts.shards.fingerprint, model, watchdog, writes=writes),
     ):
         if writes:
             on_rank0(lambda: _write(run_dir, parts.notes))
@@ -164,6 +165,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             engine=engine,
             loss_of=lambda batch, step, micro: parts.loss_of(engine, batch, step, micro),
             world=world,
+            watchdog=watchdog,
+            stop=stop,
             run_dir=run_dir,
             seed=config.seed,
             train=config.train,
@@ -202,7 +205,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
         if finished:
             log.info("finished: %d steps; everything is in %s", step, run_dir)
         else:
-            reason = stop_request.reason or "a signal to another rank"
+            reason = stop.reason or "a signal to another rank"
             log.info("stopped by %s after step %d; the same command goes on", reason, step)
         return 0 if finished else STOPPED
 
@@ -216,7 +219,7 @@ def _platform(world: World) -> dict[str, str]:
 
 @contextmanager
 def _initial_weights(
-    parts: Parts, run_dir: Path
+    parts: Parts, run_dir: Path, watchdog: Watchdog
 ) -> Iterator[tuple[dict[str, torch.Tensor], Callable[[], None]]]:
     """Weights to start from, on rank 0, and a function that reads them there; all ranks call.
 

@@ -13,7 +13,6 @@ from mae_scale.data.annotated import SegmentationEvalLoader, resize_plain, scale
 from mae_scale.data.annotations import IGNORE
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError
-from mae_scale.launch.watchdog import watchdog
 from mae_scale.models.segmenter import sliding_logits, upsampled, window_starts
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -104,6 +103,7 @@ def evaluate_segmentation(
     *,
     classes: int,
     device: torch.device,
+    doing: Callable[[str], None] = lambda what: None,
     what: str = "evaluating",
     stop: Callable[[], bool] = lambda: False,
 ) -> SegmentationScores | None:
@@ -118,7 +118,8 @@ def evaluate_segmentation(
         sliding: windows and scales.
         classes: number of classes that logits are of.
         device: of this rank.
-        what: for the message of a rank that hangs.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        what: how the work is named there.
         stop: asked before each image; where any rank says yes, all give up.
 
     Returns:
@@ -131,7 +132,7 @@ def evaluate_segmentation(
     images = torch.zeros((), dtype=torch.int64, device=device)
     batches = iter(loader)
     for number in range(loader.most_batches):
-        watchdog.doing(f"{what}, image {number + 1} of {loader.most_batches}")
+        doing(f"{what}, image {number + 1} of {loader.most_batches}")
         batch = _next(batches)
         own = 0 if batch is None else sliding.calls(*batch["image"].shape[2:])
         wishes = torch.tensor([float(stop()), float(own)])

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError
-from mae_scale.launch.watchdog import watchdog
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.optimizers import EMA, inner_optimizer, master_of
 
@@ -71,6 +70,7 @@ def evaluate(
     *,
     classes: int,
     device: torch.device,
+    doing: Callable[[str], None] = lambda what: None,
     what: str = "evaluating",
     stop: Callable[[], bool] = lambda: False,
     label_of: torch.Tensor | None = None,
@@ -85,7 +85,8 @@ def evaluate(
         loader: this rank's part of the data set.
         classes: number of classes that logits are of.
         device: of this rank.
-        what: for the message of a rank that hangs.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        what: how the work is named there.
         stop: asked before each batch; where any rank says yes, all give up.
         label_of: int64; the class of each label of the data set, if they differ.
 
@@ -99,7 +100,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     batches = iter(loader)
     for number in range(loader.most_batches):
-        watchdog.doing(f"{what}, batch {number + 1} of {loader.most_batches}")
+        doing(f"{what}, batch {number + 1} of {loader.most_batches}")
         stopping = torch.tensor(float(stop()))
         dist.all_reduce(stopping)
         if stopping:

@@ -1,0 +1,42 @@
+"""Ending with the process that started this one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+
+def when_parent_ends(
+    action: Callable[[], None], *, parent: int | None = None, grandparent: int | None = None
+) -> None:
+    """Call `action` in a thread of its own as soon as the parent process is gone, however it ended.
+
+    The kernel gives an orphan to another parent, so the thread only compares process ids. Unlike
+    `PR_SET_PDEATHSIG` this does not depend on which thread of the parent started the process.
+
+    Args:
+        parent: process id; None means the parent of this process now. A process that was forked
+            should be told, since its parent may have ended before it asks.
+        grandparent: process id of the parent's parent, if the end of that one counts, too.
+    """
+    expected = os.getppid() if parent is None else parent
+
+    def watch() -> None:
+        while not _is_orphan(expected, grandparent):
+            time.sleep(0.2)
+        action()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_orphan(parent: int, grandparent: int | None) -> bool:
+    if os.getppid() != parent:
+        return True
+    try:
+        return grandparent is not None and psutil.Process(parent).ppid() != grandparent
+    except psutil.NoSuchProcess:
+        return True

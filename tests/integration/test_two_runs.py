@@ -1,0 +1,137 @@
+"""Two runs in one process, as in a notebook: each has a process group, a watchdog and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import Run, free_port
+
+# Trains in the folders of the arguments, one after the other, and hinders a run where it is told.
+SCRIPT = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+
+import psutil
+
+from mae_scale.tasks.task import main
+from mae_scale.world import World
+
+
+def once_it_trains(run_dir, action):
+    def watch():
+        rows = Path(run_dir) / "metrics.jsonl"
+        while not rows.exists() or len(rows.read_text().splitlines()) < 3:
+            time.sleep(0.02)
+        action()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hang():
+    for worker in psutil.Process().children():
+        worker.suspend()
+        print(f"suspended {worker.pid}", flush=True)
+
+
+if __name__ == "__main__":
+    codes = []
+    before = signal.getsignal(signal.SIGTERM)
+    for run in json.loads(sys.argv[1]):
+        action = {"stop": stop, "hang": hang}.get(run["then"])
+        if action and World.from_environment().rank == 0:
+            once_it_trains(run["run_dir"], action)
+        codes.append(main("pretrain", run["arguments"], "pretrain"))
+        assert signal.getsignal(signal.SIGTERM) is before
+    print(f"exit codes: {codes}", flush=True)
+    os._exit(0)  # as the program does
+"""
+
+
+def in_one_process(
+    tmp_path: Path, runs: list[tuple[Run, str]], **environment: str
+) -> subprocess.Popen[str]:
+    """Start the runs, each with what is to happen to it."""
+    script = tmp_path / "two_runs.py"
+    script.write_text(SCRIPT)
+    told = [
+        {"run_dir": str(run.run_dir), "arguments": run.arguments(), "then": then}
+        for run, then in runs
+    ]
+    return subprocess.Popen(
+        [sys.executable, script, json.dumps(told)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture
+def short(run: Run) -> Run:
+    run.settings = {"train.max_steps": 4, "train.global_batch_size": 4, "train.epochs": 1000}
+    return run
+
+
+def test_a_stop_of_the_first_run_does_not_stop_the_second(short: Run, tmp_path: Path) -> None:
+    """The second goes on from the first, under another ZeRO stage; a third is undisturbed."""
+    endless = replace(short, settings={**short.settings, "train.max_steps": 10_000})
+    again = replace(short, settings={**short.settings, "train.max_steps": 40, "deepspeed": "zero3"})
+    other = replace(short, run_dir=tmp_path / "other")
+    process = in_one_process(tmp_path, [(endless, "stop"), (again, ""), (other, "")])
+    output, _ = process.communicate(timeout=400)
+    assert "exit codes: [85, 0, 0]" in output, output
+    assert "stopped by SIGTERM" in output and output.count("finished: ") == 2
+    assert [row["step"] for row in again.rows()] == list(range(1, 41))
+    assert len(other.rows()) == 4
+
+
+def test_the_second_run_is_watched_as_the_first_was(short: Run, tmp_path: Path) -> None:
+    hanging = replace(
+        short,
+        run_dir=tmp_path / "hanging",
+        settings={**short.settings, "train.max_steps": 10_000, "train.hang_timeout": 10},
+    )
+    process = in_one_process(tmp_path, [(short, ""), (hanging, "hang")])
+    output = ""
+    assert process.stdout is not None
+    for line in process.stdout:  # the suspended worker keeps the pipe open
+        output += line
+        if "error:" in line:
+            break
+    for pid in re.findall(r"suspended (\d+)", output):
+        os.kill(int(pid), signal.SIGKILL)
+    assert process.wait(60) == 1, output
+    assert "finished: 4 steps" in output
+    assert f"error: rank 0 ({platform.node()}) hangs: waiting for the data of step" in output
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_meet_twice(short: Run, tmp_path: Path, stage: int) -> None:
+    short.settings |= {"deepspeed": f"zero{stage}"}
+    second = replace(short, run_dir=tmp_path / "second")
+    port = str(free_port())
+    processes = [
+        in_one_process(
+            tmp_path, [(short, ""), (second, "")],
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=400)
+        assert "exit codes: [0, 0]" in output, output
+    assert len(short.rows()) == 4 and short.rows() == second.rows()
