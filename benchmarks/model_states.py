@@ -28,7 +28,7 @@ from mae_scale.config.sections import OptimConfig, TrainConfig
 from mae_scale.launch.distributed import World, process_group
 from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import build_mae
-from mae_scale.planning.model_states import Trained, model_states, trained_by
+from mae_scale.planning.model_states import ParameterStates, model_states, trained_by
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.engine import build_engine, fill_in
 
@@ -98,7 +98,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
 def formula(found: dict[str, float], stage: int, ranks: int, precision: str) -> dict[str, float]:
     """Bytes of a rank, by kind."""
     zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
-    run = Trained(int(found["parameters"]), int(found["trained"]), precision)
+    run = ParameterStates(int(found["parameters"]), int(found["trained"]), precision)
     states = model_states(run, zero, ranks)
     return {
         "weights": states.weights,

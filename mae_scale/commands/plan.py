@@ -26,9 +26,9 @@ from mae_scale.config.sections import RunConfig
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
-from mae_scale.planning.choice import HEADROOM, Cluster, Job, Plan, Row, choose, rows
+from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, choose, rows
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
-from mae_scale.planning.text import comparison, page, way
+from mae_scale.planning.text import checkpointing_text, comparison, page
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.task import TASKS, task_of_arguments
 
@@ -166,7 +166,7 @@ def _clusters(options: argparse.Namespace) -> list[Cluster]:
     ]
 
 
-def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> Job:
+def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> PlannedRun:
     """The run of a config and further `--section.key value` arguments."""
     argv = ["--config", name, *rest]
     task = TASKS[task_name] if task_name else task_of_arguments(argv)
@@ -190,7 +190,7 @@ def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> Job:
     fixed = frozenset(token[2:].split("=")[0] for token in rest if token.startswith("--"))
     with torch.device("meta"):  # no weights
         model = task.module.build(config, classes)
-    return Job(config, model, task.module.flops(model), images, image_bytes, fixed)
+    return PlannedRun(config, model, task.module.flops(model), images, image_bytes, fixed)
 
 
 def _check_known(rest: list[str], config_class: type[RunConfig]) -> None:
@@ -206,8 +206,8 @@ def _check_known(rest: list[str], config_class: type[RunConfig]) -> None:
 
 
 def _plan(
-    name: str, job: Job, cluster: Cluster, options: argparse.Namespace, rest: list[str]
-) -> Plan:
+    name: str, job: PlannedRun, cluster: Cluster, options: argparse.Namespace, rest: list[str]
+) -> RunPlan:
     found = rows(job, cluster)
     chosen = choose(found)
     if chosen is None and len(options.config) * len(options.gpus or [1]) == 1:
@@ -217,7 +217,7 @@ def _plan(
     if minutes is None and steps and chosen and chosen.compute_s is not None:
         minutes = steps * (chosen.compute_s + chosen.network_s) / 60
     command = _command(name, job, cluster, chosen, rest, options) if chosen else ""
-    return Plan(name, job, cluster, found, chosen, minutes, command)
+    return RunPlan(name, job, cluster, found, chosen, minutes, command)
 
 
 def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
@@ -225,7 +225,7 @@ def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
     needed = (least.memory + (least.host if cluster.is_cpu else 0)) / (1 - HEADROOM) / 1e9
     return (
         f"{name} does not fit into {cluster.memory_gb:g} GB on {cluster.gpus} x {cluster.name}: "
-        f"with {least.deepspeed}, activation checkpointing {way(least)} and micro-batch "
+        f"with {least.deepspeed}, activation checkpointing {checkpointing_text(least)} and micro-batch "
         f"{least.micro_batch} it needs {math.ceil(10 * needed) / 10:g} GB, {HEADROOM:.0%} headroom "
         "included; take more GPUs or larger ones"
     )
@@ -233,7 +233,7 @@ def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
 
 def _command(
     name: str,
-    job: Job,
+    job: PlannedRun,
     cluster: Cluster,
     chosen: Row,
     rest: list[str],

@@ -1,7 +1,8 @@
-"""What a run needs of a cluster and what it gets from it, by arithmetic: memory, time, data, saves.
+"""Compute what a run needs of a cluster and what it gets from it: memory, time, data, saves.
 
-Nothing is started and no weights are made. Memory is by `models.memory` and `train.model_states`;
-time follows from the model's operations, the GPU's peak and a stated share of it.
+Nothing is started and no weights are made. Memory follows from `planning.memory` and
+`planning.model_states`; time follows from the model's operations, the GPU's peak and a stated share
+of it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Cluster:
     gpus: int
     gpus_per_node: int
     name: str
-    """Of the GPU, or CPU."""
+    """Name of the GPU, or CPU."""
     memory_gb: float
-    """Of a GPU, or of a process on a CPU; 1e9 bytes."""
+    """Memory of a GPU, or of a process on a CPU, in 1e9 bytes."""
     tflops: float | None
     """Dense bf16 peak of a GPU."""
     mfu: float
@@ -64,7 +65,7 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of them."""
+        """Number of nodes."""
         return max(1, self.gpus // self.gpus_per_node)
 
     @property
@@ -74,18 +75,18 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """A run to be planned."""
 
     config: RunConfig
     model: Encoder
     """On the meta device, frozen as the task does it."""
     flops: int
-    """Of an image, forward and backward."""
+    """Operations of an image, forward and backward."""
     images: int
-    """Of an epoch."""
+    """Images of an epoch."""
     image_bytes: float
-    """Of an image on disk."""
+    """Bytes of an image on disk."""
     fixed: frozenset[str]
     """Config keys that are not to be chosen."""
 
@@ -109,7 +110,7 @@ class Row:
     gradients: float
     optimizer: float
     activations: float
-    """That the forward pass keeps."""
+    """Bytes that the forward pass keeps for the backward pass."""
     buffers: float
     """All else at the worst moment: for sending, temporary tensors, what is computed again."""
     host: float
@@ -117,13 +118,13 @@ class Row:
     sent: float
     """Bytes that a rank sends for a step."""
     network_s: float
-    """Of a step, spent waiting for the network."""
+    """Seconds of a step that are spent waiting for the network."""
     compute_s: float | None
-    """Of a step; None where the peak is not known, as on a CPU."""
+    """Seconds of computing in a step; None where the peak is not known, as on a CPU."""
     recompute_share: float
-    """Of the time that a GPU computes."""
+    """Share of the computing that activation checkpointing adds."""
     images_per_second: float | None
-    """Of all ranks."""
+    """Images per second of all ranks together."""
     checkpoint: float
     """Bytes of a checkpoint, of all ranks."""
     busy: bool
@@ -139,7 +140,7 @@ class Row:
         return {**asdict(self), "memory": self.memory}
 
 
-def rows(job: Job, cluster: Cluster) -> list[Row]:
+def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
     """All settings that are worth a look, or the one value of each that is fixed.
 
     Raises:
@@ -151,16 +152,16 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
         stages = ("zero0",)
     if "deepspeed" in fixed:
         stages = (job.config.deepspeed,)
-    ways = CHECKPOINTING
+    options = CHECKPOINTING
     if not any(p.requires_grad for p in job.model.blocks.parameters()):
-        ways = (("none", False),)  # frozen blocks keep nothing
+        options = (("none", False),)  # frozen blocks keep nothing
     if fixed & {"train.activation_checkpointing", "train.activation_offload"}:
-        ways = ((train.activation_checkpointing, train.activation_offload),)
+        options = ((train.activation_checkpointing, train.activation_offload),)
     sections = {name: load_deepspeed_config(name).get("zero_optimization", {}) for name in stages}
     for section in sections.values():
         check_stage(job.config.optim, section.get("stage", 0))
     found = []
-    for every, offload in ways:
+    for every, offload in options:
         job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]
         for name in stages:
             found += [
@@ -170,7 +171,7 @@ def rows(job: Job, cluster: Cluster) -> list[Row]:
     return sorted(found, key=lambda row: stages.index(row.deepspeed))
 
 
-def micro_batches(job: Job, gpus: int) -> list[int]:
+def micro_batches(job: PlannedRun, gpus: int) -> list[int]:
     """Powers of two that divide a GPU's share of the global batch.
 
     Raises:
@@ -203,7 +204,7 @@ def micro_batches(job: Job, gpus: int) -> list[int]:
 
 
 def _row(
-    job: Job,
+    job: PlannedRun,
     cluster: Cluster,
     name: str,
     zero: dict[str, Any],
@@ -280,27 +281,28 @@ def choose(found: list[Row]) -> Row | None:
 
 def _order(row: Row) -> tuple[int, int, int]:
     stage = PREFERENCE.index(row.deepspeed) if row.deepspeed in PREFERENCE else 0
-    way = (row.checkpointing, row.offload)
-    return stage, CHECKPOINTING.index(way) if way in CHECKPOINTING else 0, -row.micro_batch
+    option = (row.checkpointing, row.offload)
+    place = CHECKPOINTING.index(option) if option in CHECKPOINTING else 0
+    return stage, place, -row.micro_batch
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A config on a cluster."""
 
     name: str
-    job: Job
+    job: PlannedRun
     cluster: Cluster
     rows: list[Row]
     chosen: Row | None
     checkpoint_minutes: float | None
     """Between two checkpoints; None where it is in steps and their time is not known."""
     command: str
-    """To start it."""
+    """The command that starts the run."""
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run, without validation and restarts."""
+        """Seconds of the whole run, without validation and restarts."""
         rate = self.chosen and self.chosen.images_per_second
         return self.job.total_images / rate if rate else None
 
@@ -312,12 +314,15 @@ class Plan:
 
     @property
     def write_seconds(self) -> float:
-        """Of a checkpoint."""
+        """Seconds that writing a checkpoint takes."""
         assert self.chosen is not None
         return self.chosen.checkpoint / (self.cluster.disk_gbs * 1e9)
 
     def lost_minutes(self) -> tuple[float, float] | None:
-        """Of a job that is killed without a warning: on average and at the worst, with restart."""
+        """Minutes that a job loses when it is killed without a warning: on average, at the worst.
+
+        The restart is included.
+        """
         if self.checkpoint_minutes is None:
             return None
         again, write = self.cluster.restart_minutes, self.write_seconds / 60

@@ -39,7 +39,7 @@ class Part:
     host: float = 0
     """In host memory until the backward pass."""
     gradient: float = 0
-    """That of this part's largest weight at that moment; once, not for each image."""
+    """Gradient of the part's largest weight at that moment; it is there once, not for each image."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Sizes:
 
 
 def sizes(dtype: torch.dtype, device_type: str = "cuda") -> Sizes:
-    """Of a model whose weights and activations are of this dtype, on "cuda" or "cpu"."""
+    """Give the sizes for a dtype of weights and activations, on "cuda" or "cpu"."""
     return Sizes(dtype.itemsize, FP32 if device_type == "cuda" else dtype.itemsize)
 
 
 def kept_bytes(parts: Iterable[Part]) -> float:
-    """What the forward pass of an image leaves on the device for the backward pass."""
+    """Add up what the forward pass of an image leaves on the device for the backward pass."""
     return sum(part.kept for part in parts)
 
 
 def host_bytes(parts: Iterable[Part]) -> float:
-    """What it leaves in host memory."""
+    """Add up what the forward pass of an image leaves in host memory."""
     return sum(part.host for part in parts)
 
 
@@ -93,7 +93,7 @@ def blocks_parts(model: Encoder, blocks: Iterable[Any], tokens: int, size: Sizes
 
 
 def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Sizes) -> Part:
-    """A block's, of which all, the MLP with its norm, or nothing is trained.
+    """Compute the part of a block in which all, the MLP with its norm, or nothing is trained.
 
     With T tokens, D channels and an MLP of 4 D, a trained block keeps 16 T D values: the inputs of
     both norms, of qkv, of attention (3), of proj, of fc1 and, 4 each, of GELU and fc2.

@@ -21,8 +21,8 @@ ALL_REDUCE_AT_ONCE = 500_000_000  # values that stage 0 sends at once
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run has for each of its parameters.
+class ParameterStates:
+    """What a run keeps for each of its parameters.
 
     Args:
         parameters: of the model, those that are not trained included.
@@ -58,11 +58,11 @@ class Trained:
 
 def trained_by(
     optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
-) -> Trained:
-    """What a run with this optimiser has; the model may be on the meta device."""
+) -> ParameterStates:
+    """Say what a run with this optimiser keeps; the model may be on the meta device."""
     # Of a parameter that ZeRO-3 has sharded, the own size is in ds_numel.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return Trained(
+    return ParameterStates(
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, is_trained in sizes if is_trained),
         precision=precision,
@@ -80,9 +80,9 @@ class ModelStates:
     gradients: float
     optimizer: float
     bucket: float
-    """In which gradients are sent; there all the time."""
+    """Bytes of the bucket in which gradients are sent; it is there all the time."""
     backward: float
-    """Further buffers that the backward pass has."""
+    """Bytes of further buffers during the backward pass."""
     sending: float
     """Copies of the gradients that are being sent."""
     sends_early: bool
@@ -113,7 +113,7 @@ def overlaps(zero: dict[str, Any]) -> bool:
 
 
 def model_states(
-    run: Trained, zero: dict[str, Any], ranks: int, *, accumulates: bool = True
+    run: ParameterStates, zero: dict[str, Any], ranks: int, *, accumulates: bool = True
 ) -> ModelStates:
     """Bytes of a rank.
 
@@ -166,10 +166,10 @@ class Traffic:
     gradients: float
     weights: float
     overlapped: float
-    """Of both, what DeepSpeed sends while it computes."""
+    """Bytes of both that DeepSpeed sends while it computes."""
 
 
-def traffic(run: Trained, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
+def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
     """What DeepSpeed 0.19 sends: stages 0 and 1 once in a step, 2 and 3 for each micro-batch.
 
     A ring passes on (N - 1) / N of a tensor to gather or to reduce-scatter it, twice that to

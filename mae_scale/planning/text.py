@@ -1,4 +1,4 @@
-"""What `mae-scale plan` prints, at most 120 columns wide but for the command to copy."""
+"""The text that `mae-scale plan` prints, at most 120 columns wide but for the command to copy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import psutil
 
 from mae_scale.launch.console import size_text
-from mae_scale.planning.choice import HEADROOM, Cluster, Plan, Row
+from mae_scale.planning.choice import HEADROOM, Cluster, Row, RunPlan
 
 
-def way(row: Row) -> str:
-    """Its activation checkpointing."""
+def checkpointing_text(row: Row) -> str:
+    """Say which blocks a setting recomputes."""
     text = row.checkpointing if isinstance(row.checkpointing, str) else f"every {row.checkpointing}"
     return f"{text}, offload" if row.offload else text
 
@@ -37,7 +37,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
         parts = [row.gradients, row.optimizer, row.activations]
         name = Path(row.deepspeed).stem
         lines.append(
-            f"{mark} {name:14.14}{way(row):14}{row.micro_batch:6}{row.accumulation:6}"
+            f"{mark} {name:14.14}{checkpointing_text(row):14}{row.micro_batch:6}{row.accumulation:6}"
             f"{row.weights / unit:8.1f}" + "".join(f"{size / unit:7.1f}" for size in parts)
             + f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}{row.host / unit:7.1f}"
             f"{row.sent / unit:7.1f}{row.network_s:7.2f}"
@@ -47,7 +47,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
 
 
 def _largest(found: list[Row]) -> list[Row]:
-    """Of each stage and checkpointing the largest micro-batch that fits, else the smallest."""
+    """Pick the largest micro-batch that fits for each stage and checkpointing, else the smallest."""
     best: dict[Any, Row] = {}
     for row in found:
         key = (row.deepspeed, row.checkpointing, row.offload)
@@ -56,7 +56,7 @@ def _largest(found: list[Row]) -> list[Row]:
     return list(best.values())
 
 
-def page(plan: Plan) -> str:
+def page(plan: RunPlan) -> str:
     """The whole plan of one config on one cluster."""
     job, cluster, chosen = plan.job, plan.cluster, plan.chosen
     assert chosen is not None
@@ -76,8 +76,8 @@ def page(plan: Plan) -> str:
         f"{HEADROOM:.0%}); x: none fits; *: choose this",
         *_table(_with(chosen, _largest(plan.rows)), chosen, size),
         "",
-        f"{chosen.deepspeed}, checkpointing {way(chosen)}, at every micro-batch:",
-        *_table([row for row in plan.rows if _same_way(row, chosen)], chosen, size),
+        f"{chosen.deepspeed}, checkpointing {checkpointing_text(chosen)}, at every micro-batch:",
+        *_table([row for row in plan.rows if _same_checkpointing(row, chosen)], chosen, size),
         "",
         *_consequences(plan),
         "",
@@ -90,10 +90,10 @@ def page(plan: Plan) -> str:
 
 def _with(chosen: Row, some: list[Row]) -> list[Row]:
     """The rows, the chosen one in the place of that with the same stage and checkpointing."""
-    return [chosen if _same_way(row, chosen) else row for row in some]
+    return [chosen if _same_checkpointing(row, chosen) else row for row in some]
 
 
-def _same_way(row: Row, other: Row) -> bool:
+def _same_checkpointing(row: Row, other: Row) -> bool:
     return (row.deepspeed, row.checkpointing, row.offload) == (
         other.deepspeed, other.checkpointing, other.offload,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def _machine(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.name}, {nodes}"
 
 
-def _consequences(plan: Plan) -> list[str]:
+def _consequences(plan: RunPlan) -> list[str]:
     """What the chosen setting means, a line for each subject."""
     job, cluster, chosen = plan.job, plan.cluster, plan.chosen
     assert chosen is not None
@@ -145,7 +145,7 @@ def _consequences(plan: Plan) -> list[str]:
     return lines
 
 
-def comparison(plans: list[Plan]) -> str:
+def comparison(plans: list[RunPlan]) -> str:
     """A line for each config and number of GPUs."""
     width = max(len(plan.name) for plan in plans) + 2
     lines = [
@@ -161,7 +161,7 @@ def comparison(plans: list[Plan]) -> str:
         rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
         wait = row.compute_s and row.network_s / (row.compute_s + row.network_s)
         lines.append(
-            f"{start}{Path(row.deepspeed).stem:14.13}{way(row):15}{row.micro_batch:5}{row.accumulation:6}"
+            f"{start}{Path(row.deepspeed).stem:14.13}{checkpointing_text(row):15}{row.micro_batch:5}{row.accumulation:6}"
             f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
             f"{_number(hours and hours / 24, ',.1f'):>7}{_number(hours and hours * gpus):>9}"
             f"{_number(rate and rate / gpus / plan.cluster.images_per_core, '.1f'):>6}"
@@ -170,7 +170,7 @@ def comparison(plans: list[Plan]) -> str:
     return "\n".join([*lines, "", *_assumptions(plans[0], several=True)])
 
 
-def _assumptions(plan: Plan, several: bool = False) -> list[str]:
+def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
     """What the numbers rest on."""
     cluster, job = plan.cluster, plan.job
     lines = ["Assumed:"]

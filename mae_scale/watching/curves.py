@@ -1,4 +1,4 @@
-"""The curves of a report: which there are, and over what."""
+"""The curves of a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Columns = dict[str, Values]
 
 
 @dataclass
-class Shown:
+class ReportedRun:
     """A run on the page."""
 
     view: RunView
@@ -52,7 +52,7 @@ class Shown:
 
     @property
     def seconds(self) -> float:
-        """Spent training, without validations and saves."""
+        """Seconds spent training, without validations and saves."""
         samples, rate = self.metrics["samples"], self.metrics["images_per_second"]
         return float(np.nansum(np.diff(samples, prepend=0.0) / rate))
 
@@ -67,7 +67,7 @@ def read_columns(path: Path, keys: tuple[str, ...]) -> Columns:
     return {key: np.array(column, np.float64) for key, column in columns.items()}
 
 
-def curves(runs: list[Shown]) -> list[str]:
+def curves(runs: list[ReportedRun]) -> list[str]:
     """The charts, over steps where a step means the same in all runs, else over epochs."""
     drawn = [run for run in runs if len(run.metrics["step"])]
     if not drawn:
@@ -120,7 +120,7 @@ def curves(runs: list[Shown]) -> list[str]:
 
 
 def _validation_charts(
-    runs: list[Shown], axis: str, label: str, end: float, marks: list[tuple[float, str]]
+    runs: list[ReportedRun], axis: str, label: str, end: float, marks: list[tuple[float, str]]
 ) -> list[Chart]:
     charts = []
     labels = {name: text for run in runs for name, text in run.view.task.scores.items()}

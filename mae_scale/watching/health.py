@@ -1,4 +1,4 @@
-"""How fast a run goes, and what about it deserves a look: by the last rows of its metrics."""
+"""Say how fast a run goes and what about it deserves a look, by the last rows of its metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 
 class Pace:
-    """How fast a run is, by its last rows."""
+    """The speed of a run, by its last rows."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         recent = rows[-RECENT:]
@@ -36,7 +36,7 @@ def pace_of(rows: Rows) -> Pace | None:
 
 
 def health(run: RunView, rows: Rows, state: str, now: float) -> list[str]:
-    """What deserves a look, a line each."""
+    """List what deserves a look, a line each."""
     found: list[str] = []
     pace = pace_of(rows)
     if state == "failed":
@@ -82,7 +82,7 @@ def _signs_of_trouble(run: RunView, rows: Rows, pace: Pace | None, now: float) -
 
 
 def seconds_to_save(run: RunView, now: float, step: int, pace: Pace | None) -> float | None:
-    """Until the next checkpoint; negative: overdue; None: cannot be told."""
+    """Seconds until the next checkpoint; negative: it is overdue; None: nobody can tell."""
     config = run.config.get("checkpoint") or {}
     minutes, steps = config.get("every_minutes"), config.get("every_steps")
     waits = []

@@ -19,7 +19,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.watching.charts import spread
-from mae_scale.watching.curves import Shown, curves
+from mae_scale.watching.curves import ReportedRun, curves
 from mae_scale.watching.health import duration
 from mae_scale.watching.run_view import SESSION, RunView
 
@@ -45,7 +45,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     views = [RunView(folder) for folder in folders]
     names = [view.name for view in views]
     runs = [
-        Shown(view, view.name if names.count(view.name) == 1 else str(view.folder), colour)
+        ReportedRun(view, view.name if names.count(view.name) == 1 else str(view.folder), colour)
         for view, colour in zip(views, cycle(COLOURS), strict=False)
     ]
     content = page(runs)
@@ -56,7 +56,7 @@ def write_report(folders: list[Path], out: Path) -> None:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def page(runs: list[Shown]) -> str:
+def page(runs: list[ReportedRun]) -> str:
     """The whole page."""
     title = " · ".join(run.label for run in runs)
     css = Path(__file__).with_name("report.css").read_text()
@@ -88,7 +88,7 @@ def page(runs: list[Shown]) -> str:
 """
 
 
-def _card(run: Shown) -> str:
+def _card(run: ReportedRun) -> str:
     view, facts, metrics = run.view, run.view.facts, run.metrics
     numbers: dict[str, str] = {}
     total = facts.get("total_steps")
@@ -125,7 +125,7 @@ def _value(value: float, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if np.isfinite(value) else "not finite"
 
 
-def _pictures(run: Shown, several: bool) -> list[str]:
+def _pictures(run: ReportedRun, several: bool) -> list[str]:
     """Reconstructions over time, and the picture of `mae-scale reconstruct` if it is there."""
     folder = run.view.folder
     steps = {
@@ -158,7 +158,7 @@ def _figure(caption: str, path: Path) -> str:
     )
 
 
-def _differences(runs: list[Shown]) -> list[str]:
+def _differences(runs: list[ReportedRun]) -> list[str]:
     """A table of the config keys in which the runs differ."""
     if len(runs) < 2:
         return []
@@ -172,7 +172,7 @@ def _differences(runs: list[Shown]) -> list[str]:
     return ["<h2>What differs in their configs</h2>", f'<div class="card">{table}</div>']
 
 
-def _details(run: Shown) -> list[str]:
+def _details(run: ReportedRun) -> list[str]:
     """Starts and stops with their environment, checkpoints, config."""
     view = run.view
     facts = {"host": "host", "world_size": "processes", "zero_stage": "ZeRO",

@@ -1,4 +1,4 @@
-"""A run folder as those see it who look on: read without torch, while the run goes on or not."""
+"""Read a run folder from outside: without torch, whether the run goes on or not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Saved:
     commit: Mapping[str, Any]
     """The content of COMMITTED.json."""
     time: float
-    """When it was committed, in seconds since 1970."""
+    """Time of the commit, in seconds since 1970."""
 
     @property
     def bytes(self) -> int:
@@ -37,7 +37,7 @@ class Saved:
         return sum(facts["bytes"] for facts in self.commit["files"].values())
 
     def damage(self) -> str | None:
-        """What is wrong with its files at a glance, without reading them; None: nothing."""
+        """Say what is wrong with the files by their sizes, without reading them; None: nothing."""
         for name, facts in self.commit["files"].items():
             file = self.folder / name
             if not file.is_file():
@@ -48,7 +48,7 @@ class Saved:
 
 
 class RunView:
-    """What a run folder says of its run.
+    """What a run folder tells about its run.
 
     Attributes:
         folder: as it was given.
@@ -56,10 +56,10 @@ class RunView:
         config: its config.yaml, nested.
         history: rows of history.jsonl.
         checkpoints: the committed ones, oldest first.
-        uncommitted: names of step folders that are none: being written, damaged, or left over.
+        uncommitted: names of step folders without a commit: being written, damaged, or left over.
 
     Raises:
-        UserError: it is no run folder.
+        UserError: the folder is no run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +82,7 @@ class RunView:
         self._locked = _is_locked(folder)
 
     def last_rows(self, most: int) -> list[dict[str, Any]]:
-        """So many of the last rows of metrics.jsonl, however long it is."""
+        """Give the last rows of metrics.jsonl, however long it is."""
         return list(readable_rows(self.folder / METRICS, 600 * most))[-most:]
 
     @property
@@ -100,7 +100,7 @@ class RunView:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the last start of the run wrote down: length, processes, versions; may be empty."""
+        """Facts that the last start of the run noted: length, processes, versions; may be empty."""
         starts = [row for row in self.history if row["event"] in SESSION]
         return starts[-1] if starts else {}
 
@@ -116,13 +116,13 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done, as far as anything says so."""
+        """Optimiser steps done, by the newest row or checkpoint."""
         steps = [row["step"] for row in [*self.last_rows(1), *self.history[-1:]]]
         return max([*steps, *(saved.commit["step"] for saved in self.checkpoints[-1:])], default=0)
 
     @property
     def last_sign(self) -> float | None:
-        """When the run last wrote something down, in seconds since 1970."""
+        """Time of the last row that the run wrote, in seconds since 1970."""
         times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
         return max((t for t in times if isinstance(t, (int, float))), default=None)
 

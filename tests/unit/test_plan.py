@@ -22,7 +22,7 @@ from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
 from mae_scale.planning.flops import recomputed_flops, training_flops
 from mae_scale.planning.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
-from mae_scale.planning.model_states import Trained, model_states, traffic, trained_by
+from mae_scale.planning.model_states import ParameterStates, model_states, traffic, trained_by
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -155,35 +155,35 @@ def test_statistics_are_fp32_on_a_gpu() -> None:
 def test_model_states(stage: int, precision: str, bytes_each: float) -> None:
     """The table of docs/training.md, and the ZeRO paper's section 5."""
     zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
-    states = model_states(Trained(10**9, 10**9, precision), zero, 4)
+    states = model_states(ParameterStates(10**9, 10**9, precision), zero, 4)
     bucket = {1: 4 * 50_000_000, 3: 4 * 100_000_000}.get(stage, 0)
     assert states.held == bytes_each * 10**9 + bucket
-    average = model_states(Trained(10**9, 10**9, precision, ema=True), zero, 4)
+    average = model_states(ParameterStates(10**9, 10**9, precision, ema=True), zero, 4)
     assert average.held - states.held == 4 * 10**9 / (1 if stage == 0 else 4)
 
 
 def test_frozen_parameters_have_weights_only() -> None:
     zero = load_deepspeed_config("zero1")["zero_optimization"]
-    states = model_states(Trained(10**9, 0, "bf16"), zero, 8)
+    states = model_states(ParameterStates(10**9, 0, "bf16"), zero, 8)
     assert (states.weights, states.gradients, states.optimizer) == (2 * 10**9, 0, 0)
 
 
 def test_offload_takes_the_optimiser_to_the_host() -> None:
     zero = load_deepspeed_config("zero3_offload")["zero_optimization"]
-    states = model_states(Trained(10**9, 10**9, "bf16"), zero, 8)
+    states = model_states(ParameterStates(10**9, 10**9, "bf16"), zero, 8)
     assert states.host == 20 * 10**9 / 8
     assert states.held == 2 * 10**9 / 8 + 4 * 20_000_000
 
 
 def test_messages() -> None:
     """Of 4 ranks, with 8 micro-batches: 3/4 of a tensor to gather or scatter it."""
-    run = Trained(10**9, 10**9, "bf16")
+    run = ParameterStates(10**9, 10**9, "bf16")
     zeros = [load_deepspeed_config(f"zero{n}")["zero_optimization"] for n in range(4)]
     sent = [traffic(run, zero, 4, accumulation=8) for zero in zeros]
     assert [t.gradients / 10**9 for t in sent] == [6, 6, 48, 24]
     assert sent[0].weights == 0 and sent[1].weights == sent[2].weights == 1.5 * 10**9
     assert sent[3].weights == pytest.approx(8 * 1.9 * 1.5 * 10**9)  # all but 1e8 a second time
-    halved = traffic(Trained(10**9, 10**9, "bf16", grad_reduce="bf16"), zeros[1], 4, 8)
+    halved = traffic(ParameterStates(10**9, 10**9, "bf16", grad_reduce="bf16"), zeros[1], 4, 8)
     assert halved.gradients == sent[1].gradients / 2
     assert all(traffic(run, zero, 1, 8).gradients == 0 for zero in zeros)
 
