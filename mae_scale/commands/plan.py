@@ -28,7 +28,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, choose, rows
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
-from mae_scale.planning.text import checkpointing_text, comparison, page
+from mae_scale.planning.text import comparison, page, recomputed
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.task import TASKS, task_of_arguments
 
@@ -225,7 +225,7 @@ def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
     needed = (least.memory + (least.host if cluster.is_cpu else 0)) / (1 - HEADROOM) / 1e9
     return (
         f"{name} does not fit into {cluster.memory_gb:g} GB on {cluster.gpus} x {cluster.name}: "
-        f"with {least.deepspeed}, activation checkpointing {checkpointing_text(least)} and micro-batch "
+        f"with {least.deepspeed}, activation checkpointing {recomputed(least)} and micro-batch "
         f"{least.micro_batch} it needs {math.ceil(10 * needed) / 10:g} GB, {HEADROOM:.0%} headroom "
         "included; take more GPUs or larger ones"
     )

@@ -39,7 +39,7 @@ class Part:
     host: float = 0
     """In host memory until the backward pass."""
     gradient: float = 0
-    """Gradient of the part's largest weight at that moment; it is there once, not for each image."""
+    """Gradient of the part's largest weight at that moment, once and not for each image."""
 
 
 @dataclass(frozen=True)

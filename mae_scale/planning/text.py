@@ -12,7 +12,7 @@ from mae_scale.launch.console import size_text
 from mae_scale.planning.choice import HEADROOM, Cluster, Row, RunPlan
 
 
-def checkpointing_text(row: Row) -> str:
+def recomputed(row: Row) -> str:
     """Say which blocks a setting recomputes."""
     text = row.checkpointing if isinstance(row.checkpointing, str) else f"every {row.checkpointing}"
     return f"{text}, offload" if row.offload else text
@@ -37,7 +37,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
         parts = [row.gradients, row.optimizer, row.activations]
         name = Path(row.deepspeed).stem
         lines.append(
-            f"{mark} {name:14.14}{checkpointing_text(row):14}{row.micro_batch:6}{row.accumulation:6}"
+            f"{mark} {name:14.14}{recomputed(row):14}{row.micro_batch:6}{row.accumulation:6}"
             f"{row.weights / unit:8.1f}" + "".join(f"{size / unit:7.1f}" for size in parts)
             + f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}{row.host / unit:7.1f}"
             f"{row.sent / unit:7.1f}{row.network_s:7.2f}"
@@ -47,7 +47,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
 
 
 def _largest(found: list[Row]) -> list[Row]:
-    """Pick the largest micro-batch that fits for each stage and checkpointing, else the smallest."""
+    """Pick for each stage and checkpointing the largest micro-batch that fits, else the least."""
     best: dict[Any, Row] = {}
     for row in found:
         key = (row.deepspeed, row.checkpointing, row.offload)
@@ -76,7 +76,7 @@ def page(plan: RunPlan) -> str:
         f"{HEADROOM:.0%}); x: none fits; *: choose this",
         *_table(_with(chosen, _largest(plan.rows)), chosen, size),
         "",
-        f"{chosen.deepspeed}, checkpointing {checkpointing_text(chosen)}, at every micro-batch:",
+        f"{chosen.deepspeed}, checkpointing {recomputed(chosen)}, at every micro-batch:",
         *_table([row for row in plan.rows if _same_checkpointing(row, chosen)], chosen, size),
         "",
         *_consequences(plan),
@@ -161,7 +161,7 @@ def comparison(plans: list[RunPlan]) -> str:
         rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
         wait = row.compute_s and row.network_s / (row.compute_s + row.network_s)
         lines.append(
-            f"{start}{Path(row.deepspeed).stem:14.13}{checkpointing_text(row):15}{row.micro_batch:5}{row.accumulation:6}"
+            f"{start}{Path(row.deepspeed).stem:14.13}{recomputed(row):15}{row.micro_batch:5}{row.accumulation:6}"
             f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
             f"{_number(hours and hours / 24, ',.1f'):>7}{_number(hours and hours * gpus):>9}"
             f"{_number(rate and rate / gpus / plan.cluster.images_per_core, '.1f'):>6}"
