@@ -62,12 +62,17 @@ class DataConfig:
     """Number of places in the dataset that are read at the same time; part of the sample order."""
     window: From1 = 2048
     """Samples of a lane that are shuffled together; part of the sample order."""
+    repeats: From1 = 1
+    """Images that a step has of each of its samples, decoded once, with other crops and masks
+    (repeated augmentation); an epoch then has so many times the images and steps."""
     cache_dir: str | None = changeable(None)
     """Folder on a local disk into which remote shards are staged; needed for those only."""
     cache_gb: Above0 = changeable(200.0)
     """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shard goes."""
     max_bad_fraction: Share = changeable(1e-4)
     """Share of samples that may be damaged, each replaced by another one, before the run ends."""
+    max_pixels: From1 = 178_956_970
+    """Pixels that an image may have; a larger one is not decoded and counts as damaged."""
 
     @property
     def worker_processes(self) -> int:

@@ -33,7 +33,14 @@ from mae_scale.data.annotations import (
     shape_mask,
 )
 from mae_scale.data.cache import ShardCache
-from mae_scale.data.dataset import Batch, BatchKey, EvalDataset, TrainDataset, empty_images
+from mae_scale.data.dataset import (
+    Batch,
+    BatchKey,
+    EvalDataset,
+    TrainDataset,
+    draw_epochs,
+    empty_images,
+)
 from mae_scale.data.loader import EvalLoader, TrainLoader
 from mae_scale.data.order import Int64Array, SampleOrder
 from mae_scale.data.shards import ShardSet
@@ -342,6 +349,8 @@ class UsableOrder(SampleOrder):
 class AnnotatedTrainDataset(TrainDataset):
     """Samples with targets in training order; damaged ones are replaced, as for classification."""
 
+    can_repeat = False
+
     def __init__(
         self,
         shards: ShardSet,
@@ -377,7 +386,7 @@ class AnnotatedTrainDataset(TrainDataset):
                 "data_prep/verify_shards.py"
             )
 
-        batch = self._fill(key, samples, pixels)
+        batch = self._fill(key, samples, lambda i: [pixels(i)])
         batch.damaged = damaged
         batch.targets = joined([targets[i] for i in range(len(samples))])
         return batch
@@ -435,7 +444,7 @@ class _DetectionEvalDataset(EvalDataset):
             targets[i] = {"size": np.array([[h, w]]), "original": np.array([[height, width]])}
             return padded(_resize(image, h, w), self.img_size)
 
-        batch = self._fill(key, key.positions, pixels)
+        batch = self._fill(key, key.positions, lambda i: [pixels(i)])
         batch.targets = joined([targets[i] for i in range(len(key.positions))])
         return batch
 
@@ -453,12 +462,13 @@ class _SegmentationEvalDataset(EvalDataset):
             raise UserError(f"{self.shards.root}: {name} {error}") from None
         targets = {"image": image[None].numpy(), "segmentation": labels[None]}
         label = self.shards.index["label"][key.positions].astype(np.int64)
-        return Batch(None, key.slot, label, key.epoch, key.positions, targets=targets)
+        epochs = draw_epochs(key.epoch, 1, len(label))
+        return Batch(None, key.slot, label, epochs, key.positions, targets=targets)
 
 
 def _decoded(dataset: EvalDataset, sample: int) -> torch.Tensor:
     try:
-        return decode_image(read_pair(dataset, sample)[0])
+        return decode_image(read_pair(dataset, sample)[0], dataset.max_pixels)
     except ValueError as error:
         name = dataset.reader.read(sample).name
         raise UserError(f"{dataset.shards.root}: {name} {error}") from None

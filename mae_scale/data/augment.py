@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -11,11 +12,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.transforms import (
     IMAGENET_MEAN,
     Scratch,
     decode_image,
-    decode_train_crop,
+    decode_train_crops,
     denormalize,
     eval_crop,
     fixed_crop,
@@ -81,24 +83,29 @@ class Augment:
         self,
         data: bytearray,
         size: int,
-        uniforms: npt.NDArray[np.float64],
-        keys: tuple[int, int, int],
-    ) -> torch.Tensor:
-        """Pixels of an image file.
+        draws: Sequence[npt.NDArray[np.float64]],
+        keys: Sequence[tuple[int, int, int]],
+        max_pixels: int = MAX_PIXELS,
+    ) -> list[torch.Tensor]:
+        """Pixels of an image file, decoded once, for each of the draws.
 
         Args:
             data: the image file.
             size: pixels of a side of the result.
-            uniforms: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
-            keys: seed, epoch and sample, for the rest.
+            draws: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
+            keys: of each draw the seed, epoch and sample, for the rest.
+            max_pixels: a larger image is refused before it is decoded.
 
         Returns:
-            uint8 [3, size, size].
+            uint8 [3, size, size] for each draw.
 
         Raises:
-            ValueError: not an image, or a damaged one.
+            ValueError: not an image, a damaged one, or one that is too large.
         """
-        pixels = self._cropped(data, size, uniforms)
+        crops = self._crops(data, size, draws, max_pixels)
+        return [self._vary(pixels, size, key) for pixels, key in zip(crops, keys, strict=True)]
+
+    def _vary(self, pixels: torch.Tensor, size: int, keys: tuple[int, int, int]) -> torch.Tensor:
         if self._color_jitter:
             pixels = _jitter(pixels, self._color_jitter, keys)
         if self._rand_augment is None and not self._erasing:
@@ -117,14 +124,21 @@ class Augment:
             pixels = _erase(pixels, key)
         return pixels
 
-    def _cropped(
-        self, data: bytearray, size: int, uniforms: npt.NDArray[np.float64]
-    ) -> torch.Tensor:
+    def _crops(
+        self,
+        data: bytearray,
+        size: int,
+        draws: Sequence[npt.NDArray[np.float64]],
+        max_pixels: int,
+    ) -> list[torch.Tensor]:
         if self._crop == "none":
-            return eval_crop(decode_image(data), size)
+            return [eval_crop(decode_image(data, max_pixels), size)] * len(draws)
         if self._crop == "fixed":
-            return fixed_crop(decode_image(data), size, uniforms, self._hflip)
-        return decode_train_crop(data, size, uniforms, self._scratch, self._crop_scale, self._hflip)
+            image = decode_image(data, max_pixels)
+            return [fixed_crop(image, size, u, self._hflip) for u in draws]
+        return decode_train_crops(
+            data, size, draws, self._scratch, self._crop_scale, self._hflip, max_pixels
+        )
 
     def _operations_for(self, size: int) -> Any:
         if size not in self._operations:

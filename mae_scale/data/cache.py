@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import os
 import select
-import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from mae_scale.data.remote import open_remote, shown
 from mae_scale.errors import UserError
 
 _TRIES = 5
@@ -42,7 +42,7 @@ class ShardCache:
         version: of the dataset (its fingerprint): copies of another version are not used.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None, version: str = "") -> None:
@@ -51,8 +51,13 @@ class ShardCache:
         self._version = version
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder / "room.lock"):
+                pass
         except OSError as error:
-            raise UserError(f"data.cache_dir {folder} cannot be made: {error.strerror}") from None
+            raise UserError(
+                f"the cache folder {folder} cannot be written: {error.strerror}; "
+                "give another one (data.cache_dir)"
+            ) from None
 
     def open(self, url: str, size: int, sha256: str | None = None) -> int:
         """A descriptor of the local copy of a shard, open for reading; fetches it if need be.
@@ -70,7 +75,7 @@ class ShardCache:
         """
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(
-                f"{url} has {size:,} bytes and does not fit into {self._folder}, "
+                f"{shown(url)} has {size:,} bytes and does not fit into {self._folder}, "
                 f"which may take {self._max_bytes:,}; raise the limit"
             )
         path = self._folder / f"{_digest(self._version, url)}.tar"
@@ -93,7 +98,8 @@ class ShardCache:
 
     def used(self, descriptor: int) -> None:
         """Note that a copy is in use, so that it is not the next to go."""
-        os.utime(descriptor)
+        with suppress(OSError):  # a copy that somebody else owns
+            os.utime(descriptor)
 
     def _open_copy(self, path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -129,16 +135,6 @@ class ShardCache:
         return used <= limit
 
 
-def open_remote(url: str) -> Any:
-    """Open a URL through webdataset's opener, as a process that writes to a pipe.
-
-    ``https:`` goes through curl, ``s3:`` through the AWS command line, ``pipe:`` is any command.
-    """
-    from webdataset import gopen
-
-    return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url, "rb")
-
-
 def read_remote(url: str) -> bytes:
     """The content of a small remote file.
 
@@ -154,7 +150,9 @@ def _with_retries(url: str, attempt: Callable[[], Any]) -> Any:
             return attempt()
         except (OSError, ValueError) as error:
             if number + 1 == _TRIES:
-                raise FetchError(f"{url} cannot be fetched ({_TRIES} tries): {error}") from error
+                raise FetchError(
+                    f"{shown(url)} cannot be fetched ({_TRIES} tries): {error}"
+                ) from None
             time.sleep(_WAIT_S * 2**number)
 
 

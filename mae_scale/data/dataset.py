@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,11 @@ import torch
 
 from mae_scale.data.augment import Augment
 from mae_scale.data.cache import FetchError, ShardCache
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.order import SampleOrder
-from mae_scale.data.shards import ShardSet, is_remote
+from mae_scale.data.remote import is_remote, shown
+from mae_scale.data.shards import ShardSet
+from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.data.transforms import (
     TRAIN_UNIFORMS,
     decode_image,
@@ -32,8 +35,8 @@ from mae_scale.data.transforms import (
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
 
-_BLOCK = 512  # of a tar: a member's header is the block before its data
 _OPEN_SHARDS = 512  # kept open by a worker; the usual limit of a process is 1024 files
+Pixels = TypeVar("Pixels")
 _READ_TRIES = 4
 _READ_WAIT_S = 0.5  # before the second try; doubles
 _REPLACEMENT_TRIES = 10
@@ -96,27 +99,28 @@ class ShardReader:
         shard = int(self._shard_of(sample))
         entry = self._shards.index[sample]
         offset, size = int(entry[offset_field]), int(entry[size_field])
-        header, data = bytearray(_BLOCK), bytearray(size)
+        header, data = bytearray(BLOCK), bytearray(size)
         for attempt in range(_READ_TRIES):
             try:
-                got = os.preadv(self._descriptor(shard), [header, data], offset - _BLOCK)
+                got = os.preadv(self._descriptor(shard), [header, data], offset - BLOCK)
                 break
             except FetchError:
                 raise
             except OSError as error:
                 self._close(shard)  # a stale handle does not heal
                 if attempt + 1 == _READ_TRIES:
+                    file = shown(self._shards.files[shard])
                     raise OSError(
-                        f"{self._shards.files[shard]} cannot be read ({_READ_TRIES} tries): {error}"
+                        f"{file} cannot be read ({_READ_TRIES} tries): {error}"
                     ) from error
                 time.sleep(_READ_WAIT_S * 2**attempt)
-        # A size that a ustar header cannot hold does not come up: it is an image.
-        checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if got < _BLOCK + size or checksum != _octal(header[148:156]):
+        found = read_header(header) if got == BLOCK + size else None
+        if found is None:
             raise self._changed(shard, f"no member lies at offset {offset}")
-        if size != _octal(header[124:136]):
-            raise self._changed(shard, f"{_name(header)} is not of the indexed {size} bytes")
-        return Member(_name(header), data)
+        # A size that a ustar header cannot hold does not come up: it is an image.
+        if size != found.size:
+            raise self._changed(shard, f"{found.name} is not of the indexed {size} bytes")
+        return Member(found.name, data)
 
     def _shard_of(self, samples: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.searchsorted(self._shards.starts, samples, side="right") - 1
@@ -149,7 +153,7 @@ class ShardReader:
 
     def _changed(self, shard: int, what: str) -> UserError:
         return UserError(
-            f"{self._shards.files[shard]} has changed since it was indexed: {what}; "
+            f"{shown(self._shards.files[shard])} has changed since it was indexed: {what}; "
             "check it with data_prep/verify_shards.py, or index it again"
         )
 
@@ -161,18 +165,6 @@ class ShardReader:
         """Close all files."""
         for shard in list(self._open):
             self._close(shard)
-
-
-def _octal(field: bytearray) -> int:
-    """A number in a tar header; -1 for what is none."""
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _name(header: bytearray) -> str:
-    return header[:100].rstrip(b"\0").decode("utf-8", "replace")
 
 
 class BatchKey(NamedTuple):
@@ -190,7 +182,7 @@ class Batch:
     images: torch.Tensor | None  # uint8 [b, 3, S, S], or None: in the slot
     slot: int
     labels: npt.NDArray[np.int64]  # [b]
-    epoch: int
+    epochs: npt.NDArray[np.int64]  # [b], see `draw_epochs`
     samples: npt.NDArray[np.int64]  # [b], global ids of what was really used
     damaged: dict[int, str] = field(default_factory=dict)  # sample id -> what and why, replaced
     targets: dict[str, npt.NDArray] = field(default_factory=dict)  # more for the batch, by its key
@@ -221,8 +213,8 @@ class _BatchDataset(torch.utils.data.Dataset):
     def batch(self, key: BatchKey) -> Batch:
         raise NotImplementedError
 
-    def _decode(self, sample: int, decode: Callable[[bytearray], torch.Tensor]) -> torch.Tensor:
-        """Pixels of a sample.
+    def _decode(self, sample: int, decode: Callable[[bytearray], Pixels]) -> Pixels:
+        """What `decode` makes of the image of a sample.
 
         Raises:
             ValueError: it is damaged; the message begins with its name.
@@ -236,18 +228,36 @@ class _BatchDataset(torch.utils.data.Dataset):
             raise ValueError(f"{name} {error}") from None
 
     def _fill(
-        self, key: BatchKey, samples: npt.NDArray[np.int64], pixels: Callable[[int], torch.Tensor]
+        self,
+        key: BatchKey,
+        samples: npt.NDArray[np.int64],
+        views: Callable[[int], Sequence[torch.Tensor]],
+        repeats: int = 1,
     ) -> Batch:
-        """Make the batch; `pixels(i)` gives image i and may put another id into `samples[i]`."""
-        if self.slots:
-            images = self.slots[key.slot][: len(samples)]
-        else:
-            images = empty_images(len(samples), self.img_size)
+        """Make the batch: `repeats` images of each sample, which follow each other.
+
+        Args:
+            views: gives the images of samples[i], and may put another id into `samples[i]`.
+        """
+        count = len(samples) * repeats
+        images = self.slots[key.slot][:count] if self.slots else empty_images(count, self.img_size)
         self.reader.prepare(samples)
         for i in np.argsort(samples):  # in the order of the shards
-            images[i] = pixels(int(i))
+            for number, pixels in enumerate(views(int(i))):
+                images[i * repeats + number] = pixels
+        samples = samples.repeat(repeats)
         labels = self.shards.index["label"][samples].astype(np.int64)
-        return Batch(None if self.slots else images, key.slot, labels, key.epoch, samples)
+        draws = draw_epochs(key.epoch, repeats, len(samples))
+        return Batch(None if self.slots else images, key.slot, labels, draws, samples)
+
+
+def draw_epochs(epoch: int, repeats: int, images: int) -> npt.NDArray[np.int64]:
+    """The epoch that the random draws of each image follow from, int64 [images].
+
+    The first view of a sample has the epoch itself; the k-th one after it has other draws, those
+    of an epoch that is 2^32 k later.
+    """
+    return epoch + ((np.arange(images, dtype=np.int64) % repeats) << 32)
 
 
 class TrainDataset(_BatchDataset):
@@ -255,7 +265,16 @@ class TrainDataset(_BatchDataset):
 
     A sample that cannot be decoded gives its place to another one, which follows from
     (seed, epoch, sample) alone.
+
+    Args:
+        repeats: images that are made of each sample, from one decoding.
+        max_pixels: a larger image counts as damaged.
+
+    Attributes:
+        can_repeat: whether `repeats` may be more than 1.
     """
+
+    can_repeat = True
 
     def __init__(
         self,
@@ -264,9 +283,11 @@ class TrainDataset(_BatchDataset):
         order: SampleOrder,
         cache: ShardCache | None = None,
         augment: Augment | None = None,
+        repeats: int = 1,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(shards, img_size, cache)
-        self.order = order
+        self.order, self.repeats, self.max_pixels = order, repeats, max_pixels
         self._augment = augment or Augment()
 
     def batch(self, key: BatchKey) -> Batch:
@@ -274,42 +295,56 @@ class TrainDataset(_BatchDataset):
         uniforms = self._uniforms(key.epoch, samples)
         damaged: dict[int, str] = {}
 
-        def pixels(i: int) -> torch.Tensor:
+        def views(i: int) -> Sequence[torch.Tensor]:
             wanted = int(samples[i])
-            u = uniforms[i]
+            draws = uniforms[i]
             for attempt in range(_REPLACEMENT_TRIES):
                 sample = int(samples[i])
-                keys = (self.order.seed, key.epoch, sample)
-                augment = partial(self._augment, size=self.img_size, uniforms=u, keys=keys)
+                epochs = draw_epochs(key.epoch, self.repeats, self.repeats).tolist()
+                augment = partial(
+                    self._augment,
+                    size=self.img_size,
+                    draws=draws,
+                    keys=[(self.order.seed, epoch, sample) for epoch in epochs],
+                    max_pixels=self.max_pixels,
+                )
                 try:
                     return self._decode(sample, augment)
                 except ValueError as error:
                     damaged[sample] = str(error)
                 samples[i] = self.order.replacement(key.epoch, wanted, attempt)
-                u = self._uniforms(key.epoch, samples[i : i + 1])[0]
+                draws = self._uniforms(key.epoch, samples[i : i + 1])[0]
             raise UserError(
                 f"{self.shards.root}: sample {wanted} and {_REPLACEMENT_TRIES - 1} others drawn "
                 f"in its place cannot be decoded, the last is {damaged.popitem()[1]}; "
                 "check the shards with data_prep/verify_shards.py"
             )
 
-        batch = self._fill(key, samples, pixels)
+        batch = self._fill(key, samples, views, self.repeats)
         batch.damaged = damaged
         return batch
 
     def _uniforms(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """float64 [samples, repeats, TRAIN_UNIFORMS]."""
+        epochs = draw_epochs(epoch, self.repeats, self.repeats)
         draws = np.arange(TRAIN_UNIFORMS)
-        return uniform(Purpose.AUGMENT, self.order.seed, epoch, samples[:, None], draws)
+        keys = self.order.seed, epochs[:, None], samples[:, None, None], draws
+        return uniform(Purpose.AUGMENT, *keys)
 
 
 class EvalDataset(_BatchDataset):
     """Centre crops. A damaged sample is an error: leaving it out would change the accuracy."""
 
     def __init__(
-        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None = None
+        self,
+        shards: ShardSet,
+        img_size: int,
+        crop_ratio: float,
+        cache: ShardCache | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(shards, img_size, cache)
-        self.crop_ratio = crop_ratio
+        self.crop_ratio, self.max_pixels = crop_ratio, max_pixels
 
     def pixels(self, sample: int) -> torch.Tensor:
         """The crop of a global sample id, uint8 [3, S, S].
@@ -318,18 +353,20 @@ class EvalDataset(_BatchDataset):
             ValueError: it is damaged.
             UserError, OSError: as `ShardReader.read`.
         """
-        return self._decode(
-            sample, lambda data: eval_crop(decode_image(data), self.img_size, self.crop_ratio)
-        )
+
+        def decode(data: bytearray) -> torch.Tensor:
+            return eval_crop(decode_image(data, self.max_pixels), self.img_size, self.crop_ratio)
+
+        return self._decode(sample, decode)
 
     def batch(self, key: BatchKey) -> Batch:
-        def pixels(i: int) -> torch.Tensor:
+        def views(i: int) -> Sequence[torch.Tensor]:
             try:
-                return self.pixels(int(key.positions[i]))
+                return [self.pixels(int(key.positions[i]))]
             except ValueError as error:
                 raise UserError(f"{self.shards.root}: {error}") from None
 
-        return self._fill(key, key.positions, pixels)
+        return self._fill(key, key.positions, views)
 
 
 def empty_images(count: int, size: int) -> torch.Tensor:

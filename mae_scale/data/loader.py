@@ -32,8 +32,10 @@ from mae_scale.data.dataset import (
     EvalDataset,
     TrainDataset,
 )
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.order import SampleOrder, step_positions
-from mae_scale.data.shards import ShardSet, is_remote
+from mae_scale.data.remote import is_remote, shown
+from mae_scale.data.shards import ShardSet
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.parent import when_parent_ends
@@ -136,6 +138,10 @@ class TrainLoader(_Loader):
         cache_dir, cache_bytes: where remote shards are staged, and how many bytes may lie there.
         max_bad_fraction: of the dataset's samples that may be damaged before the run ends.
         augment: what makes an image vary; None is pre-training's crop and flip.
+        repeats: images that a step has of each of its samples, with other crops (repeated
+            augmentation); a divisor of `micro_batch_size`. An epoch is still one pass over the
+            samples, so it has `repeats` times as many images and steps.
+        max_pixels: a larger image counts as damaged.
 
     Raises:
         UserError: fewer samples than a batch, or a batch that does not divide.
@@ -160,6 +166,8 @@ class TrainLoader(_Loader):
         cache_bytes: int | None = None,
         max_bad_fraction: float = 1e-4,
         augment: Augment | None = None,
+        repeats: int = 1,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         order = self._order(shards, seed, lanes, window)
         if micro_batch_size is None:
@@ -169,11 +177,18 @@ class TrainLoader(_Loader):
                 f"a global batch of {global_batch_size} does not divide into micro-batches of "
                 f"{micro_batch_size} on {world_size} ranks"
             )
-        self.steps_per_epoch = len(order) // global_batch_size
-        if self.steps_per_epoch == 0:
+        if micro_batch_size % repeats:
             raise UserError(
-                f"{shards.root} holds {len(order)} samples, fewer than one global batch of "
-                f"{global_batch_size}"
+                f"a micro-batch of {micro_batch_size} does not divide into samples of which each "
+                f"comes {repeats} times (data.repeats)"
+            )
+        self._samples_per_step = global_batch_size // repeats
+        self.steps_per_epoch = len(order) // self._samples_per_step
+        if self.steps_per_epoch == 0:
+            times = f", each {repeats} times" if repeats > 1 else ""
+            raise UserError(
+                f"{shards.root} holds {len(order)} samples{times}, fewer than one global batch "
+                f"of {global_batch_size}"
             )
         cache = shard_cache(shards, cache_dir, cache_bytes)
         if cache is not None and cache_bytes is not None:
@@ -186,14 +201,18 @@ class TrainLoader(_Loader):
                     "raise data.cache_gb or lower data.lanes",
                     cache_bytes / 1e9, lanes, shards.root, need / 1e9,
                 )  # fmt: skip
+        dataset = self._make_dataset(shards, img_size, order, cache, augment)
+        if repeats > 1 and not dataset.can_repeat:
+            raise UserError(f"data.repeats {repeats}: samples with annotations come once a step")
+        dataset.repeats, dataset.max_pixels = repeats, max_pixels
         super().__init__(
-            self._make_dataset(shards, img_size, order, cache, augment),
+            dataset,
             micro_batch_size,
             workers,
             pin_memory,
         )
         self._shards = shards
-        self._global_batch_size = global_batch_size
+        self._repeats = repeats
         self._rank, self._world_size = rank, world_size
         self._start_step = start_step
         self._max_bad_fraction = max_bad_fraction
@@ -220,7 +239,9 @@ class TrainLoader(_Loader):
         """Yield dicts, one for each micro-batch, from a step on (counted from 0), without end.
 
         "image" uint8 [b, 3, S, S] (channels_last), "label", "epoch" and "sample" int64 [b].
-        "sample" is the global id (manifest order) of what was really used.
+        "sample" is the global id (manifest order) of what was really used; "epoch" is what the
+        random draws of an image follow from, and differs between the views of a sample (see
+        `draw_epochs`).
 
         Raises:
             UserError: a shard has changed since it was indexed.
@@ -235,7 +256,7 @@ class TrainLoader(_Loader):
         """Shard and member of a sample id, for messages; reads its header."""
         shard = int(np.searchsorted(self._shards.starts, sample, side="right")) - 1
         name = self._dataset.reader.read(sample).name
-        return f"{Path(self._shards.files[shard]).name}/{name}"
+        return f"{shown(self._shards.files[shard]).rpartition('/')[2]}/{name}"
 
     @property
     def bad_samples(self) -> int:
@@ -245,10 +266,11 @@ class TrainLoader(_Loader):
     def _keys(self, start_step: int) -> Iterator[tuple[int, np.ndarray]]:
         for step in count(start_step):
             epoch, positions = step_positions(
-                step, self.steps_per_epoch, self._global_batch_size, self._rank, self._world_size
+                step, self.steps_per_epoch, self._samples_per_step, self._rank, self._world_size
             )
-            for start in range(0, len(positions), self._batch_size):
-                yield epoch, positions[start : start + self._batch_size]
+            batch = self._batch_size // self._repeats  # in samples
+            for start in range(0, len(positions), batch):
+                yield epoch, positions[start : start + batch]
 
     def _count_damaged(self, damaged: dict[int, str]) -> None:
         for sample, what in damaged.items():
@@ -283,6 +305,7 @@ class EvalLoader(_Loader):
         workers: processes that decode; 0 decodes in this one.
         crop_ratio: see `eval_crop`; by default 0.875 up to 224 pixels, 1.0 above (official).
         pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
+        max_pixels: a larger image is an error.
 
     Attributes:
         img_size, batch_size: as given.
@@ -302,11 +325,13 @@ class EvalLoader(_Loader):
         pin_memory: bool = False,
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if crop_ratio is None:
             crop_ratio = default_crop_ratio(img_size)
         cache = shard_cache(shards, cache_dir, cache_bytes)
         dataset = self._make_dataset(shards, img_size, crop_ratio, cache)
+        dataset.max_pixels = max_pixels
         super().__init__(dataset, batch_size, workers, pin_memory)
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
@@ -398,7 +423,7 @@ def _as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {
         **({} if batch.images is None else {"image": batch.images}),
         "label": torch.from_numpy(batch.labels),
-        "epoch": torch.full((len(batch.labels),), batch.epoch, dtype=torch.int64),
+        "epoch": torch.from_numpy(batch.epochs),
         "sample": torch.from_numpy(batch.samples),
         **{key: torch.from_numpy(value) for key, value in batch.targets.items()},
     }

@@ -22,15 +22,25 @@ import hashlib
 import io
 import json
 import re
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mae_scale.data.cache import read_remote
+from mae_scale.data.remote import (
+    ADDRESSES,
+    SCHEMES,
+    is_remote,
+    join,
+    printable,
+    scheme_of,
+    shown,
+)
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 
@@ -50,6 +60,10 @@ ANNOTATED_DTYPE = np.dtype(
         ("objects", "<i4"),  # that can be trained on: those that are no crowd and have an area
     ]
 )
+MAX_MANIFEST = 1 << 26  # bytes; 100,000 shards take a fifth of it
+MAX_BYTES = 1 << 50  # of a tar
+_BLOCK = 1 << 20  # entries of the index that are looked at together
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class ShardSet:
     A sample's global id is its place in manifest order: ``starts[shard] + i``.
     """
 
-    root: str  # folder, or URL prefix
+    root: str  # folder, URL prefix or command, as messages may show it
     split: str
     classes: list[str]
     files: Sequence[str]  # absolute path or URL of each shard
@@ -97,32 +111,15 @@ class ShardSet:
         self.__dict__["checksums"] = np.load(self.checksums_file, mmap_mode="r")
 
 
-def is_remote(spec: str) -> bool:
-    """Whether a shard or folder is named by a URL or a ``pipe:`` command, not by a path."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", spec) is not None and not spec.startswith("file:")
-
-
-def join(root: str, name: str) -> str:
-    """The path or URL of a file of the set; absolute names and URLs stand for themselves.
-
-    In ``pipe:`` specs, ``{}`` stands for the file name: ``pipe:aws s3 cp s3://bucket/train/{} -``.
-    """
-    if is_remote(name) or Path(name).is_absolute():
-        return name
-    if "{}" in root:
-        return root.replace("{}", name)
-    return f"{root.rstrip('/')}/{name}"
-
-
-def _open_array(
-    path: Path | str, name: str, dtype: np.dtype, expected: int, root: str
-) -> np.ndarray:
+def _open_array(path: Path, name: str, dtype: np.dtype, expected: int, root: str) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise OSError("it is not a file")
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy's parser of headers raises whatever it meets
         raise UserError(
-            f"{root}: {name} cannot be read ({error}); make the shards again"
-        ) from error
+            f"{root}: {name} cannot be read ({printable(str(error))}); make the shards again"
+        ) from None
     if array.dtype != dtype or array.shape != (expected,):
         raise UserError(
             f"{root}: {name} does not belong to {MANIFEST} "
@@ -134,19 +131,33 @@ def _open_array(
 def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
     """Manifest, index and checksums of a remote set; the two are kept under their content."""
     names = (MANIFEST, INDEX, CHECKSUMS)
+    paths = []
     try:
         manifest, *arrays = (read_remote(join(root, name)) for name in names)
         cache_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in zip(names[1:], arrays, strict=True):
+            digest = hashlib.sha256(manifest + content).hexdigest()[:32]
+            path = cache_dir / f"{Path(name).stem}-{digest}.npy"
+            if not path.exists():
+                write_atomically(path, content)
+            paths.append(path)
     except OSError as error:
-        raise UserError(f"{root} cannot be opened: {error}") from error
-    paths = []
-    for name, content in zip(names[1:], arrays, strict=True):
-        digest = hashlib.sha256(manifest + content).hexdigest()[:32]
-        path = cache_dir / f"{Path(name).stem}-{digest}.npy"
-        if not path.exists():
-            write_atomically(path, content)
-        paths.append(path)
+        raise UserError(f"{shown(root)} cannot be opened: {error}") from None
     return manifest, paths[0], paths[1]
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Where the index is, and where the tars are if they are elsewhere.
+
+    ``FOLDER+COMMAND`` (or ``FOLDER+URL``), with ``{}`` for a tar's name, reads the index of
+    FOLDER and the tars through the command, which so is not written into the index.
+    """
+    match = re.fullmatch(rf"(.+?)\+((?:{'|'.join(SCHEMES)}):.+)", spec, re.DOTALL)
+    if match is None or is_remote(match[1]):
+        return spec, None
+    if "{}" not in match[2]:
+        raise UserError(f"{shown(match[2])} needs a {{}} in the place of a tar's name")
+    return match[1], match[2]
 
 
 def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardSet:
@@ -154,17 +165,18 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
 
     Args:
         spec: folder with a manifest; or, for remote shards, a URL prefix (``https://…/train``)
-            or a ``pipe:`` command in which ``{}`` stands for the file name.
+            or a ``pipe:`` command in which ``{}`` stands for the file name; or both, see
+            `split_spec`.
         cache_dir: where the index of remote shards is kept.
 
     Raises:
         UserError: nothing is there, it is not a finished shard folder, or it holds no samples.
     """
-    root = str(spec)
+    root, tars = split_spec(str(spec))
     if is_remote(root):
         if cache_dir is None:
             raise UserError(
-                f"{root}: remote shards need a folder for what is fetched (data.cache_dir)"
+                f"{shown(root)}: remote shards need a folder for what is fetched (data.cache_dir)"
             )
         content, index_path, checksums_path = _fetch(root, Path(cache_dir))
     else:
@@ -176,26 +188,33 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
             raise UserError(f"{folder} {kind}; make one with data_prep/shard_imagenet.py")
         if not (folder / MANIFEST).is_file():
             raise UserError(_why_no_manifest(folder))
-        content = (folder / MANIFEST).read_bytes()
+        content = _read_manifest(folder)
 
-    manifest = _parse(content, root)
+    title = shown(root)
+    manifest = parse_manifest(content, title)
     shards = manifest["shards"]
+    tars = tars or root
+    if scheme_of(tars) == "pipe":
+        _check_for_commands(shards, title)
     samples = np.array([shard["samples"] for shard in shards], np.int64)
     starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
     total = int(starts[-1])
     if total == 0:
-        raise UserError(f"{root} holds no samples")
+        raise UserError(f"{title} holds no samples")
+    sizes = np.array([shard["bytes"] for shard in shards], np.int64)
+    index = _open_array(index_path, INDEX, _index_dtype(manifest), total, title)
+    _check_places(index, starts, sizes, [shard["file"] for shard in shards], title)
     return ShardSet(
-        root=root,
+        root=title,
         split=manifest["split"],
         classes=manifest["classes"],
-        files=[join(root, shard["file"]) for shard in shards],
+        files=[join(tars, shard["file"]) for shard in shards],
         samples=samples,
-        bytes=np.array([shard["bytes"] for shard in shards], np.int64),
+        bytes=sizes,
         sha256=[shard["sha256"] for shard in shards],
         starts=starts,
-        index=_open_array(index_path, INDEX, _index_dtype(manifest), total, root),
-        checksums=_open_array(checksums_path, CHECKSUMS, np.dtype("<u4"), total, root),
+        index=index,
+        checksums=_open_array(checksums_path, CHECKSUMS, np.dtype("<u4"), total, title),
         fingerprint=hashlib.sha256(content).hexdigest(),
         index_file=str(index_path.resolve()),
         checksums_file=str(checksums_path.resolve()),
@@ -208,32 +227,154 @@ def _index_dtype(manifest: dict[str, Any]) -> np.dtype:
     return INDEX_DTYPE if manifest["version"] == VERSION else ANNOTATED_DTYPE
 
 
+def _check_places(
+    index: np.ndarray,
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    files: Sequence[str],
+    root: str,
+) -> None:
+    """Raise a UserError where an image lies outside of its tar."""
+    for start in range(0, len(index), _BLOCK):
+        block = index[start : start + _BLOCK]
+        number = np.searchsorted(starts, np.arange(start, start + len(block)), side="right") - 1
+        for prefix, what in (("", "an image"), ("extra_", "an annotation")):
+            if f"{prefix}offset" not in (index.dtype.names or ()):
+                continue
+            offset, size = (block[prefix + key].astype(np.int64) for key in ("offset", "size"))
+            wrong = (offset < tarfile.BLOCKSIZE) | (size < 0) | (offset > sizes[number] - size)
+            if wrong.any():
+                i = int(wrong.argmax())
+                raise UserError(
+                    f"{root}: {INDEX} has {what} at bytes {offset[i]} to "
+                    f"{int(offset[i]) + int(size[i])} of {printable(files[number[i]])}, which has "
+                    f"{sizes[number[i]]} bytes by {MANIFEST}; make the shards again"
+                )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a local set.
 
     Raises:
         UserError: it is damaged, or of another version.
     """
-    return _parse((folder / MANIFEST).read_bytes(), str(folder))
+    return parse_manifest(_read_manifest(folder), str(folder))
 
 
-def _parse(content: bytes, root: str) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> bytes:
     try:
+        with (folder / MANIFEST).open("rb") as stream:
+            return stream.read(MAX_MANIFEST + 1)
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
+
+
+def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
+    """The manifest as a dict, each entry of `shards` with the keys of `Shard` and no others.
+
+    It may come from anybody, so it is data and nothing else: a tar is a file below the folder, or
+    where it was indexed an absolute path or an address (never a command), and counts are counts.
+
+    Raises:
+        UserError: it is damaged, of another version, or names what it may not.
+    """
+    try:
+        if len(content) > MAX_MANIFEST:
+            raise ValueError(f"it has more than {MAX_MANIFEST:,} bytes")
         manifest = json.loads(content)
         version = manifest["version"]
-        whole = all(s.keys() >= Shard.__annotations__.keys() for s in manifest["shards"])
-        if not whole or not manifest.keys() >= {"split", "classes"}:
-            raise ValueError("entries are missing")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if type(version) is int and version not in (VERSION, ANNOTATED_VERSION):
+            raise UserError(
+                f"{root}: {MANIFEST} has version {version}, this program reads {VERSION} and "
+                f"{ANNOTATED_VERSION}"
+            )
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        missing = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{root}: {MANIFEST} is damaged ({error}); make the shards again"
-        ) from error
-    if version not in (VERSION, ANNOTATED_VERSION):
-        raise UserError(
-            f"{root}: {MANIFEST} has version {version}, this program reads {VERSION} and "
-            f"{ANNOTATED_VERSION}"
-        )
+            f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
+        ) from None
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise a ValueError, KeyError or TypeError that says what is wrong."""
+    _check(type(manifest["version"]) is int, "version is not a whole number")
+    split, classes, shards = manifest["split"], manifest["classes"], manifest["shards"]
+    made_by = manifest.setdefault("made_by", {})
+    tasks = ("classification",) if manifest["version"] == VERSION else ("detection", "segmentation")
+    _check(manifest.get("task", "classification") in tasks, f"task is none of {', '.join(tasks)}")
+    categories = manifest.get("categories", [])
+    _check(
+        isinstance(categories, list) and all(isinstance(entry, dict) for entry in categories),
+        "categories is no list of records",
+    )
+    _check(isinstance(split, str) and not _CONTROL.search(split), "split is no name")
+    _check(
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes),
+        "classes is no list of names",
+    )
+    _check(
+        isinstance(made_by, dict) and isinstance(made_by.get("plan", {}), dict),
+        "made_by is no record",
+    )
+    _check(isinstance(shards, list), "shards is no list")
+    for i, shard in enumerate(shards):
+        where = f"shard {i}"
+        _check(isinstance(shard, dict), f"{where} is no record")
+        shards[i] = shard = {key: shard[key] for key in Shard.__annotations__}
+        for key in ("samples", "bytes"):
+            whole = type(shard[key]) is int and 0 <= shard[key] < MAX_BYTES
+            _check(whole, f"{where}: {key} is no count")
+        _check(
+            shard["bytes"] >= tarfile.BLOCKSIZE * shard["samples"],
+            f"{where}: {shard['samples']} samples do not fit into {shard['bytes']} bytes",
+        )
+        digest = shard["sha256"]
+        _check(
+            isinstance(digest, str) and re.fullmatch(r"([0-9a-f]{64})?", digest) is not None,
+            f"{where}: sha256 is no SHA-256",
+        )
+        _check_name(shard["file"], where, "indexed" in made_by)
+    total = sum(shard["samples"] for shard in shards)
+    count = manifest.get("num_samples", total)
+    _check(
+        not shards or (type(count) is int and count == total),
+        "num_samples is not the sum of the shards'",
+    )
+
+
+def _check_name(name: Any, where: str, indexed: bool) -> None:
+    _check(
+        isinstance(name, str) and not _CONTROL.search(name) and 0 < len(name) < 4096,
+        f"{where}: file is no name",
+    )
+    if is_remote(name):
+        _check(
+            indexed and scheme_of(name) in ADDRESSES,
+            f"{where}: file is {shown(name)}, and a manifest may not name a command or "
+            "other places; index the tars again",
+        )
+        return
+    path = PurePosixPath(name)
+    _check(".." not in path.parts, f"{where}: file leads out of the folder")
+    _check(indexed or not path.is_absolute(), f"{where}: file is an absolute path")
+
+
+def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
+    """Raise a UserError where a name would be more than a name in a shell command."""
+    for shard in shards:
+        name = shard["file"]
+        if not is_remote(name) and re.fullmatch(r"[\w./][\w./=+@%,:-]*", name, re.ASCII) is None:
+            raise UserError(
+                f"{root}: {MANIFEST} names {printable(name)}, which cannot stand in a command: "
+                "letters, digits and ./_=+@%,:- can"
+            )
+
+
+def _check(good: bool, what: str) -> None:
+    if not good:
+        raise ValueError(what)
 
 
 def _why_no_manifest(folder: Path) -> str:
@@ -272,13 +413,15 @@ def write_shard_set(
     total = sum(shard.samples for shard in shards)
     if index.shape != (total,) or checksums.shape != (total,):
         raise ValueError(f"{index.shape}, {checksums.shape} entries for {total} samples")
-    foreign = not (folder / MANIFEST).exists() and "plan" not in made_by
+    # Written by this program before; the manifest that it belongs to is still there.
+    ours = files_for_others(split, _old_shards(folder)) if (folder / MANIFEST).exists() else {}
     dtype = INDEX_DTYPE if annotations is None else ANNOTATED_DTYPE
     write_atomically(folder / INDEX, _npy(index.astype(dtype, copy=False)))
     write_atomically(folder / CHECKSUMS, _npy(checksums.astype("<u4", copy=False)))
     for name, content in files_for_others(split, shards).items():
-        if not (foreign and (folder / name).exists()):
-            write_atomically(folder / name, content)
+        path = folder / name
+        if "plan" in made_by or not path.exists() or path.read_bytes() == ours.get(name):
+            write_atomically(path, content)
     manifest = {
         "version": VERSION if annotations is None else ANNOTATED_VERSION,
         "split": split,
@@ -289,6 +432,10 @@ def write_shard_set(
         "made_by": made_by,
     }
     write_atomically(folder / MANIFEST, dump(manifest))
+
+
+def _old_shards(folder: Path) -> list[Shard]:
+    return [Shard(**entry) for entry in read_manifest(folder)["shards"]]
 
 
 def files_for_others(split: str, shards: Sequence[Shard]) -> dict[str, bytes]:

@@ -7,47 +7,62 @@ out row, column, channel (`torch.channels_last`), as the JPEG decoder writes the
 
 from __future__ import annotations
 
-import io
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
+
+from mae_scale.data.formats import (
+    MAX_PIXELS,
+    Frame,
+    TooLarge,
+    check_pixels,
+    jpeg_frame,
+    open_image,
+    to_rgb,
+)
 
 # Per channel, of pixels in [0, 1] (the official pipeline's values).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_RATIO = 0.875  # share of the short side that a crop of fixed size covers
+_MAX_ASPECT = 32  # of an image whose short side is resized; of a longer one the middle is taken
 _TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
 TRAIN_UNIFORMS = 2 * _TRIES + 3  # that `train_crop` takes: area and ratio per try, x, y, flip
 
 
-def decode_image(data: bytes | bytearray) -> torch.Tensor:
+def decode_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode an image file to the RGB pixels of PIL's ``convert("RGB")``.
 
     Anything PIL opens will do, whatever its name says: PNG, CMYK or grayscale JPEG, broken EXIF.
-    The orientation that EXIF asks for is not applied (as in the official pipeline).
+    Gray of 16 bits is scaled to 8, see `to_rgb`. The orientation that EXIF asks for is not applied
+    (as in the official pipeline).
+
+    Args:
+        max_pixels: a larger image is refused by its header, before it takes memory.
 
     Returns:
         uint8 [3, H, W].
 
     Raises:
-        ValueError: not an image, or a damaged one.
+        ValueError: not an image, a damaged one, or one that is too large.
     """
-    if _jpeg_frame(data) is not None:
+    if _quick_frame(data, max_pixels) is not None:
         try:
             return _from_rows(decode_jpeg(data, strict=False))
         except ValueError:
             pass  # PIL names what is wrong
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _from_rows(np.array(image.convert("RGB")))
+        with open_image(data, max_pixels) as image:
+            return _from_rows(np.array(to_rgb(image)))
+    except TooLarge:
+        raise
     except Exception as error:  # PIL raises whatever its decoders meet in a damaged file
         raise ValueError(f"cannot be decoded ({error})") from error
 
@@ -56,38 +71,20 @@ def _from_rows(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-class _Frame(NamedTuple):
-    """What the frame header of a JPEG says."""
-
-    at: int  # where it begins in the file
-    baseline: bool
-    height: int
-    width: int
-
-
-def _jpeg_frame(data: bytes | bytearray) -> _Frame | None:
+def _quick_frame(data: bytes | bytearray, max_pixels: int) -> Frame | None:
     """The frame header of a whole gray or colour JPEG; None for anything else.
 
     A file without an end marker is cut off, and not whole. CMYK is left to PIL, whose conversion
     is the reference.
+
+    Raises:
+        TooLarge: it has too many pixels.
     """
-    at = 2
-    if data[:at] != b"\xff\xd8":
+    frame = jpeg_frame(data)
+    if frame is None or frame.components not in (1, 3) or not frame.height or not frame.width:
         return None
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker in (0xC0, 0xC1, 0xC2):
-            height, width = (data[at + i] << 8 | data[at + i + 1] for i in (5, 7))
-            if data[at + 9] not in (1, 3) or not height or not width:
-                return None
-            if data.rfind(b"\xff\xd9", at) < 0:
-                return None
-            return _Frame(at, marker != 0xC2, height, width)
-        else:
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return None
+    check_pixels(frame.width, frame.height, max_pixels)
+    return frame if data.rfind(b"\xff\xd9", frame.at) >= 0 else None
 
 
 def crop_box(
@@ -167,41 +164,54 @@ class Scratch:
         return self._memory.numpy()
 
 
-def decode_train_crop(
+def decode_train_crops(
     data: bytearray,
     size: int,
-    u: npt.NDArray[np.float64],
+    draws: Sequence[npt.NDArray[np.float64]],
     scratch: Scratch,
     scale: tuple[float, float] = (0.2, 1.0),
     hflip: bool = True,
-) -> torch.Tensor:
-    """`train_crop` of `decode_image`, the same pixels, decoding no row below the crop.
+    max_pixels: int = MAX_PIXELS,
+) -> list[torch.Tensor]:
+    """`train_crop` of `decode_image` for each draw: the same pixels, decoded once.
+
+    No row below the lowest crop is decoded.
 
     Args:
         data: an image file.
+        draws: float64 [TRAIN_UNIFORMS] for each crop.
+        max_pixels: as for `decode_image`.
+
+    Returns:
+        uint8 [3, size, size] for each draw.
 
     Raises:
-        ValueError: not an image, or a damaged one.
+        ValueError: not an image, a damaged one, or one that is too large.
     """
-    frame = _jpeg_frame(data)
+    frame = _quick_frame(data, max_pixels)
     if frame is not None:
-        box = crop_box(frame.height, frame.width, u, scale)
+        boxes = [crop_box(frame.height, frame.width, u, scale) for u in draws]
+        lowest = max(top + height for top, _, height, _ in boxes)
         try:
-            image = _decode_rows(data, frame, box[0] + box[2], scratch)
+            image = _decode_rows(data, frame, lowest, scratch)
         except ValueError:
             pass  # PIL names what is wrong
         else:
-            return _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
-    return train_crop(decode_image(data), size, u, scale, hflip)
+            return [
+                _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
+                for box, u in zip(boxes, draws, strict=True)
+            ]
+    image = decode_image(data, max_pixels)
+    return [train_crop(image, size, u, scale, hflip) for u in draws]
 
 
-def _decode_rows(data: bytearray, frame: _Frame, rows: int, scratch: Scratch) -> torch.Tensor:
+def _decode_rows(data: bytearray, frame: Frame, rows: int, scratch: Scratch) -> torch.Tensor:
     """Decode at least the first `rows` rows: uint8 [3, >= rows, W], in `scratch`.
 
     The decoder is told that the image is no higher than that, and stops there. Two rows more
     are what it needs to interpolate the colours of the last one.
     """
-    height = min(rows + 2, frame.height) if frame.baseline else frame.height
+    height = min(rows + 2, frame.height) if not frame.progressive else frame.height
     buffer = scratch.at_least(height * frame.width * 3)
     field = slice(frame.at + 5, frame.at + 7)
     original = data[field]
@@ -264,6 +274,11 @@ def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = _CROP_RATIO) -
 
 def _resize_short(image: torch.Tensor, short: int) -> torch.Tensor:
     height, width = image.shape[1:]
+    longest = _MAX_ASPECT * min(height, width)
+    if max(height, width) > longest:  # 1 x 20,000 pixels would become 256 x 5 million
+        top, left = (max(0, n - longest) // 2 for n in (height, width))
+        image = image[:, top : top + longest, left : left + longest]
+        height, width = image.shape[1:]
     if width <= height:
         return _resize(image, int(short * height / width), short)
     return _resize(image, short, int(short * width / height))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import multiprocessing
+import os
+import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,33 +18,44 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mae_scale.data.cache import open_remote
+from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, TooLarge, jpeg_frame, open_image
+from mae_scale.data.formats import check_pixels as check_size
+from mae_scale.data.remote import (
+    SCHEMES,
+    has_secrets,
+    is_remote,
+    open_remote,
+    printable,
+    scheme_of,
+    shown,
+)
 from mae_scale.data.shards import (
+    INDEX,
     INDEX_DTYPE,
     MANIFEST,
     NO_LABEL,
     Shard,
-    is_remote,
     read_manifest,
     write_shard_set,
 )
-from mae_scale.errors import UserError
+from mae_scale.errors import RunError, UserError
+from mae_scale.launch.console import warn
+from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_text, number_labels
 from mae_scale.sharding.processes import run_all, shared
-from mae_scale.sharding.verify import split_key
-
-IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that a sample has is its image
-LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
+from mae_scale.sharding.tars import Tail, stream_tar
 
 
 class Found(NamedTuple):
-    """A file in a tar that matters: an image's place, or a label's text."""
+    """A file in a tar: an image's place, a label's text, or only a name."""
 
-    key: str
-    suffix: str
-    offset: int
-    size: int
-    checksum: int
-    content: bytes  # of labels
+    key: str  # up to the first dot of the file name, as WebDataset has it
+    part: str  # between that and the last dot; empty for most
+    suffix: str  # behind the last dot, in lower case
+    offset: int = 0
+    size: int = 0
+    checksum: int = 0
+    content: bytes = b""  # of labels
+    problem: str = ""  # why an image cannot be taken
 
 
 @dataclass
@@ -51,11 +65,28 @@ class Indexed:
     shard: Shard
     images: list[tuple[int, int, int]]  # offset, size, CRC-32
     labels: list[str | None]
+    left_out: list[tuple[str, str]]  # sample and reason, of each that has no usable image
+    json_keys: Counter[str]
+    has_end: bool
+
+
+@dataclass
+class Report:
+    """What an index holds."""
+
+    folder: Path
+    shards: int
+    samples: int
+    unlabelled: int
+    left_out: int
+    reads_with: str | None = None  # what to give as data.train, where it is not the folder
 
 
 @dataclass
 class _Job:
     label_keys: Sequence[str]
+    image_key: str | None
+    max_pixels: int
     read: Any  # bytes read of each tar, shared memory
 
 
@@ -65,59 +96,105 @@ def index_shards(
     *,
     split: str = "train",
     label_key: str | None = None,
+    image_key: str | None = None,
+    classes: Sequence[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
     workers: int = 1,
-) -> tuple[Path, int, int, int]:
+) -> Report:
     """Write manifest and index of foreign tars; the tars stay as they are.
 
-    A label is an integer, or a name that becomes its place among the sorted names; it is read
-    from ``.cls`` or from ``.json``. Samples without one get NO_LABEL.
+    A label is a number, or a name that becomes its place among the sorted names; it is read
+    from ``.cls`` or from ``.json``. Samples without one get NO_LABEL. What is left out is named.
 
     Args:
         specs: folders, tars, URLs or ``pipe:`` commands, with braces expanded (``{000..127}``).
         out: folder for the index; by default the one that holds all the tars.
         label_key: key of the label in ``.json``; by default one of LABEL_KEYS.
-
-    Returns:
-        The folder, and how many shards, samples, and samples without label it has.
+        image_key: which image of a sample to take where it has several, such as ``input.jpg``.
+        classes: names of the classes in the order of their numbers; by default those found.
+        max_pixels: a larger image is left out.
 
     Raises:
         UserError: nothing is there, a tar is damaged or compressed, or labels make no sense.
+        RunError: the disk is full.
     """
     files = [file for spec in specs for file in _expand(spec)]
     folder = _index_folder(files, out)
+    command, names = _hide_commands(files, folder)
+    _check_old_index(folder, split, names)
     keys = (label_key,) if label_key else LABEL_KEYS
-    job = _Job(keys, multiprocessing.RawArray("q", len(files)))
+    job = _Job(keys, image_key, max_pixels, multiprocessing.RawArray("q", len(files)))
     numbered = list(enumerate(files))
     found = dict(run_all(_index_tar, numbered, workers, job, job.read, _total(files), "bytes"))
-    tars = [found[i] for i in range(len(files))]
-    tars = [tar for tar in tars if tar.images]
+    for i, name in enumerate(names):
+        found[i].shard = Shard(name, *list(vars(found[i].shard).values())[1:])
+    tars = [found[i] for i in range(len(files)) if found[i].images]
+    left_out = sum(len(found[i].left_out) for i in range(len(files)))
     if not tars:
         raise UserError(
-            f"{' '.join(specs)}: no images (.{', .'.join(IMAGES)}) in {len(files)} tars"
+            f"{' '.join(map(shown, specs))}: no images (.{', .'.join(IMAGE_SUFFIXES)}) in "
+            f"{len(files)} tars" + (f"; {left_out:,} samples have none" if left_out else "")
         )
-
-    labels, classes = _number([label for tar in tars for label in tar.labels])
+    for i, file in enumerate(files):
+        _warn_of(found[i], shown(file))
+    texts = [label for tar in tars for label in tar.labels]
+    if label_key and not any(texts):
+        there = sum((tar.json_keys for tar in tars), Counter())
+        raise UserError(
+            f"no sample has a label under the key {label_key} in its .json; keys there: "
+            f"{', '.join(printable(key) for key, _ in there.most_common(12)) or 'none'}"
+        )
+    labels, names_of_classes = number_labels(texts, classes)
     images = np.array([image for tar in tars for image in tar.images], np.int64)
     index = np.empty(len(images), INDEX_DTYPE)
     index["offset"], index["size"], index["label"] = images[:, 0], images[:, 1], labels
-    shards = [_relative(tar.shard, folder) for tar in tars]
-    folder.mkdir(parents=True, exist_ok=True)
+    shards = [tar.shard for tar in tars]
     try:
-        made_by = {"indexed": list(specs)}
-        write_shard_set(folder, split, classes, shards, index, images[:, 2], made_by)
-    except PermissionError as error:
-        raise UserError(f"{folder} cannot be written; give another folder with --out") from error
-    return folder, len(shards), len(index), int((labels == NO_LABEL).sum())
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = {"indexed": [shown(spec) for spec in specs]}
+        write_shard_set(folder, split, names_of_classes, shards, index, images[:, 2], made_by)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    unlabelled = int((labels == NO_LABEL).sum())
+    reads_with = f"{folder}+{shown(command)}" if command else None
+    return Report(folder, len(shards), len(index), unlabelled, left_out, reads_with)
+
+
+def _cannot_write(folder: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return RunError(f"no room in {folder} for the index: {error.strerror}")
+    return UserError(
+        f"{folder} cannot be written ({error.strerror}); give another folder for the index (--out)"
+    )
+
+
+def _warn_of(tar: Indexed, file: str) -> None:
+    """Say what was left out of a tar and why, with an example of each kind."""
+    kinds = Counter(reason for _, reason in tar.left_out)
+    for reason, count in kinds.items():
+        example = next(printable(key) for key, r in tar.left_out if r == reason)
+        warn(f"warning: {file}: {count:,} left out: {reason} (such as {example})")
+    if not tar.has_end:
+        warn(
+            f"warning: {file} has no end marker behind byte {tar.shard.bytes:,}: it may be cut; "
+            f"{len(tar.images):,} images were found"
+        )
 
 
 def _expand(spec: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     if not is_remote(spec) and Path(spec).is_dir():
-        tars = sorted(str(path) for path in Path(spec).glob("*.tar"))
+        tars = sorted(str(path) for path in Path(spec).glob("*.tar") if path.name[0] != ".")
         if not tars:
-            raise UserError(f"{spec} holds no tars")
+            inside = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")})[:3]
+            hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
+            raise UserError(f"{spec} holds no tars{hint}")
         return tars
+    if is_remote(spec) and scheme_of(spec) not in SCHEMES:
+        raise UserError(
+            f"{shown(spec)} begins with an unknown scheme; known: {':, '.join(SCHEMES)}:"
+        )
     files = list(expand_urls(spec))
     for file in files:
         if not is_remote(file) and not Path(file).is_file():
@@ -125,62 +202,107 @@ def _expand(spec: str) -> list[str]:
     return files
 
 
+def _parent(file: str) -> Path:
+    # Links are not followed: in Hugging Face's cache they lead to a folder that all share.
+    return Path(os.path.abspath(file)).parent  # noqa: PTH100
+
+
 def _index_folder(files: Sequence[str], out: str | Path | None) -> Path:
     if out is not None:
         folder = Path(out)
     else:
-        parents = {None if is_remote(f) else Path(f).resolve().parent for f in files}
+        parents = {None if is_remote(f) else _parent(f) for f in files}
         parent = parents.pop()
         if parents or parent is None:
             raise UserError("the tars lie in several folders or elsewhere; give one with --out")
         folder = parent
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    if (folder / MANIFEST).exists() and "indexed" not in read_manifest(folder).get("made_by", {}):
-        raise UserError(f"{folder} has a {MANIFEST} already, which shard_imagenet.py has written")
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written; give another folder for the index (--out)")
     return folder
 
 
-def _relative(shard: Shard, folder: Path) -> Shard:
-    if is_remote(shard.file):
-        return shard
-    path = Path(shard.file).resolve()
-    name = path.name if path.parent == folder.resolve() else str(path)
-    return Shard(name, shard.samples, shard.bytes, shard.sha256)
+def _check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
+    """Raise a UserError where an index would replace that of something else."""
+    if not (folder / MANIFEST).exists():
+        if (folder / INDEX).exists() and not _is_ours(folder / INDEX):
+            raise UserError(f"{folder} has an {INDEX} of something else; give another with --out")
+        return
+    old = read_manifest(folder)
+    if "indexed" not in old["made_by"]:
+        raise UserError(f"{folder} has a {MANIFEST} already, which shard_imagenet.py has written")
+    if old["split"] != split or not {shard["file"] for shard in old["shards"]} <= set(names):
+        raise UserError(
+            f"{folder} has the index of the split {old['split']}, of {len(old['shards'])} tars, "
+            "already; give another folder with --out"
+        )
 
 
-def _number(labels: list[str | None]) -> tuple[np.ndarray, list[str]]:
-    """Labels as int32 [n], and the class names."""
-    known = {label for label in labels if label is not None}
+def _is_ours(path: Path) -> bool:
     try:
-        number = {label: int(label) for label in known}
-        classes = [str(i) for i in range(max(number.values(), default=-1) + 1)]
-    except ValueError:
-        classes = sorted(known)
-        number = {name: i for i, name in enumerate(classes)}
-    if any(n < 0 for n in number.values()):
-        raise UserError(f"labels below 0, such as {min(number.values())}, are no classes")
-    numbers = [NO_LABEL if label is None else number[label] for label in labels]
-    return np.array(numbers, np.int32), classes
+        return np.lib.format.open_memmap(path, mode="r").dtype == INDEX_DTYPE
+    except (ValueError, OSError):
+        return False
+
+
+def _hide_commands(files: Sequence[str], folder: Path) -> tuple[str | None, list[str]]:
+    """The names that the manifest gives to the tars, and the command that turns them back.
+
+    Commands and URLs with secrets do not go into a manifest: what differs between them becomes
+    the name, and the user gives the rest when reading.
+    """
+    if not any(has_secrets(file) for file in files):
+        return None, [_relative(file, folder) for file in files]
+    if len(files) == 1:
+        match = list(re.finditer(r"[\w][\w./+@%,:-]*", files[0]))
+        tars = [m for m in match if ".tar" in m[0]] or match[-1:]
+        start, end = tars[-1].span()
+        start = max(start, files[0].rfind("/", 0, end) + 1)
+    else:
+        prefix = os.path.commonprefix(list(files))  # noqa: RUF071
+        backwards = [file[::-1] for file in files]
+        suffix = os.path.commonprefix(backwards)[::-1]  # noqa: RUF071
+        start = len(re.sub(r"[\w.+@%,-]*$", "", prefix))
+        behind = re.match(r"[\w.+@%,-]*", suffix)
+        assert behind is not None
+        end = -(len(suffix) - behind.end()) or None  # type: ignore[assignment]
+    command = files[0][:start] + "{}" + (files[0][end:] if end is not None else "")
+    names = [file[start:end] for file in files]
+    whole = all(
+        command.replace("{}", name) == file for name, file in zip(names, files, strict=True)
+    )
+    if not whole or not all(re.fullmatch(r"[\w][\w./+@%,-]*", name) for name in names):
+        raise UserError(
+            "the commands (or URLs with a password or query) must differ only in the name of the "
+            f"tar, as 'pipe:command {{000..127}}.tar' does: {shown(files[0])}"
+        )
+    return command, names
+
+
+def _relative(file: str, folder: Path) -> str:
+    if is_remote(file):
+        return file
+    path = Path(os.path.abspath(file))  # noqa: PTH100
+    same = path.parent == Path(os.path.abspath(folder))  # noqa: PTH100
+    return path.name if same else str(path)
 
 
 # One tar, read once from front to back, so that remote ones work the same
 
 
-class _Counted:
+class _Counted(Tail):
     """A stream that hashes and counts what passes."""
 
     def __init__(self, stream: IO[bytes], counter: Any, place: int) -> None:
-        self.stream, self.counter, self.place = stream, counter, place
+        super().__init__(stream)
+        self.counter, self.place = counter, place
         self.digest = hashlib.sha256()
-        self.bytes = 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
+    def passed(self, data: bytes) -> None:
         self.digest.update(data)
-        self.bytes += len(data)
         self.counter[self.place] = self.bytes
-        return data
 
 
 def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
@@ -189,70 +311,126 @@ def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
     try:
         with open_remote(file) if is_remote(file) else Path(file).open("rb") as raw:
             stream = _Counted(raw, job.read, number)
-            images, labels = _samples(_read_members(stream, file), file, job.label_keys)
-            while stream.read(1 << 20):
-                pass
+            tar = Indexed(Shard(file, 0, 0, ""), [], [], [], Counter(), True)
+            _take_samples(_read_members(stream, file, job), tar, shown(file), job)
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    shard = Shard(file, len(images), stream.bytes, stream.digest.hexdigest())
-    return number, Indexed(shard, images, labels)
+        reason = error.strerror or "the transfer failed"
+        raise UserError(f"{shown(file)} cannot be read: {reason}") from None
+    tar.shard = Shard(file, len(tar.images), stream.bytes, stream.digest.hexdigest())
+    tar.has_end = stream.has_end
+    return number, tar
 
 
-def _read_members(stream: _Counted, file: str) -> Iterator[Found]:
+def split_name(name: str) -> tuple[str, str, str]:
+    """Key, part between the first and the last dot, and suffix of a file in a tar.
+
+    A number between the dots belongs to the key: ``v.1.jpg`` is the image of ``v.1``.
+    """
+    folder, slash, base = name.rpartition("/")
+    first, _, rest = base.partition(".")
+    *parts, suffix = rest.split(".")
+    while parts and parts[0].isdigit():
+        first += "." + parts.pop(0)
+    return folder + slash + first, ".".join(parts), suffix.lower()
+
+
+def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[Found]:
+    for member, tar in stream_tar(stream, file):
+        base = member.name.rpartition("/")[2]
+        if member.isdir() or base.startswith("."):
+            continue
+        key, part, suffix = split_name(member.name)
+        image, label = suffix in IMAGE_SUFFIXES, suffix in ("cls", "json")
+        if not (image or label):
+            yield Found(key, part, suffix)
+        elif not member.isreg() or member.issparse():
+            kind = "stored sparse" if member.isreg() else "a link"
+            yield Found(key, part, suffix, problem=f"it is {kind}")
+        else:
+            try:
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
+            except tarfile.TarError:
+                data = b""
+            if len(data) != member.size:
+                name = printable(member.name)
+                raise UserError(f"{shown(file)} ends inside {name}: it is cut short")
+            place = member.offset_data, member.size
+            if image:
+                problem = _image_problem(data, job.max_pixels)
+                yield Found(key, part, suffix, *place, zlib.crc32(data), problem=problem)
+            else:
+                yield Found(key, part, suffix, *place, content=data)
+
+
+def _image_problem(data: bytes, max_pixels: int) -> str:
+    """Why an image cannot be taken, by its header; empty: it can."""
     try:
-        # tarfile knows the long names of GNU and pax; "r|" never seeks.
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # type: ignore[call-overload]
-            for member in tar:
-                tar.members = []
-                key, suffix = split_key(member.name)
-                if not member.isfile() or not (suffix in IMAGES or suffix in ("cls", "json")):
-                    continue
-                data = tar.extractfile(member).read()
-                if len(data) != member.size:
-                    raise UserError(f"{file} ends inside {member.name}: it is cut short")
-                image = suffix in IMAGES
-                yield Found(
-                    key,
-                    suffix,
-                    member.offset_data,
-                    member.size,
-                    zlib.crc32(data) if image else 0,
-                    b"" if image else data,
-                )
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{file} is no intact tar ({error}); compressed tars must be unpacked, "
-            "since images are read by their place"
-        ) from error
+        if not data:
+            return "the image is empty"
+        if frame := jpeg_frame(data):
+            check_size(frame.width, frame.height, max_pixels)
+        else:
+            open_image(data, max_pixels).close()
+    except TooLarge:
+        return f"the image has more than {max_pixels:,} pixels"
+    except Exception:  # what is damaged is named by whoever decodes it
+        return ""
+    return ""
 
 
-def _samples(
-    found: Iterable[Found], file: str, label_keys: Sequence[str]
-) -> tuple[list[tuple[int, int, int]], list[str | None]]:
+def _take_samples(found: Iterable[Found], tar: Indexed, file: str, job: _Job) -> None:
     """Images and labels; files that follow each other under one key are one sample."""
-    images: list[tuple[int, int, int]] = []
-    labels: list[str | None] = []
     for key, group in groupby(found, lambda f: f.key):
-        files = {f.suffix: f for f in group}
-        image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
-        if image is not None:
-            images.append((image.offset, image.size, image.checksum))
-            labels.append(_label(files, f"{file}: {key}", label_keys))
-    return images, labels
+        files = list(group)
+        images = [f for f in files if f.suffix in IMAGE_SUFFIXES]
+        chosen, reason = _choose(images, files, job.image_key)
+        usable = [image for image in chosen if not image.problem]
+        for image in chosen:
+            if image.problem:
+                tar.left_out.append((f"{key}.{image.suffix}", image.problem))
+        if not chosen:
+            tar.left_out.append((key, reason))
+        for image in usable:
+            tar.images.append((image.offset, image.size, image.checksum))
+            tar.labels.append(_label(files, image.part, f"{file}: {key}", tar, job.label_keys))
 
 
-def _label(files: dict[str, Found], where: str, label_keys: Sequence[str]) -> str | None:
-    if "cls" in files:
-        return files["cls"].content.decode("utf-8", "replace").strip()
-    if "json" not in files:
-        return None
-    try:
-        content = json.loads(files["json"].content)
-    except ValueError as error:
-        raise UserError(f"{where}.json is not JSON: {error}") from error
-    for key in label_keys:
-        if isinstance(content, dict) and isinstance(content.get(key), (int, str)):
-            return str(content[key])
+def _choose(
+    images: list[Found], files: list[Found], image_key: str | None
+) -> tuple[list[Found], str]:
+    """The images of a sample that count, or why there is none."""
+    if image_key is not None:
+        wanted = [
+            f for f in images if image_key in (f.part, f.suffix, f"{f.part}.{f.suffix}".strip("."))
+        ]
+        return wanted[:1], f"there is no image {image_key}"
+    plain = [f for f in images if not f.part]
+    if plain:
+        return [min(plain, key=lambda f: IMAGE_SUFFIXES.index(f.suffix))], ""
+    parts = {f.part for f in images}
+    if len(parts) <= 1:
+        return images[:1], "there is no image, only ." + ", .".join(
+            sorted({f.suffix for f in files})[:5]
+        )
+    if parts == {f.part for f in files if f.suffix in ("cls", "json")}:
+        return images, ""  # keys with a dot in them: each image has its own label
+    names = ", ".join(sorted(f"{f.part}.{f.suffix}" for f in images)[:4])
+    return [], f"the samples have several images, {names}; choose one with --image-key"
+
+
+def _label(
+    files: list[Found], part: str, where: str, tar: Indexed, keys: Sequence[str]
+) -> str | None:
+    for suffix in ("cls", "json"):
+        same = [f for f in files if f.suffix == suffix and f.part in (part, "")]
+        if not same:
+            continue
+        content = max(same, key=lambda f: len(f.part)).content
+        if suffix == "cls":
+            return label_text(content.decode("utf-8", "replace"))
+        label, there = label_in_json(content, where, keys)
+        tar.json_keys.update(there)
+        return label
     return None
 
 

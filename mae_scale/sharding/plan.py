@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, permutation
 from mae_scale.sharding.annotated import AnnotatedSource
@@ -33,6 +34,7 @@ class Options:
     shard_size: int = 256_000_000  # bytes, where samples_per_shard is None
     resize_short: int | None = None  # pixels
     quality: int = 90  # of resized JPEGs
+    max_pixels: int = MAX_PIXELS  # of an image; a larger one counts as damaged
 
 
 class Plan:
@@ -102,6 +104,8 @@ class Plan:
             "resize_short": options.resize_short,
             "quality": options.quality if options.resize_short else None,
             "source_sha256": self.source.fingerprint(),
+            # Only where it is not what it was when folders had no such key.
+            **({"max_pixels": options.max_pixels} if options.max_pixels != MAX_PIXELS else {}),
         }
 
 

@@ -8,6 +8,7 @@ bytes.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -28,23 +29,23 @@ from mae_scale.data.shards import (
     MANIFEST,
     Shard,
     dump,
+    read_manifest,
     write_shard_set,
 )
 from mae_scale.errors import STOPPED, UserError
-from mae_scale.files import host, owner, write_atomically
+from mae_scale.files import host, owner, sha256_of, write_atomically
 from mae_scale.launch.console import say, size_text, warn
 from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.coco import find_coco
 from mae_scale.sharding.plan import Options, Plan
 from mae_scale.sharding.processes import run_all
-from mae_scale.sharding.sources import Source, find_source
+from mae_scale.sharding.sources import Choice, Source, find_source
 from mae_scale.sharding.writer import (
     WORK,
     Job,
     ShardingError,
     read_record,
-    sha256_of,
     write_shard,
 )
 
@@ -61,6 +62,7 @@ def shard(
     task_index: int = 0,
     dry_run: bool = False,
     find: Callable[[Path, str, int], Source] | None = None,
+    choice: Choice | None = None,
 ) -> int:
     """Write the images of one split of `src` as shards into the folder `out`.
 
@@ -69,6 +71,7 @@ def shard(
         num_tasks, task_index: write only every `num_tasks`-th shard, from `task_index` on.
         dry_run: say what would be written, and write nothing.
         find: lists what is in `src`, from folder, split and workers; None: looks what it is.
+        choice: which of the images, and what their classes are; None: all, by looking.
 
     Returns:
         Exit code: 0 done, STOPPED by a signal.
@@ -84,16 +87,30 @@ def shard(
             try:
                 if src.is_dir():
                     say(f"listing the images of {src}")
-                source = (find or _find)(src, options.split, workers)
+                if find is not None:
+                    source = find(src, options.split, workers)
+                else:
+                    source = _find(src, options.split, workers, choice, out / WORK)
             except OSError as error:
+                _remove_unpacked(out)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise ShardingError(f"no room in {out}: {error.strerror}") from error
                 raise UserError(f"{src} cannot be read: {error}") from error
+            except BaseException:
+                _remove_unpacked(out)
+                raise
+            if source.taken:
+                say(source.taken)
             for warning in source.warnings:
                 warn(f"warning: {warning}")
             plan = Plan(source, options)
-            if dry_run:
-                _describe(plan, out)
-            else:
-                _run(plan, out, workers, num_tasks, task_index)
+            try:
+                if dry_run:
+                    _describe(plan, out)
+                else:
+                    _run(plan, out, workers, num_tasks, task_index)
+            finally:
+                _remove_unpacked(out)
     except OSError as error:
         raise ShardingError(f"{out} cannot be written: {error}") from error
     except KeyboardInterrupt:
@@ -102,11 +119,12 @@ def shard(
     return 0
 
 
-def _find(src: Path, split: str, workers: int) -> Source:
-    for find in (find_coco, find_ade):
-        if (source := find(src, split, workers)) is not None:
-            return source
-    return find_source(src, split, workers)
+def _find(src: Path, split: str, workers: int, choice: Choice | None, work: Path) -> Source:
+    if choice is None or choice == Choice():
+        for find in (find_coco, find_ade):
+            if src.is_dir() and (source := find(src, split, workers)) is not None:
+                return source
+    return find_source(src, split, workers, choice, work)
 
 
 @contextmanager
@@ -124,6 +142,15 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _remove_unpacked(out: Path) -> None:
+    """Remove what this process has unpacked of its source, and the folders if nothing is left."""
+    with suppress(OSError):
+        (out / WORK / f"unpacked.{owner()}.tmp").unlink()
+    for folder in (out / WORK, out):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _check_places(src: Path, out: Path) -> None:
@@ -186,16 +213,16 @@ def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
     manifest: dict[str, Any] | None = None
     try:
         if (out / MANIFEST).exists():
-            manifest = json.loads((out / MANIFEST).read_bytes())
-            before = manifest.get("made_by", {}).get("plan")
+            manifest = read_manifest(out)
+            before = manifest["made_by"].get("plan")
         elif (out / WORK / "plan.json").exists():
-            before = json.loads((out / WORK / "plan.json").read_bytes())
+            before = dict(json.loads((out / WORK / "plan.json").read_bytes()))
         elif any(out.glob("*.tar")):
             before = None
         else:
             return None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{out} holds a damaged {MANIFEST}; give a new folder") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{out} holds a damaged plan; give a new folder") from error
     if before is None:
         raise UserError(f"{out} holds tars of something else; give a new or empty folder")
     different = [

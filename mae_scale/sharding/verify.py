@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mae_scale.data.formats import IMAGE_SUFFIXES
+from mae_scale.data.remote import is_remote, shown
 from mae_scale.data.shards import (
     MANIFEST,
+    NO_LABEL,
     Shard,
     ShardSet,
     files_for_others,
-    is_remote,
     open_shards,
     read_manifest,
 )
+from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
+from mae_scale.files import sha256_of
 from mae_scale.sharding.annotated import ENDINGS
+from mae_scale.sharding.foreign import split_name
 from mae_scale.sharding.images import decode_error
+from mae_scale.sharding.labels import label_text, normal
 from mae_scale.sharding.processes import run_all, shared
-from mae_scale.sharding.sources import walk_tar
-from mae_scale.sharding.writer import sha256_of
-
-IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
+from mae_scale.sharding.tars import walk_tar
 
 
 @dataclass
@@ -65,7 +67,9 @@ def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Repor
         return Report(0, 0, 0, [str(error)])
     remote = [file for file in shards.files if is_remote(file)]
     if remote:
-        raise UserError(f"{remote[0]} is not on this machine; only local shards can be verified")
+        raise UserError(
+            f"{shown(remote[0])} is not on this machine; only local shards can be verified"
+        )
     manifest = read_manifest(folder)
     own = "plan" in manifest.get("made_by", {})
     count = len(shards.files)
@@ -108,12 +112,14 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
         try:
             for member in walk_tar(path, resync=True):
                 names[member.offset] = member.name
-                key, suffix = split_key(member.name)
-                images += suffix in IMAGE_SUFFIXES
+                stem, _, suffix = member.name.rpartition(".")
+                images += suffix.lower() in IMAGE_SUFFIXES
                 if suffix == "cls":
-                    labels[key] = os.pread(descriptor, member.size, member.offset)
+                    labels[stem] = os.pread(descriptor, member.size, member.offset)
         except UserError as error:
             problems.append(str(error))
+        if not job.own:
+            problems += _end_problem(path)
         if images < shards.samples[number]:
             problems.append(f"shows {images:,} images of {shards.samples[number]:,}")
         for sample in range(int(shards.starts[number]), int(shards.starts[number + 1])):
@@ -122,7 +128,7 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
             name = names.get(offset) or _name_before(descriptor, offset)
             data = os.pread(descriptor, length, offset)
             problem = _image_problem(data, length, int(shards.checksums[sample]), job.fast)
-            text = labels.get(split_key(name)[0])
+            text = labels.get(name.rpartition(".")[0], labels.get(split_name(name)[0]))
             if problem is None and offset not in names:
                 problem = "is not where the index says, or a header before it is damaged"
             if (
@@ -158,10 +164,10 @@ def _annotation_problems(
     offset, size = int(entry["extra_offset"]), int(entry["extra_size"])
     name = names.get(offset) or _name_before(descriptor, offset)
     data = os.pread(descriptor, size, offset)
-    ending = ENDINGS[shards.task]
+    expected = f"{image.rpartition('.')[0]}.{ENDINGS[shards.task]}"
     problem = None
-    if offset not in names or split_key(name) != (split_key(image)[0], ending):
-        problem = f"is not {split_key(image)[0]}.{ending}, which belongs to {image}"
+    if offset not in names or name != expected:
+        problem = f"is not {expected}, which belongs to {image}"
     elif len(data) != size:
         problem = "is cut short"
     elif zlib.crc32(data) != int(entry["extra_checksum"]):
@@ -170,21 +176,25 @@ def _annotation_problems(
 
 
 def _same_label(text: bytes, label: int, classes: list[str]) -> bool:
-    stripped = text.decode(errors="replace").strip()
-    return stripped == str(label) or (0 <= label < len(classes) and stripped == classes[label])
+    meant = label_text(text.decode(errors="replace"))
+    if meant is None:
+        return label == NO_LABEL
+    return meant == str(label) or (0 <= label < len(classes) and meant == normal(classes[label]))
+
+
+def _end_problem(path: Path) -> list[str]:
+    """What is wrong with the end of a tar that somebody else has written."""
+    try:
+        for _ in walk_tar(path):
+            pass
+    except UserError as error:
+        return [str(error)]
+    with path.open("rb") as stream:
+        stream.seek(-min(BLOCK, path.stat().st_size), os.SEEK_END)
+        return ["has no end marker: it may be cut"] if stream.read().strip(b"\0") else []
 
 
 def _name_before(descriptor: int, offset: int) -> str:
     """The name in the header before some data; for shards that cannot be walked."""
-    block = os.pread(descriptor, tarfile.BLOCKSIZE, max(0, offset - tarfile.BLOCKSIZE))
-    try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").name
-    except tarfile.TarError:
-        return f"the member at byte {offset:,}"
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """WebDataset's key and lower-case extension: the first dot of the file name parts them."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
+    header = read_header(os.pread(descriptor, BLOCK, max(0, offset - BLOCK)))
+    return header.name if header else f"the member at byte {offset:,}"

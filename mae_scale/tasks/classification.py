@@ -93,6 +93,7 @@ def validation(
         pin_memory=world.device.type == "cuda",
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
+        max_pixels=config.data.max_pixels,
     )
 
     task, averages = TASKS[config.task], config.optim.average_decay is not None

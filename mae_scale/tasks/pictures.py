@@ -13,7 +13,8 @@ import torch
 from mae_scale.config.sections import PretrainConfig
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.loader import shard_cache
-from mae_scale.data.shards import ShardSet, is_remote, open_shards
+from mae_scale.data.remote import is_remote
+from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0

@@ -93,6 +93,8 @@ def training_data(
         cache_bytes=int(config.data.cache_gb * 1e9),
         max_bad_fraction=config.data.max_bad_fraction,
         augment=augment,
+        repeats=config.data.repeats,
+        max_pixels=config.data.max_pixels,
     )
     return shards, loader
 

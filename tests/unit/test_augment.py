@@ -32,34 +32,34 @@ def photographs(imagenet_tree: Path) -> list[bytearray]:
 def test_follows_from_the_keys_alone(photographs: list[bytearray]) -> None:
     """Whatever the global generators are at, in whatever order images come."""
     first, second = Augment(**RECIPE), Augment(**RECIPE)
-    expected = [first(d, 32, uniforms(i), (0, 0, i)) for i, d in enumerate(photographs)]
+    expected = [first(d, 32, [uniforms(i)], [(0, 0, i)])[0] for i, d in enumerate(photographs)]
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for i in reversed(range(len(photographs))):
-        pixels = second(photographs[i], 32, uniforms(i), (0, 0, i))
+        pixels = second(photographs[i], 32, [uniforms(i)], [(0, 0, i)])[0]
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 32, 32)
         assert torch.equal(pixels, expected[i])
     assert torch.equal(torch.get_rng_state(), before)
-    other = [second(d, 32, uniforms(i), (0, 1, i)) for i, d in enumerate(photographs)]
+    other = [second(d, 32, [uniforms(i)], [(0, 1, i)])[0] for i, d in enumerate(photographs)]
     differ = sum(not torch.equal(a, b) for a, b in zip(expected, other, strict=True))
     assert differ > 0.9 * len(other)
 
 
 def test_without_operations_it_is_the_crop(photographs: list[bytearray]) -> None:
     data = photographs[0]
-    pixels = Augment((0.08, 1.0))(data, 32, uniforms(0), (0, 0, 0))
+    pixels = Augment((0.08, 1.0))(data, 32, [uniforms(0)], [(0, 0, 0)])[0]
     assert torch.equal(pixels, train_crop(decode_image(data), 32, uniforms(0), (0.08, 1.0)))
 
 
 def test_erases_the_share_it_should_with_normal_noise(photographs: list[bytearray]) -> None:
     data = photographs[0]
-    plain = Augment((0.08, 1.0))(data, 48, uniforms(0), (0, 0, 0))
+    plain = Augment((0.08, 1.0))(data, 48, [uniforms(0)], [(0, 0, 0)])[0]
     erasing = Augment((0.08, 1.0), erasing=0.25)
     shares = []
     for sample in range(400):
-        pixels = erasing(data, 48, uniforms(0), (0, 0, sample))
+        pixels = erasing(data, 48, [uniforms(0)], [(0, 0, sample)])[0]
         changed = (pixels != plain).any(dim=0)
         if not changed.any():
             continue
@@ -74,7 +74,9 @@ def test_erases_the_share_it_should_with_normal_noise(photographs: list[bytearra
 def test_posterize_down_to_no_bits(photographs: list[bytearray]) -> None:
     """timm asks for 0 bits at the highest magnitude, which newer Pillows refuse."""
     augment = Augment(rand_augment="rand-m10-inc1")
-    pixels = [augment(photographs[0], 32, uniforms(0), (0, 0, sample)) for sample in range(150)]
+    pixels = [
+        augment(photographs[0], 32, [uniforms(0)], [(0, 0, sample)])[0] for sample in range(150)
+    ]
     assert any(not image.any() for image in pixels)
 
 

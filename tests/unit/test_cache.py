@@ -26,7 +26,8 @@ from make_shards import make_shards
 from mae_scale.data import cache as cache_module
 from mae_scale.data.cache import FetchError, ShardCache, read_remote
 from mae_scale.data.loader import EvalLoader, TrainLoader
-from mae_scale.data.shards import ShardSet, is_remote, open_shards
+from mae_scale.data.remote import is_remote
+from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.sharding.foreign import index_shards
 

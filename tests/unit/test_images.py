@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mae_scale.data.transforms import decode_image, eval_crop
 from mae_scale.sharding.images import damage, decode_error, shrink
 
 
@@ -101,3 +106,58 @@ def test_shrinking(photos: list[bytes]) -> None:
         assert shrink(photo, min(width, height), 90) == photo
     with pytest.raises(OSError):
         shrink(photos[0][:5000], 64, 90)
+
+
+def bomb(kind: str) -> bytes:
+    """A small file that says that it has 24,000 x 24,000 pixels."""
+    stream = io.BytesIO()
+    Image.new("L", (64, 64)).save(stream, kind)
+    data = bytearray(stream.getvalue())
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = (24_000).to_bytes(2, "big") * 2
+    elif kind == "PNG":
+        data[16:24] = (24_000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    else:
+        data[18:26] = (24_000).to_bytes(4, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(kind: str) -> None:
+    data = bomb(kind)
+    tracemalloc.start()
+    assert "pixels, more than 178,956,970" in str(damage(data)) or "more than" in str(damage(data))
+    with pytest.raises(ValueError, match="pixels"):
+        decode_image(data)
+    with pytest.raises(ValueError, match="pixels"):
+        shrink(data, 32, 90)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_scaled_and_not_clipped(mode: str) -> None:
+    values = np.arange(0, 65536, 16, dtype=np.uint32).reshape(64, 64)
+    stream = io.BytesIO()
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    Image.frombytes(mode, (64, 64), values.astype(kind).tobytes()).save(stream, "TIFF")
+    pixels = decode_image(stream.getvalue()).numpy()
+    assert np.abs(pixels - values / 257).max() <= 0.5
+    assert damage(stream.getvalue()) is None
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1.0), (0.0, 40_000.5), (float("nan"), 2.0)])
+def test_floats_of_unknown_range_are_named(values: tuple[float, float]) -> None:
+    stream = io.BytesIO()
+    floats = np.full((8, 8), values[0], np.float32)
+    floats[0] = values[1]
+    Image.fromarray(floats).save(stream, "TIFF")
+    assert "nobody can say what is white" in str(damage(stream.getvalue()))
+
+
+def test_a_line_of_pixels_takes_no_memory() -> None:
+    line = torch.zeros((3, 1, 20_000), dtype=torch.uint8)
+    assert eval_crop(line, 224).shape == (3, 224, 224)
+    assert eval_crop(line.transpose(1, 2), 224).shape == (3, 224, 224)

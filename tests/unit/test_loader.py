@@ -94,6 +94,50 @@ def test_a_batch_is_what_the_order_and_the_hash_say(
         assert torch.equal(alone["image"][i], train_crop(decode_image(photographs[sample]), 32, u))
 
 
+def test_repeats_are_other_views_of_the_samples_of_a_step(
+    shards: ShardSet, alone: dict[str, torch.Tensor], photographs: list[bytes]
+) -> None:
+    """Three views of each sample, next to each other; the first has the draws it always had."""
+    loader = train_loader(shards, repeats=3)
+    assert loader.steps_per_epoch == 97 // 8
+    got = stream(loader, 13)
+    assert torch.equal(got["sample"][::3][:96], alone["sample"][:96])
+    assert torch.equal(got["image"][::3][:96], alone["image"][:96])
+    assert got["sample"].view(-1, 3).eq(got["sample"][::3, None]).all()
+    assert len(got["sample"][: 12 * 24].unique()) == 96  # an epoch sees each at most once
+    for i in range(0, 13 * 24, 7):
+        epoch, sample = int(got["epoch"][i]), int(got["sample"][i])
+        assert epoch == (i // 288) + (i % 3 << 32)
+        u = uniform(Purpose.AUGMENT, SEED, epoch, sample, np.arange(TRAIN_UNIFORMS))
+        assert torch.equal(got["image"][i], train_crop(decode_image(photographs[sample]), 32, u))
+    ranks = [
+        stream(
+            train_loader(shards, repeats=3, rank=r, world_size=2, workers=r, micro_batch_size=6), 4
+        )
+        for r in (0, 1)
+    ]
+    both = {
+        key: torch.cat([r[key].view(2, 12, *r[key].shape[1:]) for r in ranks], 1) for key in got
+    }
+    for step in (0, 1):  # the order of the ranks aside
+        one, other = both["image"][step], got["image"][step * 24 : step * 24 + 24]
+        assert sorted(map(hash, map(str, one.flatten(1).tolist()))) == sorted(
+            map(hash, map(str, other.flatten(1).tolist()))
+        )
+    with pytest.raises(UserError, match="each comes 5 times"):
+        train_loader(shards, repeats=5)
+
+
+def test_an_image_of_too_many_pixels_is_damaged(
+    shards: ShardSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = int(np.percentile([96 * 72, 72 * 96], 50))
+    with pytest.raises(UserError, match=f"pixels, more than {most - 1:,}"):
+        list(EvalLoader(shards, img_size=32, batch_size=8, max_pixels=most - 1))
+    with pytest.raises(RunError, match="are damaged"):
+        list(islice(train_loader(shards, max_pixels=most - 1).batches(0), 4))
+
+
 @pytest.mark.parametrize(
     ("world_size", "workers", "accumulation", "start_step"),
     [

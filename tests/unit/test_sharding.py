@@ -25,11 +25,12 @@ import pytest
 from PIL import Image
 
 from mae_scale.data.shards import open_shards
+from mae_scale.data.tar import make_header
 from mae_scale.errors import UserError
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import STOPPED, shard
 from mae_scale.sharding.verify import verify
-from mae_scale.sharding.writer import ShardingError, tar_header
+from mae_scale.sharding.writer import ShardingError
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "shard_imagenet.py"
 OPTIONS = Options("train", seed=3, samples_per_shard=20)
@@ -545,7 +546,7 @@ def test_tar_headers_are_those_of_tarfile(size: int) -> None:
     for name in ("a.jpg", "n01440764_10026.jpg", "x" * 100):
         info = tarfile.TarInfo(name)
         info.size = size
-        assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+        assert make_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_the_manifest(reference: Path) -> None:

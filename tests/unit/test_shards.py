@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from make_shards import make_shards
 
-from mae_scale.data.shards import INDEX_DTYPE, is_remote, join, open_shards
+from mae_scale.data.remote import is_remote, join, shown
+from mae_scale.data.shards import INDEX_DTYPE, open_shards
 from mae_scale.errors import UserError
 
 
@@ -103,3 +104,107 @@ def test_a_bad_index(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "index.npy").write_bytes(b"spoilt")
     with pytest.raises(UserError, match="cannot be read"):
         open_shards(tmp_path / "train")
+
+
+def spoil(folder: Path, copy: Path, change: dict, entry: dict) -> Path:
+    """A copy of the shards whose manifest, and first shard in it, say something else."""
+    shutil.copytree(folder, copy)
+    manifest = {**json.loads((copy / "manifest.json").read_bytes()), **change}
+    manifest["shards"][0] |= entry
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "pipe:touch X; cat y", "PIPE:touch X", "sftp://host/x.tar", "../x.tar", "a/../../x.tar",
+        "file:/etc/passwd", "a\nb.tar", "\x1b[2J.tar", "", None, 7, ["x"],
+    ],
+)  # fmt: skip
+def test_a_manifest_names_files_of_its_folder_and_no_commands(
+    folder: Path, tmp_path: Path, file: object, indexed: bool
+) -> None:
+    made_by = {"made_by": {"indexed": ["x"]} if indexed else {}}
+    copy = spoil(folder, tmp_path / "train", made_by, {"file": file})
+    if file == "file:/etc/passwd":  # not a URL for us: a strange name below the folder
+        assert open_shards(copy).files[0] == f"{copy}/{file}"
+        return
+    with pytest.raises(UserError, match=r"manifest\.json is damaged") as caught:
+        open_shards(copy)
+    assert str(caught.value).isprintable() and "touch X" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "https://host/x.tar", "s3://b/x.tar"])
+def test_absolute_names_and_addresses_come_from_indexing_only(
+    folder: Path, tmp_path: Path, file: str
+) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        open_shards(spoil(folder, tmp_path / "own", {}, {"file": file}))
+    made_by = {"made_by": {"indexed": ["x"]}}
+    assert (
+        open_shards(spoil(folder, tmp_path / "foreign", made_by, {"file": file})).files[0] == file
+    )
+
+
+@pytest.mark.parametrize("name", ["x; touch X", "$(touch X).tar", "-x.tar", "a b.tar", "`x`.tar"])
+def test_a_name_is_no_part_of_the_users_command(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = spoil(folder, tmp_path / "train", {}, {"file": name})
+    for spec in (f"pipe:cat {copy}/{{}}", f"{copy}+pipe:cat {copy}/{{}}"):
+        with pytest.raises(UserError, match="cannot stand in a command"):
+            open_shards(spec, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("change", "entry"),
+    [
+        ({}, {key: value})
+        for key in ("samples", "bytes")
+        for value in ("4", None, -5, 1e30, float("nan"), 4.0, True, 10**30, [], {})
+    ]
+    + [({}, {"samples": 5}), ({}, {"bytes": 512}), ({}, {"sha256": "xyz"}), ({}, {"sha256": None})]
+    + [({key: value}, {}) for key in ("split", "classes", "made_by") for value in (None, 3, [3])]
+    + [({"num_samples": 8}, {}), ({"version": "1"}, {}), ({"version": None}, {})]
+    + [({"made_by": {"plan": 3}}, {})],
+)  # fmt: skip
+def test_a_manifest_whose_fields_do_not_fit_is_one_line(
+    folder: Path, tmp_path: Path, change: dict, entry: dict
+) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json is damaged") as caught:
+        open_shards(spoil(folder, tmp_path / "train", change, entry))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_nests_too_deep_is_damaged(folder: Path, tmp_path: Path) -> None:
+    copy = spoil(folder, tmp_path / "train", {}, {})
+    (copy / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="is damaged"):
+        open_shards(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", -512), ("offset", 2**62), ("offset", 0), ("size", -1)]
+)
+def test_an_index_that_leads_out_of_its_tar(
+    folder: Path, tmp_path: Path, field: str, value: int
+) -> None:
+    copy = spoil(folder, tmp_path / "train", {}, {})
+    index = np.load(copy / "index.npy")
+    index[field][3] = value
+    np.save(copy / "index.npy", index)
+    with pytest.raises(UserError, match=r"index\.npy has an image at bytes"):
+        open_shards(copy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("https://me:word@host/a.tar?sig=SECRET#x", "https://host/a.tar"),
+        ("pipe:TOKEN=SECRET curl -H 'X: SECRET' https://me:SECRET@h/0.tar", "pipe:curl … 0.tar"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("/data/a\x1b.tar", "/data/a\\x1b.tar"),
+    ],
+)
+def test_names_are_shown_without_secrets(spec: str, text: str) -> None:
+    assert shown(spec) == text

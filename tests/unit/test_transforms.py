@@ -13,14 +13,14 @@ from scipy.stats import ks_2samp
 from simplejpeg import encode_jpeg
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
+from mae_scale.data.formats import jpeg_frame
 from mae_scale.data.transforms import (
     TRAIN_UNIFORMS,
     Scratch,
     _decode_rows,
-    _jpeg_frame,
     crop_box,
     decode_image,
-    decode_train_crop,
+    decode_train_crops,
     denormalize,
     eval_crop,
     normalize,
@@ -91,8 +91,9 @@ ODD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "16-bit PNG"])
 def test_odd_files_decode_as_pil_does(kind: str, photographs: list[bytes]) -> None:
+    """16 bits are scaled, which PIL does not (see test_images)."""
     data = ODD[kind](Image.open(io.BytesIO(photographs[3])))
     assert np.array_equal(as_hwc(decode_image(data)), pil_pixels(data))
 
@@ -105,7 +106,7 @@ def test_a_crop_decoded_in_part_has_the_pixels_of_the_whole(
     scratch = Scratch()
     for i in range(40):
         kept = bytearray(data)
-        got = decode_train_crop(kept, 64, uniforms(i), scratch)
+        got = decode_train_crops(kept, 64, [uniforms(i)], scratch)[0]
         assert torch.equal(got, train_crop(decode_image(data), 64, uniforms(i)))
         assert kept == data
 
@@ -115,7 +116,7 @@ def test_photographs_decoded_in_part_have_the_pixels_of_the_whole(
 ) -> None:
     scratch = Scratch()
     for i, data in enumerate(photographs[1::2]):
-        got = decode_train_crop(bytearray(data), 224, uniforms(i), scratch)
+        got = decode_train_crops(bytearray(data), 224, [uniforms(i)], scratch)[0]
         assert torch.equal(got, train_crop(decode_image(data), 224, uniforms(i)))
 
 
@@ -125,7 +126,7 @@ def test_the_last_row_of_a_crop_is_decoded_with_its_colours(photographs: list[by
     for subsampling in ("444", "422", "420", "411", "440"):
         data = encode_jpeg(np.array(image), colorsubsampling=subsampling)
         whole = decode_image(data)
-        frame = _jpeg_frame(data)
+        frame = jpeg_frame(data)
         assert frame is not None
         for rows in range(1, 65):
             part = _decode_rows(bytearray(data), frame, rows, Scratch())
@@ -149,7 +150,7 @@ def test_damaged_files_are_refused(damage: str, photographs: list[bytes]) -> Non
         decode_image(bad)
     for i in range(10):  # wherever the crop lies
         with pytest.raises(ValueError, match="cannot be decoded"):
-            decode_train_crop(bytearray(bad), 64, uniforms(i), Scratch())
+            decode_train_crops(bytearray(bad), 64, [uniforms(i)], Scratch())[0]
 
 
 SIZES = [(375, 500), (500, 333), (224, 224), (100, 900), (900, 60), (8, 8)]

@@ -200,8 +200,11 @@ def test_brace_specs_and_an_index_elsewhere(imagenet_tree: Path, tmp_path: Path)
     assert as_rows(open_shards(tmp_path / "index")) == rows[4:]
     assert open_shards(tmp_path / "index").split == "val"
     pipe = f"pipe:cat {tmp_path}/cc/cc-{{000..001}}.tar"
-    assert script("index_shards.py", pipe, "--out", tmp_path / "remote")[0] == 0
-    remote = open_shards(tmp_path / "remote")
+    code, out, _ = script("index_shards.py", pipe, "--out", tmp_path / "remote")
+    assert code == 0 and "FOLDER+COMMAND" in out
+    manifest = (tmp_path / "remote" / "manifest.json").read_text()
+    assert f"{tmp_path}" not in manifest  # only the names of the tars, see split_spec
+    remote = open_shards(f"{tmp_path}/remote+pipe:cat {tmp_path}/cc/{{}}")
     assert list(remote.files) == [f"pipe:cat {tmp_path}/cc/cc-00{n}.tar" for n in (0, 1)]
     assert len(remote) == 8
     assert script("index_shards.py", pipe)[0] == 2  # where to?

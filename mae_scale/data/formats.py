@@ -1,0 +1,130 @@
+"""Which files are images, how large one may be, and how any of them becomes RGB."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+# Suffixes of images in lower case, the usual ones first: where a sample of a tar has several
+# images, the first in this order is taken.
+IMAGE_SUFFIXES = (
+    "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm",
+    "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib",
+)  # fmt: skip
+MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
+
+
+class TooLarge(ValueError):
+    """An image has more pixels than are allowed."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name is that of an image: its suffix says so, and it is not hidden."""
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise `TooLarge` where an image has too many pixels; before memory is taken for them."""
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"has {width} x {height} = {width * height:,} pixels, more than {max_pixels:,}"
+        )
+
+
+def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image with PIL: its header is read, nothing is decoded.
+
+    Raises:
+        TooLarge: it has too many pixels.
+        Exception: whatever PIL raises on what is no image.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1  # the user allows more than PIL does
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise TooLarge(f"has more than {MAX_PIXELS:,} pixels") from None
+    check_pixels(*image.size, max_pixels)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB pixels of 8 bits. Gray of 16 bits is scaled; else it is PIL's ``convert("RGB")``.
+
+    PIL's own conversion would clip 16 bits to white.
+
+    Raises:
+        ValueError: integers or floats of 32 bits outside of 0 to 255, of which nobody can say what
+            is white.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if image.mode == "I" and low >= 0 and 255 < high <= 65535:  # 16 bits in a wider type
+            return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        if not (low >= 0 and 1 < high <= 255):
+            raise ValueError(
+                f"has 32-bit values from {low:g} to {high:g} (mode {image.mode}), of which nobody "
+                "can say what is white: convert it to 8 or 16 bits"
+            )
+    return image.convert("RGB")
+
+
+# JPEG
+
+
+class Segment(NamedTuple):
+    """A segment of a JPEG's header."""
+
+    marker: int
+    start: int  # of its FF
+    end: int  # behind its last byte
+
+
+class Frame(NamedTuple):
+    """What the frame header of a JPEG says."""
+
+    at: int  # where it begins in the file
+    progressive: bool
+    height: int
+    width: int
+    components: int
+
+
+FRAME_MARKERS = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what libjpeg decodes
+SCAN_MARKER, END_MARKER = 0xDA, 0xD9
+
+
+def jpeg_segments(data: bytes | bytearray, at: int = 2) -> Iterator[Segment]:
+    """The segments that follow each other from byte `at` on; ends where none follows."""
+    end = len(data)
+    while at + 4 <= end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        start, at = at, at + 2 + (data[at + 2] << 8 | data[at + 3])
+        yield Segment(marker, start, at)
+
+
+def jpeg_frame(data: bytes | bytearray) -> Frame | None:
+    """The frame header of a JPEG that has one before its first scan; None for anything else."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    for marker, at, _ in jpeg_segments(data):
+        if marker in FRAME_MARKERS:
+            if at + 10 > len(data):
+                return None
+            height, width = (data[at + i] << 8 | data[at + i + 1] for i in (5, 7))
+            return Frame(at, marker == 0xC2, height, width, data[at + 9])
+        if marker == SCAN_MARKER:
+            return None
+    return None

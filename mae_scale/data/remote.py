@@ -1,0 +1,83 @@
+"""Names of files that may lie elsewhere: how they are told apart, joined, shown and opened."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mae_scale.errors import UserError
+
+# What webdataset opens. A manifest may name the first ones; a command (pipe:) runs only where the
+# user has typed it.
+ADDRESSES = ("https", "http", "s3", "gs", "hf")
+SCHEMES = (*ADDRESSES, "pipe", "sftp", "ftps", "scp", "ais", "htgs")
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a shard or folder is named by a URL or a ``pipe:`` command, not by a path."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", spec) is not None and not spec.startswith("file:")
+
+
+def scheme_of(spec: str) -> str:
+    """What stands before the colon of a URL or command; empty for a path."""
+    return spec.partition(":")[0].lower() if is_remote(spec) else ""
+
+
+def join(root: str, name: str) -> str:
+    """The path or URL of a file of the set; absolute names and URLs stand for themselves.
+
+    In ``pipe:`` commands and URLs, ``{}`` stands for the file name:
+    ``pipe:aws s3 cp s3://bucket/train/{} -``.
+    """
+    if is_remote(name) or Path(name).is_absolute():
+        return name
+    if "{}" in root:
+        return root.replace("{}", name)
+    return f"{root.rstrip('/')}/{name}"
+
+
+def has_secrets(spec: str) -> bool:
+    """Whether a name may hold a secret: every command, and URLs with a password or a query."""
+    if scheme_of(spec) == "pipe":
+        return True
+    return is_remote(spec) and re.search(r"^[^/]*//[^/]*@|[?#]", spec) is not None
+
+
+def shown(spec: str) -> str:
+    """A name as messages and manifests may show it: without secrets and control characters.
+
+    Of a command only the program and the name of the tar remain, of a URL neither the password
+    nor what follows the path.
+    """
+    if scheme_of(spec) == "pipe":
+        words = [word for word in spec[len("pipe:") :].split() if "=" not in word]
+        tars = re.findall(r"[\w.-]+\.tar\b", spec)
+        spec = " ".join(["pipe:" + (words[0] if words else ""), "…", *tars[-1:]])
+    elif is_remote(spec):
+        spec = re.sub(r"^([^/]*//)[^/]*@", r"\1", re.split(r"[?#]", spec, maxsplit=1)[0])
+    return printable(spec)
+
+
+def printable(text: str) -> str:
+    """Text from outside without characters that act on a terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def open_remote(url: str) -> Any:
+    """Open a URL through webdataset's opener, as a process that writes to a pipe.
+
+    ``https:`` goes through curl, ``s3:`` through the AWS command line, ``pipe:`` is any command.
+
+    Raises:
+        UserError: the scheme is unknown.
+        OSError: the program cannot be started.
+    """
+    from webdataset import gopen
+
+    if scheme_of(url) not in SCHEMES:
+        raise UserError(
+            f"{shown(url)} begins with an unknown scheme; known: {':, '.join(SCHEMES)}:"
+        )
+    return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url, "rb")

@@ -1,0 +1,113 @@
+"""What labels in tars and lists mean: numbers, names, or none."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_scale.data.remote import printable
+from mae_scale.data.shards import NO_LABEL
+from mae_scale.errors import UserError
+
+LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
+MOST_CLASSES = 1_000_000  # that labels count from 0; larger numbers are names of classes
+
+
+def normal(name: str) -> str:
+    """A class name in the form in which accents are one character (NFC).
+
+    macOS writes them as two, so that names which look the same would be different classes.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def label_text(value: Any) -> str | None:
+    """A label in its plain form: a whole number in digits, or a name; None: no label.
+
+    ``7``, ``007`` and ``7.0`` are the same label; -1 and an empty text are none.
+    """
+    if isinstance(value, (bool, type(None), list, dict)):
+        return None
+    text = normal(str(value).strip())
+    try:
+        number = float(text)
+        if text.lower() in ("nan", "inf", "-inf", "infinity", "-infinity") or "_" in text:
+            return text
+        if math.isfinite(number) and number == int(number):
+            digits = str(int(text)) if text.lstrip("+-").isdigit() else str(int(number))
+            return None if digits == str(NO_LABEL) else digits
+    except (ValueError, OverflowError):
+        pass
+    return text or None
+
+
+def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The label in a .json, under the first of the keys that it has; and the keys that it has.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}.json is not JSON: {printable(str(error))}") from None
+    if not isinstance(record, dict):
+        return None, []
+    found = (label_text(record[key]) for key in keys if key in record)
+    return next((label for label in found if label is not None), None), list(record)
+
+
+def number_labels(
+    labels: Sequence[str | None], classes: Sequence[str] | None = None
+) -> tuple[npt.NDArray[np.int32], list[str]]:
+    """Labels as int32 [n], and the class names.
+
+    Numbers count from 0, as far as they are usual numbers of classes; names are sorted.
+
+    Args:
+        classes: the names to number by, in this order; by default those of the labels.
+
+    Raises:
+        UserError: labels below 0, or some that are not among `classes`.
+    """
+    known = {label for label in labels if label is not None}
+    if classes is not None:
+        number = number_by(classes, known)
+    elif all(label.lstrip("-").isdigit() and label.isascii() for label in known):
+        values = {label: int(label) for label in known}
+        if any(value < 0 for value in values.values()):
+            raise UserError(f"labels below 0, such as {min(values.values())}, are no classes")
+        most = max(values.values(), default=-1)
+        if most < MOST_CLASSES:
+            classes, number = [str(i) for i in range(most + 1)], values
+        else:
+            classes = sorted(known, key=int)
+            number = {name: i for i, name in enumerate(classes)}
+    else:
+        classes = sorted(known)
+        number = {name: i for i, name in enumerate(classes)}
+    numbers = [NO_LABEL if label is None else number[label] for label in labels]
+    return np.array(numbers, np.int32), list(classes)
+
+
+def number_by(classes: Sequence[str], labels: set[str]) -> dict[str, int]:
+    """The number of each label among given classes: by name, or else by number.
+
+    Raises:
+        UserError: the classes lack some.
+    """
+    number = {normal(name): i for i, name in enumerate(classes)}
+    if not labels <= number.keys() and all(label.isdigit() for label in labels):
+        number = {str(i): i for i in range(len(classes))}
+    if missing := sorted(labels - number.keys()):
+        raise UserError(
+            f"{len(missing)} of {len(labels)} labels are not among the {len(classes)} classes: "
+            f"{', '.join(map(printable, missing[:4]))}{', …' if len(missing) > 4 else ''}"
+        )
+    return number

@@ -1,0 +1,209 @@
+"""Lists of images: what a source is, and how the images below a folder are found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_scale.data.formats import is_image_name
+from mae_scale.sharding.labels import normal
+
+# Files that lie beside images as a rule and are none.
+_OTHERS = {
+    "txt", "csv", "tsv", "json", "xml", "md", "mat", "html", "db", "ini", "yaml", "yml", "log",
+    "pdf", "py", "sh", "npy", "pkl", "parquet", "tar", "gz", "tgz", "zip", "dvc",
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """One image as it is listed, before classes have numbers."""
+
+    class_name: str
+    name: str  # path in the folder or archive
+    size: int
+    offset: int = -1  # in the archive
+    archive: int = 0  # number of the archive
+
+
+@dataclass
+class Source:
+    """The images of one split, sorted by class and file name."""
+
+    kind: str
+    root: Path  # a folder, or the archive itself
+    classes: list[str]  # sorted; a label is a place in this list
+    labels: npt.NDArray[np.int32]  # [n]
+    names: list[str]  # [n], path below the root
+    sizes: npt.NDArray[np.int64]  # [n], bytes
+    offsets: npt.NDArray[np.int64] | None  # [n] into the archive; None: each image is a file
+    warnings: list[str] = field(default_factory=list)
+    taken: str = ""  # what was taken, where the source itself does not say which split it is
+    archives: list[Path] = field(default_factory=list)  # where there are several
+    archive_of: npt.NDArray[np.int32] | None = None  # [n], which of them
+    _open: dict[int, int] = field(default_factory=dict)  # archive -> descriptor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def file_name(self, i: int) -> str:
+        """The name of an image's file, without folders."""
+        return self.names[i].rpartition("/")[2]
+
+    def title(self, i: int) -> str:
+        """How to name an image to a person; the same for every form of the source."""
+        return f"{self.classes[self.labels[i]]}/{self.file_name(i)}"
+
+    def read(self, i: int) -> bytes:
+        """The bytes of one image.
+
+        Raises:
+            OSError: it cannot be read, or it is not what was listed.
+        """
+        size = int(self.sizes[i])
+        if self.offsets is None:
+            descriptor = os.open(f"{self.root}/{self.names[i]}", os.O_RDONLY)
+            try:
+                data = os.read(descriptor, size + 1)
+            finally:
+                os.close(descriptor)
+        else:
+            data = os.pread(self._archive(i), size, int(self.offsets[i]))
+        if len(data) != size:
+            raise OSError(f"{self.root / self.names[i]} changed while it was being sharded")
+        return data
+
+    def _archive(self, i: int) -> int:
+        number = 0 if self.archive_of is None else int(self.archive_of[i])
+        if number not in self._open:
+            if len(self._open) > 500:  # the usual limit of a process is 1024 files
+                os.close(self._open.pop(next(iter(self._open))))
+            path = self.archives[number] if self.archives else self.root
+            self._open[number] = os.open(path, os.O_RDONLY)
+        return self._open[number]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over class, file name and size of every image."""
+        lines = [*self.classes]
+        lines += [f"{self.title(i)} {size}" for i, size in enumerate(self.sizes.tolist())]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def sorted_source(
+    kind: str, root: Path, entries: list[Entry], classes: list[str] | None = None
+) -> Source:
+    """A source of these images; classes are sorted unless they are given."""
+    entries = [entry._replace(class_name=normal(entry.class_name)) for entry in entries]
+    if classes is None:
+        classes = sorted({entry.class_name for entry in entries})
+    label = {name: i for i, name in enumerate(classes)}
+    entries.sort(key=lambda e: (label[e.class_name], e.name.rpartition("/")[2], e.name))
+    in_archive = bool(entries) and entries[0].offset >= 0
+    return Source(
+        kind=kind,
+        root=root,
+        classes=classes,
+        labels=np.array([label[e.class_name] for e in entries], np.int32),
+        names=[e.name for e in entries],
+        sizes=np.array([e.size for e in entries], np.int64),
+        offsets=np.array([e.offset for e in entries], np.int64) if in_archive else None,
+        archive_of=np.array([e.archive for e in entries], np.int32) if in_archive else None,
+    )
+
+
+@dataclass
+class Listing:
+    """What lies below a folder."""
+
+    images: list[Entry] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    empty: list[str] = field(default_factory=list)  # folders at the top without an image
+
+    def warnings(self, root: Path) -> list[str]:
+        """What was left out, and an example of each kind."""
+        kinds = Counter(reason for _, reason in self.left_out)
+        lines = []
+        for reason, count in kinds.items():
+            example = next(name for name, r in self.left_out if r == reason)
+            lines.append(f"{count:,} files in {root} are left out: {reason} (such as {example})")
+        return lines
+
+
+def list_images(root: Path) -> Listing:
+    """All images below `root`; many threads, since a network file system answers slowly."""
+    listing = Listing()
+    with os.scandir(root) as top:
+        tops = sorted((i for i in top if not i.name.startswith(".")), key=lambda i: i.name)
+    for item in tops:
+        if not item.is_dir():
+            _take(item, item.name, listing)
+    folders = [item.name for item in tops if item.is_dir()]
+    todo: SimpleQueue[str] = SimpleQueue()
+    answers: SimpleQueue[tuple[str, Listing | OSError]] = SimpleQueue()
+    for name in folders:
+        todo.put(name)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                name = todo.get_nowait()
+                try:
+                    found = Listing()
+                    _walk(root / name, name, found, frozenset())
+                    answers.put((name, found))
+                except OSError as error:
+                    answers.put((name, error))
+
+    # Daemons behind plain queues: Ctrl-C ends the program at any moment, which a pool may prevent.
+    for _ in range(min(16, len(folders))):
+        Thread(target=work, daemon=True).start()
+    for _ in folders:
+        name, answer = answers.get()
+        if isinstance(answer, OSError):
+            raise answer
+        listing.images += answer.images
+        listing.left_out += answer.left_out
+        if not answer.images:
+            listing.empty.append(name)
+    return listing
+
+
+def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> None:
+    with os.scandir(folder) as items:
+        for item in items:
+            name = f"{prefix}/{item.name}"
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                inside = links
+                if item.is_symlink():
+                    target = os.path.realpath(item.path)
+                    if target in links or os.path.realpath(folder).startswith(target):
+                        found.left_out.append((name, "a link to a folder that it lies in"))
+                        continue
+                    inside = links | {target}
+                _walk(folder / item.name, name, found, inside)
+            else:
+                _take(item, name, found)
+
+
+def _take(item: os.DirEntry[str], name: str, found: Listing) -> None:
+    suffix = item.name.rpartition(".")[2].lower()
+    if is_image_name(item.name):
+        if item.is_file():
+            found.images.append(Entry("", name, item.stat().st_size))
+        else:
+            broken = item.is_symlink()
+            found.left_out.append((name, "a broken link" if broken else "not a file"))
+    elif "." not in item.name or suffix not in _OTHERS:
+        found.left_out.append((name, f"not known as an image (.{suffix})" if "." in item.name
+                               else "without a suffix"))  # fmt: skip
