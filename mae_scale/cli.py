@@ -17,6 +17,9 @@ from mae_scale.world import World
 # What each command of `mae_scale.commands` does. Its module, which has a `main(argv, prog) -> exit
 # code`, is imported when it is called: --help and a mistyped key must not wait for torch.
 COMMANDS = {
+    "shard": "make shards of ImageNet, or of any images",
+    "index": "make WebDataset tars of others usable as they are",
+    "verify": "check shards down to each image",
     "evaluate": "accuracy of a classifier, also on robustness sets",
     "plan": "memory, time, data and saves of a recipe on a cluster",
     "sweep": "run a table of experiments, such as the paper's ablations",

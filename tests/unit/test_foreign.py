@@ -1,0 +1,289 @@
+"""Indexing the tars of others: nothing is lost in silence, and nothing of others is replaced."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_scale.data.shards import NO_LABEL, open_shards
+from mae_scale.errors import RunError, UserError
+from mae_scale.sharding import foreign
+from mae_scale.sharding.foreign import index_shards
+from mae_scale.sharding.labels import label_text
+from mae_scale.sharding.verify import verify
+
+
+def jpg(i: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), (i * 7 % 256, 9, 9)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(n: int = 40) -> list[tuple[str, bytes]]:
+    return [f for i in range(n) for f in ((f"{i:03d}.jpg", jpg(i)), (f"{i:03d}.cls", b"%d" % i))]
+
+
+def labels(folder: Path) -> list[int]:
+    return open_shards(folder).index["label"].tolist()
+
+
+# Archives that are not whole
+
+
+def test_a_damaged_header_in_the_middle(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tar", samples())
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[20].offset
+    data = bytearray(path.read_bytes())
+    data[at + 150] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"damaged header at byte {at:,}"):
+        index_shards([str(path)])
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_two_tars_in_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tar", samples())
+    one = path.read_bytes()
+    path.write_bytes(one + one)
+    with pytest.raises(UserError, match=f"goes on at byte {len(one):,}"):
+        index_shards([str(path)])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_tar_that_is_cut_between_members(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], remote: bool
+) -> None:
+    path = write(tmp_path / "x.tar", samples())
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[40].offset
+    path.write_bytes(path.read_bytes()[:at])
+    spec = f"pipe:cat {path}" if remote else str(path)
+    report = index_shards([spec], tmp_path / "index" if remote else None)
+    assert report.samples == 20
+    assert f"no end marker behind byte {at:,}" in capsys.readouterr().err
+    if not remote:
+        assert "x.tar: has no end marker: it may be cut" in verify(tmp_path).problems
+
+
+def test_verify_sees_what_was_joined_later(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tar", samples(4))
+    index_shards([str(path)])
+    assert verify(tmp_path).problems == []
+    path.write_bytes(path.read_bytes() * 2)
+    assert any("goes on at byte" in problem for problem in verify(tmp_path).problems)
+
+
+# Samples
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["v.1.jpg", "v.1.cls", "v.2.jpg", "v.2.cls"], [0, 1]),
+        (["a.final.jpg", "a.final.cls", "a.draft.jpg", "a.draft.cls"], [0, 1]),
+        (["a.input.jpg", "a.cls", "b.input.png", "b.cls"], [0, 1]),
+        (["a.jpg", "a.seg.png", "a.cls", "b.bmp", "b.cls"], [0, 1]),
+        (["a.GIF", "a.cls", "b.jfif", "b.cls"], [0, 1]),
+        (["._a.jpg", "a.jpg", "a.cls", ".DS_Store"], [0]),
+    ],
+)
+def test_keys_and_suffixes(tmp_path: Path, names: list[str], expected: list[int]) -> None:
+    number, files = 0, []
+    for name in names:
+        files.append((name, b"%d" % number if name.endswith("cls") else jpg(number)))
+        number += name.endswith("cls")
+    write(tmp_path / "x.tar", files)
+    index_shards([str(tmp_path)])
+    assert labels(tmp_path) == expected
+    assert verify(tmp_path).problems == []
+
+
+def test_several_images_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = [(f"{k}.{p}.jpg", jpg(i)) for k in "ab" for i, p in enumerate(("input", "target"))]
+    write(tmp_path / "x.tar", [*both, ("c.jpg", jpg(3)), ("d.txt", b"x"), ("e.jpg", b"")])
+    report = index_shards([str(tmp_path)])
+    assert report.samples == 1 and report.left_out == 4
+    err = capsys.readouterr().err
+    for words in (
+        "2 left out: the samples have several images, input.jpg, target.jpg",
+        "(such as a)",
+        "no image, only .txt (such as d)",
+        "empty (such as e.jpg)",
+    ):
+        assert words in err
+    assert index_shards([str(tmp_path)], image_key="target.jpg").samples == 2
+    offset = int(open_shards(tmp_path).index["offset"][0])
+    assert (tmp_path / "x.tar").read_bytes()[offset:].startswith(jpg(1))
+
+
+def test_sparse_files_and_links_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "x.tar", samples(2))
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        link = tarfile.TarInfo("9.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "000.jpg"
+        tar.addfile(link)
+    assert index_shards([str(tmp_path)]).samples == 2
+    assert "1 left out: it is a link (such as 9.jpg)" in capsys.readouterr().err
+
+
+def test_an_image_of_too_many_pixels_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "x.tar", samples(2))
+    with pytest.raises(UserError, match="no images"):
+        index_shards([str(tmp_path)], max_pixels=1000)
+    write(
+        tmp_path / "x.tar", [*samples(2), ("z.png", jpg(0).replace(b"\0 \0 ", b"\xff\xff\xff\xff"))]
+    )
+    assert index_shards([str(tmp_path)]).samples == 2
+    assert "more than 178,956,970 pixels (such as z.png)" in capsys.readouterr().err
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("007", "7"), ("3.0", "3"), (3.0, "3"), ("-1", None), (-1, None), ("", None),
+     (" cat\n", "cat"), ("1e400", "1e400"), ("nan", "nan"), ("1_000", "1_000"), (True, None),
+     ("٣", "3"), ("Cafe\u0301", "Caf\u00e9")],
+)  # fmt: skip
+def test_labels_in_their_plain_form(value: object, text: str | None) -> None:
+    assert label_text(value) == text
+
+
+def test_labels_of_all_kinds(tmp_path: Path) -> None:
+    texts = [b"007", b"3.0", b"-1", b"0"]
+    write(tmp_path / "x.tar", [
+        f for i, text in enumerate(texts) for f in ((f"{i}.jpg", jpg(i)), (f"{i}.cls", text))
+    ])  # fmt: skip
+    index_shards([str(tmp_path)])
+    assert labels(tmp_path) == [7, 3, NO_LABEL, 0]
+    assert len(open_shards(tmp_path).classes) == 8
+    assert verify(tmp_path).problems == []
+
+
+def test_a_label_of_billions_is_a_name(tmp_path: Path) -> None:
+    files = [(f"{i}.jpg", jpg(i)) for i in range(2)]
+    big = [("0.json", b'{"label": 3000000000}'), ("1.json", b'{"label": 17}')]
+    write(tmp_path / "x.tar", sorted([*files, *big]))
+    index_shards([str(tmp_path)])
+    assert labels(tmp_path) == [1, 0]
+    assert open_shards(tmp_path).classes == ["17", "3000000000"]
+
+
+def test_a_label_key_that_no_sample_has(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", [("0.jpg", jpg(0)), ("0.json", b'{"category": 3, "url": "x"}')])
+    with pytest.raises(UserError, match=r"under the key species .*: category, url"):
+        index_shards([str(tmp_path)], label_key="species")
+
+
+def test_classes_of_another_split(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", [("0.jpg", jpg(0)), ("0.cls", b"dog")])
+    index_shards([str(tmp_path)], classes=["ant", "cat", "dog"])
+    assert labels(tmp_path) == [2] and len(open_shards(tmp_path).classes) == 3
+    with pytest.raises(UserError, match="1 of 1 labels are not among the 1 classes: dog"):
+        index_shards([str(tmp_path)], classes=["ant"])
+
+
+# Where the index goes
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """Hugging Face's cache: names are links into a folder of contents that all splits share."""
+    for split in ("train", "val"):
+        blob = write(tmp_path / "blobs" / split, samples(3))
+        (tmp_path / "snapshots" / split).mkdir(parents=True)
+        (tmp_path / "snapshots" / split / "0.tar").symlink_to(os.path.relpath(
+            blob, tmp_path / "snapshots" / split))  # fmt: skip
+        index_shards([str(tmp_path / "snapshots" / split)], split=split)
+    assert sorted(path.name for path in (tmp_path / "blobs").iterdir()) == ["train", "val"]
+    for split in ("train", "val"):
+        assert open_shards(tmp_path / "snapshots" / split).split == split
+
+
+def test_an_index_replaces_only_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "tr.tar", samples(3))
+    write(tmp_path / "va.tar", samples(2))
+    theirs = b'{"splits": {"theirs": 1}}'
+    (tmp_path / "_info.json").write_bytes(theirs)
+    index_shards([str(tmp_path / "tr.tar")])
+    before = (tmp_path / "manifest.json").read_bytes()
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="has the index of the split train, of 1 tars, already"):
+            index_shards([str(tmp_path / "va.tar")], split=split)
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    index_shards([str(tmp_path / "va.tar"), str(tmp_path / "tr.tar")])  # more of the same split
+    assert (tmp_path / "_info.json").read_bytes() == theirs
+    assert "va.tar" in json.loads((tmp_path / "sizes.json").read_bytes())
+
+
+def test_an_index_of_others_stays(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", samples(3))
+    np.save(tmp_path / "index.npy", np.arange(5))
+    with pytest.raises(UserError, match=r"index\.npy of something else"):
+        index_shards([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [(errno.EROFS, UserError, "--out"), (errno.ENOSPC, RunError, "no room")],
+)
+def test_read_only_and_full_disks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type, words: str
+) -> None:
+    write(tmp_path / "x.tar", samples(3))
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(foreign, "write_shard_set", fails)
+    with pytest.raises(kind, match=words):
+        index_shards([str(tmp_path)])
+
+
+def test_hidden_tars_and_unknown_schemes(tmp_path: Path) -> None:
+    write(tmp_path / "000.tar", samples(3))
+    (tmp_path / "._000.tar").write_bytes(b"Mac OS X")
+    assert index_shards([str(tmp_path)]).shards == 1
+    with pytest.raises(UserError, match="unknown scheme"):
+        index_shards(["wss://host/{000..003}.tar"], tmp_path / "out")
+
+
+# Secrets
+
+
+def test_secrets_are_not_written_down(tmp_path: Path) -> None:
+    for i in range(2):
+        write(tmp_path / "tars" / f"{i:03d}.tar", samples(3))
+    command = f"pipe:TOKEN=SECRET sh -c 'cat {tmp_path}/tars/{{000..001}}.tar' SECRET"
+    report = index_shards([command], tmp_path / "index")
+    for path in (tmp_path / "index").iterdir():
+        assert b"SECRET" not in path.read_bytes()
+    assert report.reads_with and "SECRET" not in report.reads_with
+    given = f"{tmp_path}/index+" + command.replace("{000..001}.tar", "{}")
+    assert open_shards(given).files == [command.replace("{000..001}", f"{i:03d}") for i in range(2)]
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        index_shards([f"pipe:false SECRET {tmp_path}/{{000..001}}.tar"], tmp_path / "other")
+    assert "SECRET" not in str(caught.value)
