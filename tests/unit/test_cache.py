@@ -348,7 +348,7 @@ def test_limits_and_folders_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1,000 bytes and does not fit into .* 999; raise"):
         ShardCache(tmp_path, 999).open("http://127.0.0.1:1/a.tar", 1000)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache_dir .*file/cache cannot be made"):
+    with pytest.raises(UserError, match=r"the cache folder .*file/cache cannot be written"):
         ShardCache(tmp_path / "file" / "cache")
 
 
