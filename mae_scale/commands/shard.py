@@ -179,4 +179,4 @@ def main(argv: list[str], prog: str) -> int:
 def _leave(*_: object) -> None:
     """Until `shard` takes the signals over nothing is written."""
     print("stopped; the same command starts again", file=sys.stderr)
-    os._exit(85)
+    os._exit(STOPPED)
