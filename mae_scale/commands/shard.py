@@ -14,7 +14,7 @@ import signal
 import sys
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.errors import RunError
+from mae_scale.errors import STOPPED, RunError
 
 
 def size(text: str) -> int:
