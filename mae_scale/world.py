@@ -6,8 +6,10 @@ import os
 import platform
 import re
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae_scale.errors import UserError
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 # Slurm numbers the steps of srun from 0. Batch scripts and the shells of salloc have numbers from
 # here on, or none.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
+DEVICE = "MAE_SCALE_DEVICE"  # environment variable: cpu, or auto
+GPU_FILE = Path("/dev/nvidia0")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 PORTS = range(12000, 32000)  # below those that Linux gives to outgoing connections
 
 
@@ -54,15 +59,69 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this rank, or the CPU where there is none.
+        """The GPU of this rank, or the CPU where there is none or `MAE_SCALE_DEVICE` is cpu.
 
         Where a rank sees a single GPU (Slurm's --gpus-per-task) that one is its own.
+
+        Raises:
+            UserError: something says that there are GPUs, but PyTorch cannot use them.
         """
         import torch
 
+        wanted = os.environ.get(DEVICE, "auto")
+        if wanted not in ("auto", "cpu"):
+            raise UserError(f"{DEVICE}={wanted} must be cpu or auto")
+        if wanted == "cpu":
+            return torch.device("cpu")
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
+        evidence = gpu_evidence(os.environ)
+        if evidence is not None:
+            raise UserError(
+                f"{host()} has no usable GPU although {evidence}: {_why_no_cuda()}; update the "
+                "driver, install a PyTorch that it can run, or give the container its GPUs "
+                f"(apptainer --nv); {DEVICE}=cpu computes on the CPU instead"
+            )
         return torch.device("cpu")
+
+
+def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | None:
+    """What says that this process has GPUs, in words; None if nothing does.
+
+    A CUDA_VISIBLE_DEVICES that names none hides the GPUs of a machine on purpose, but not those
+    that Slurm has given to the job.
+    """
+    on_node = env.get("SLURM_GPUS_ON_NODE", "0")
+    if on_node not in ("", "0"):
+        return f"SLURM_GPUS_ON_NODE={on_node}"
+    if env.get("SLURM_JOB_GPUS"):
+        return f"SLURM_JOB_GPUS={env['SLURM_JOB_GPUS']}"
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = visible not in ("", "-1", "NoDevFiles")
+        return f"CUDA_VISIBLE_DEVICES={visible}" if named else None
+    return f"there is {device_file}" if device_file.exists() else None
+
+
+def _why_no_cuda() -> str:
+    """The driver's version, that which PyTorch is built for, and what PyTorch says, in words."""
+    import torch
+
+    try:
+        first = DRIVER_FILE.read_text().splitlines()[0]
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", first)
+        driver = f"the driver is {found[0] if found else first}"
+    except OSError:
+        driver = "no driver is loaded here"
+    built = torch.version.cuda
+    wheel = f"PyTorch {torch.__version__} is built for {f'CUDA {built}' if built else 'CPUs only'}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{driver}, {wheel} and says: {str(error).splitlines()[0].rstrip('.')}"
+    return f"{driver}, {wheel}"
 
 
 def is_slurm_task(env: Mapping[str, str]) -> bool:
@@ -83,11 +142,24 @@ def host() -> str:
 
 
 def cpus() -> int:
-    """CPUs for this rank: those of its task under srun, else its share of those it may use."""
+    """CPUs for this rank: those of its task under srun, else its share of those it may use.
+
+    Where srun has started a launcher (`srun ... torchrun`), the ranks of the launcher share the
+    CPUs of its task.
+    """
     env = os.environ
+    allowed = len(os.sched_getaffinity(0))
     if is_slurm_task(env) and "SLURM_CPUS_PER_TASK" in env:
-        return int(env["SLURM_CPUS_PER_TASK"])
-    return max(1, len(os.sched_getaffinity(0)) // World.from_environment().local_size)
+        of_task = int(env["SLURM_CPUS_PER_TASK"])
+        if "RANK" not in env:
+            return of_task
+        allowed = min(allowed, of_task)
+    return max(1, allowed // World.from_environment().local_size)
+
+
+def compute_threads() -> int:
+    """Threads for the arithmetic of this rank: the CPUs that its data workers leave, at least 1."""
+    return max(1, cpus() - data_workers())
 
 
 def data_workers() -> int:

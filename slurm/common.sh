@@ -78,7 +78,8 @@ place_tasks() {
   if [[ $(scontrol show config | grep '^TaskPlugin ') == *@(affinity|cgroup)* ]]; then
     task_options+=("--cpu-bind=$MAE_CPU_BIND")
   fi
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  # Tasks of a node reach each other's GPUs directly only where each of them sees all of them.
+  [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || task_options+=("--gpu-bind=none")
 }
 
 # Where the ranks meet: the first node, by the address that Slurm itself uses, since the name need

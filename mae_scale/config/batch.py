@@ -59,6 +59,19 @@ def check_schedule(config: RunConfig) -> None:
         )
 
 
+def fit_micro_batch(train: TrainConfig, world_size: int) -> None:
+    """Lower a micro-batch that nobody asked for on the command line until it divides the batch.
+
+    A recipe says what fits into a GPU; with many processes each may have fewer images than that.
+    A batch that does not divide among the processes stays as it is: `accumulation_steps` says so.
+    """
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch < 1 or micro < 1 or batch % world_size or batch % (micro * world_size) == 0:
+        return
+    share = batch // world_size
+    train.micro_batch_size = max(n for n in range(1, micro + 1) if share % n == 0)
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """bf16 or fp32; `auto` is bf16 on GPUs and fp32 on CPUs."""
     if precision == "auto":

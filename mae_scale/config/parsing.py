@@ -12,8 +12,10 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from mae_scale.config.batch import fit_micro_batch
 from mae_scale.config.identity import flatten
 from mae_scale.errors import UserError
+from mae_scale.world import World
 
 T = TypeVar("T")
 
@@ -51,7 +53,8 @@ def recipe_names() -> list[str]:
 def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     """Build a config from `--config FILE_OR_RECIPE` and `--section.key value` arguments.
 
-    What stands on the command line wins over the file, wherever `--config` stands.
+    What stands on the command line wins over the file, wherever `--config` stands. A micro-batch
+    that stands only in a file is an upper bound: see `fit_micro_batch`.
 
     Raises:
         UserError: an unknown key (with the nearest known one), a value of the wrong type, a
@@ -72,7 +75,10 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     _check_known(options, [*known, "help", "print_config"], "")
     namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     namespace.pop("config")
-    return _plain(config_class(**vars(parser.instantiate(namespace))))
+    config = _plain(config_class(**vars(parser.instantiate(namespace))))
+    if "train.micro_batch_size" not in options:
+        fit_micro_batch(config.train, World.from_environment().size)
+    return config
 
 
 def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:

@@ -15,9 +15,10 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.launch.descriptors import make_room
 from mae_scale.launch.stopping import StopRequest, waiting_for_others
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.world import World, cpus, host, is_slurm_task, slurm_rendezvous
+from mae_scale.world import World, compute_threads, cpus, host, is_slurm_task, slurm_rendezvous
 
 T = TypeVar("T")
 
@@ -29,28 +30,35 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _served: list[dist.Store] = []
 
 
-def start(world: World, stop: StopRequest | None = None) -> str:
+def start(world: World, stop: StopRequest | None = None, problem: UserError | None = None) -> str:
     """Join the process group: gloo for CPU tensors, NCCL for those on a GPU.
 
     Args:
         stop: may have been set while the process was still starting.
+        problem: what this rank is to tell the others; then it needs no GPU.
 
     Returns:
         A prefix for keys in the store that no other group of these processes uses.
+
+    Raises:
+        UserError: it has no usable device, or too few file descriptors.
     """
+    make_room(world.rank, world.size)
+    device = world.device if problem is None else torch.device("cpu")
     # DeepSpeed takes LOCAL_RANK for the number of the GPU.
-    local = world.local_rank if world.device.index is None else world.device.index
+    local = world.local_rank if device.index is None else device.index
     ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local}
     ranks["LOCAL_WORLD_SIZE"] = world.local_size
     os.environ.update({name: str(value) for name, value in ranks.items()})
     backend = "gloo"
-    if world.device.type == "cuda":
-        if world.device.index < torch.cuda.device_count():  # else the preflight names this rank
-            torch.cuda.set_device(world.device)
+    if device.type == "cuda":
+        if device.index < torch.cuda.device_count():  # else the preflight names this rank
+            torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cpus())
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Beside a GPU the data workers need the CPUs; without one it is the arithmetic.
+        torch.set_num_threads(compute_threads() if device.type == "cuda" else cpus())
     timeout = timedelta(minutes=10)
     if world.size == 1:
         # A port of the kernel's choice: two runs on one machine must not meet.
@@ -102,7 +110,7 @@ def process_group(
     """
     with _environment_kept():
         try:
-            watchdog = Watchdog(world, hang_timeout, start(world, stop), stop)
+            watchdog = Watchdog(world, hang_timeout, start(world, stop, problem), stop)
             watchdog.start()
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

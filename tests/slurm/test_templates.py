@@ -213,6 +213,10 @@ def test_one_task_per_gpu(training: Training) -> None:
         assert line in text
         text = text.replace(line, edited)
     site.write_text(text)
+    output = training.submit("--nodes=2", site).finish("FAILED", 2)
+    assert output.count("mae-scale: error:") == 1
+    assert "n1 has no usable GPU although SLURM_GPUS_ON_NODE=2: no driver is loaded here" in output
+    site.write_text(text + "export MAE_SCALE_DEVICE=cpu\n")
     output = training.submit("--nodes=2", site).finish()
     assert "preflight: 4 ranks on n1 (2), n2 (2); CPU" in output
-    assert "--ntasks-per-node=2 --cpus-per-task=2" in output
+    assert "--ntasks-per-node=2 --cpus-per-task=2" in output and "--gpu-bind=none" in output

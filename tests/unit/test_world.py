@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from mae_scale.errors import CommonError
+from mae_scale import world
+from mae_scale.config.parsing import parse
+from mae_scale.config.sections import PretrainConfig
+from mae_scale.errors import CommonError, UserError
 from mae_scale.launch.distributed import World
 from mae_scale.train.run_dir import IDLE_RESTARTS, note_restart, read_history
-from mae_scale.world import cpus
+from mae_scale.world import compute_threads, cpus, data_workers, gpu_evidence
 
 # As srun sets them for the first task of the second of three nodes with 2, 2 and 1 tasks.
 TASK = {
@@ -26,7 +32,11 @@ TASK = {
 def only(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment without a launcher's variables."""
     for name in list(os.environ):
-        if name.startswith("SLURM") or name.endswith("RANK") or name.endswith("WORLD_SIZE"):
+        if (
+            name.startswith(("SLURM", "CUDA_VISIBLE", "MAE_SCALE_DEVICE"))
+            or name.endswith("RANK")
+            or name.endswith("WORLD_SIZE")
+        ):
             monkeypatch.delenv(name)
 
 
@@ -72,6 +82,96 @@ def test_cpus_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpus() == 2
     set_all(monkeypatch, {**TASK, "SLURM_CPUS_PER_TASK": "7"})
     assert cpus() == 7
+
+
+def test_cpus_of_a_rank_of_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks share the CPUs of the task: not every one has them all."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
+    ranks = {"RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
+    set_all(monkeypatch, {**TASK, "SLURM_CPUS_PER_TASK": "64", **ranks})
+    assert cpus() == 8 and data_workers() == 7 and compute_threads() == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))  # bound to fewer
+    assert cpus() == 2 and data_workers() == 1 and compute_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "evidence"),
+    [
+        ({}, None),
+        ({"SLURM_GPUS_ON_NODE": "0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, "SLURM_GPUS_ON_NODE=8"),
+        ({"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0"),
+        (
+            {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"},
+            "CUDA_VISIBLE_DEVICES=GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1"}, "CUDA_VISIBLE_DEVICES=MIG-1"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], evidence: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_all(monkeypatch, env)
+    assert gpu_evidence(env) == evidence
+    if evidence is None:
+        assert World().device == torch.device("cpu")
+        return
+    with pytest.raises(UserError, match=re.escape(f"although {evidence}: ")) as caught:
+        _ = World().device
+    assert "driver" in str(caught.value) and "MAE_SCALE_DEVICE=cpu" in str(caught.value)
+    monkeypatch.setenv("MAE_SCALE_DEVICE", "cpu")
+    assert World().device == torch.device("cpu")
+    monkeypatch.setenv("MAE_SCALE_DEVICE", "tpu")
+    with pytest.raises(UserError, match="must be cpu or auto"):
+        _ = World().device
+
+
+def test_the_drivers_version_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device, version = tmp_path / "nvidia0", tmp_path / "version"
+    assert gpu_evidence({}, device) is None
+    device.touch()
+    assert gpu_evidence({}, device) == f"there is {device}"
+    assert gpu_evidence({"CUDA_VISIBLE_DEVICES": ""}, device) is None  # hidden on purpose
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n")
+    monkeypatch.setattr(world, "DRIVER_FILE", version)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"the driver is 470\.57\.02, PyTorch .* is built for"):
+        _ = World().device
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "index"), [(1, 3, 0), (8, 3, 3), (8, 0, 0), (2, 1, 1)]
+)
+def test_the_gpu_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int
+) -> None:
+    """A rank that sees one has that one, as under --gpus-per-task; else by its number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert World(local_rank, 8, local_rank, 8).device == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "expected"),
+    [(1, 64, 64), (64, 64, 64), (128, 64, 32), (512, 64, 8), (4096, 64, 1), (3, 64, 64)],
+)
+def test_a_recipes_micro_batch_is_an_upper_bound(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, micro: int, expected: int
+) -> None:
+    """Three processes cannot share a batch of 4096; that stays an error of its own."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    needed = ["--run_dir", "r", "--data.train", "t", "--config", "pretrain_vit_base"]
+    config = parse(PretrainConfig, needed, "test")
+    assert config.train.micro_batch_size == expected
+    asked = [*needed, "--train.micro_batch_size", str(micro)]
+    assert parse(PretrainConfig, asked, "test").train.micro_batch_size == micro
 
 
 def test_restarts_that_get_nowhere_end(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
