@@ -15,7 +15,7 @@ log = logging.getLogger("mae_scale")
 
 # Counted with gloo (tests/integration/test_descriptors.py), and something to spare.
 OWN = 100
-PER_RANK, PER_RANK_ON_RANK0 = 2, 4
+PER_RANK, PER_RANK_ON_RANK0 = 1, 3
 SHARDS = 512  # that a data worker, or a rank without any, keeps open
 
 

@@ -36,6 +36,9 @@ def fill_in(
     """
     torch.manual_seed(seed)
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
+    # DeepSpeed would make a second group of all ranks, since torch could once not translate the
+    # ranks of the first: as many connections again, with a time-out of its own.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
     given = on_rank0(lambda: set(weights or ()))
     for prefix, module in model.named_modules():
         module.to_empty(device="cpu", recurse=False)
