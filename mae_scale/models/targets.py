@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, layer_norm
 
 from mae_scale.errors import UserError
+from mae_scale.models.numerics import full_fp32
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -87,7 +88,8 @@ class Target(nn.Module):
         Returns:
             Mean squared error, float32 scalar.
         """
-        return masked_mean((pred.float() - self(patches)).square().mean(dim=-1), mask)
+        # bf16 minus fp32 is fp32: nothing is gained by a copy of the prediction in fp32.
+        return masked_mean((pred - self(patches)).square().mean(dim=-1), mask)
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Turn a prediction into patches: float32 [B, L, d] -> [B, L, p*p*3].
@@ -115,8 +117,10 @@ class Pixels(Target):
         """Make the target of true patches: float32 [B, L, p*p*3], the same shape."""
         if not self._normalises:
             return patches
-        mean, std = patch_statistics(patches)
-        return (patches - mean) / std
+        # LayerNorm in one pass, made to divide by sqrt(unbiased variance + 1e-6) as the authors do.
+        n = self.width
+        normed = layer_norm(patches, (n,), eps=1e-6 * (n - 1) / n)
+        return normed.mul_(((n - 1) / n) ** 0.5)
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Give a normalised prediction the true patches' means and deviations, as the authors."""
@@ -212,11 +216,13 @@ class PatchPCA(Target):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """[..., d] -> [..., k], in fp32."""
-        return (patches.float() - self.mean) @ self.components.T
+        with full_fp32():
+            return (patches.float() - self.mean) @ self.components.T
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Sum the components: [..., k] -> the patches with these coefficients and no others."""
-        return pred.float() @ self.components + self.mean
+        with full_fp32():
+            return pred.float() @ self.components + self.mean
 
     def fit(self, patches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Mean and components of a sample of patches, by the covariance in float64.

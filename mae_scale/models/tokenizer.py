@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_scale.errors import UserError
+from mae_scale.models.numerics import full_fp32
 
 _GROUPS = 4  # of the dVAE encoder's blocks; a pooling stands between two of them
 _LOGIT_LAPLACE_EPS = 0.1  # DALL-E's: pixels are squeezed into 0.1 to 0.9
@@ -73,7 +74,8 @@ class Tokenizer:
     def _ids(self, pixels: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, S, S] in [0, 1] -> int64 [B, s, s]."""
         try:
-            out = self._module(pixels)
+            with full_fp32():
+                out = self._module(pixels)
         except RuntimeError as error:  # what TorchScript raises, whatever is wrong
             last = str(error).strip().splitlines()[-1]
             raise self._unfit(f"fails on images {list(pixels.shape)}: {last}") from None

@@ -255,3 +255,29 @@ def test_dalles_encoder_out_of_its_own_keys(tmp_path: Path) -> None:
         full = DalleEncoder()
     # 215 MB in fp32, as the file that DALL-E's authors publish.
     assert sum(p.numel() for p in full.parameters()) == 53_786_240
+
+
+def test_targets_are_computed_in_full_fp32() -> None:
+    """Not in TF32, which training allows, nor under autocast; afterwards it is as it was."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    seen = []
+
+    class Product(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+                autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+                seen.append((matmul.allow_tf32, cudnn.allow_tf32, autocast))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    pca = PatchPCA(12, pca_components=4)
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        with torch.autocast("cpu", torch.bfloat16):
+            pca(torch.rand(3, 12).as_subclass(Product))
+            pca.to_pixels(torch.rand(3, 4).as_subclass(Product), torch.rand(3, 12))
+        assert seen == [(False, False, False)] * 2
+        assert matmul.allow_tf32 and cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
