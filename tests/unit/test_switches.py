@@ -259,8 +259,7 @@ def test_dalles_encoder_out_of_its_own_keys(tmp_path: Path) -> None:
 
 def test_targets_are_computed_in_full_fp32() -> None:
     """Not in TF32, which training allows, nor under autocast; afterwards it is as it was."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
     seen = []
 
     class Product(torch.Tensor):
@@ -268,16 +267,16 @@ def test_targets_are_computed_in_full_fp32() -> None:
         def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
                 autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
-                seen.append((matmul.allow_tf32, cudnn.allow_tf32, autocast))
+                seen.append((torch.get_float32_matmul_precision(), cudnn.allow_tf32, autocast))
             return super().__torch_function__(func, types, args, kwargs or {})
 
     pca = PatchPCA(12, pca_components=4)
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
         with torch.autocast("cpu", torch.bfloat16):
             pca(torch.rand(3, 12).as_subclass(Product))
             pca.to_pixels(torch.rand(3, 4).as_subclass(Product), torch.rand(3, 12))
-        assert seen == [(False, False, False)] * 2
-        assert matmul.allow_tf32 and cudnn.allow_tf32
+        assert seen == [("highest", False, False)] * 2
+        assert torch.get_float32_matmul_precision() == "high" and cudnn.allow_tf32
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
