@@ -27,6 +27,7 @@ from mae_scale.models.classifier import (
     keep_statistics_in_fp32,
 )
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
+from mae_scale.sharding.labels import normal
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.train import checkpoint
@@ -268,8 +269,8 @@ def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torc
     Raises:
         UserError: the set has classes that the classifier does not have.
     """
-    names = classes_of(shards)
-    numbers = {name: number for number, name in enumerate(classes)}
+    names = [normal(name) for name in classes_of(shards)]
+    numbers = {normal(name): number for number, name in enumerate(classes)}
     if not set(names) <= numbers.keys() and sorted(names) == sorted(map(str, range(len(classes)))):
         numbers = {str(number): number for number in range(len(classes))}
     unknown = [name for name in names if name not in numbers]

@@ -33,6 +33,7 @@ from mae_scale.data.dataset import (
     TrainDataset,
 )
 from mae_scale.data.formats import MAX_PIXELS
+from mae_scale.data.mixing import sorted_by_class
 from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.remote import is_remote, shown
 from mae_scale.data.shards import ShardSet
@@ -205,6 +206,8 @@ class TrainLoader(_Loader):
         if repeats > 1 and not dataset.can_repeat:
             raise UserError(f"data.repeats {repeats}: samples with annotations come once a step")
         dataset.repeats, dataset.max_pixels = repeats, max_pixels
+        if rank == 0 and (text := sorted_by_class(shards, order, self._samples_per_step)):
+            logger.warning("%s", text)
         super().__init__(
             dataset,
             micro_batch_size,

@@ -16,6 +16,7 @@ from mae_scale.errors import UserError
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
+from mae_scale.sharding.labels import normal
 from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.task import AVERAGED, TASKS
 from mae_scale.tasks.trained import CLASSES, read_any
@@ -43,6 +44,31 @@ def classes_of(shards: ShardSet) -> list[str]:
     if len(shards.classes) < 2:
         raise UserError(f"{shards.root} has {len(shards.classes)} class; nothing to classify")
     return shards.classes
+
+
+def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
+    """The place among `classes` of each label of other shards, by name; None: they are the same.
+
+    Accents may be written as one character or as two. A set may have fewer classes.
+
+    Returns:
+        int64 [classes of the shards].
+
+    Raises:
+        UserError: the shards have classes that are not among these.
+    """
+    own = [normal(name) for name in classes_of(shards)]
+    place = {normal(name): i for i, name in enumerate(classes)}
+    missing = [name for name in own if name not in place]
+    if missing:
+        more = ", …" if len(missing) > 4 else ""
+        raise UserError(
+            f"{shards.root} has {len(missing)} of {len(own)} classes that are not among the "
+            f"{len(classes)} of the training shards: {', '.join(map(ascii, missing[:4]))}{more}; "
+            f"those are {', '.join(map(ascii, classes[:4]))}, …"
+        )
+    numbers = [place[name] for name in own]
+    return None if numbers == list(range(len(classes))) else torch.tensor(numbers)
 
 
 def initial_weights(
@@ -77,11 +103,7 @@ def validation(
     if config.data.val is None:
         return None
     shards = open_shards(config.data.val, config.data.cache_dir)
-    if classes_of(shards) != train.classes:
-        raise UserError(
-            f"data.val {shards.root} has {len(shards.classes)} classes that are not the "
-            f"{len(train.classes)} of data.train; their manifests must list the same"
-        )
+    label_of = matched(shards, train.classes)
     loader = EvalLoader(
         shards,
         img_size=config.model.img_size,
@@ -109,6 +131,7 @@ def validation(
             doing=watchdog.doing,
             what="validating",
             stop=stop,
+            label_of=label_of,
         )
         return None if found is None else found.row()
 

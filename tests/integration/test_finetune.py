@@ -321,7 +321,7 @@ def test_other_classes_for_validation_and_a_head_of_others(
     manifest["classes"] = [f"x{name}" for name in manifest["classes"]]
     (other / "manifest.json").write_text(json.dumps(manifest))
     tuning.settings["data.val"] = other
-    assert "classes that are not the 250 of data.train" in tuning.finish(2)
+    assert "classes that are not among the 250 of the training shards" in tuning.finish(2)
     del tuning.settings["data.val"]
     tuning.settings["train.max_steps"] = 1
     tuning.finish()

@@ -12,7 +12,7 @@ from make_shards import make_shards
 from mae_scale.commands.evaluate import ALEXNET_ERRORS, corruption_errors, outputs_of
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
-from mae_scale.tasks.classification import classes_of
+from mae_scale.tasks.classification import classes_of, matched
 from mae_scale.train.validation import Scores, rank_of_label
 
 
@@ -88,3 +88,14 @@ def test_alexnet_has_a_mean_corruption_error_of_100() -> None:
     assert found["mce"] == pytest.approx(100)
     better = {key: value + 0.5 * (100 - value) for key, value in alexnet.items()}
     assert corruption_errors(better)["mce"] == pytest.approx(50)
+
+
+def test_validation_matches_classes_by_name(ten) -> None:  # type: ignore[no-untyped-def]
+    names = ten.classes
+    assert matched(ten, names) is None
+    wanted = matched(ten, [*reversed(names), "more"])
+    assert wanted is not None and wanted.tolist() == list(reversed(range(10)))
+    accents = ["Cafe\u0301", *names[1:]]
+    assert matched(replace(ten, classes=accents), ["Caf\u00e9", *names[1:]]) is None
+    with pytest.raises(UserError, match=r"1 of 10 classes .* 'Caf\\xe9'"):
+        matched(replace(ten, classes=accents), names)

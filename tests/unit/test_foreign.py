@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import NO_LABEL, open_shards
 from mae_scale.errors import RunError, UserError
 from mae_scale.sharding import foreign
@@ -287,3 +288,24 @@ def test_secrets_are_not_written_down(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as caught:
         index_shards([f"pipe:false SECRET {tmp_path}/{{000..001}}.tar"], tmp_path / "other")
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("lanes", "warns"), [(2, True), (64, False)])
+def test_tars_that_are_sorted_by_class_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lanes: int, warns: bool
+) -> None:
+    """Twenty classes in four tars; a batch of 32 from two lanes would hold a few."""
+    image = jpg(0)
+    for tar in range(4):
+        files = [
+            f for i in range(100)
+            for f in ((f"{i:03d}.jpg", image), (f"{i:03d}.cls", b"%d" % (tar * 5 + i // 20)))
+        ]  # fmt: skip
+        write(tmp_path / f"{tar}.tar", files)
+    index_shards([str(tmp_path)])
+    TrainLoader(open_shards(tmp_path), img_size=32, global_batch_size=32, lanes=lanes, window=20)
+    messages = [record.message for record in caplog.records]
+    assert bool(messages) == warns
+    if warns:
+        assert "is sorted by class, and 2 lanes" in messages[0]
+        assert "set data.lanes" in messages[0]

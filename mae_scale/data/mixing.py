@@ -1,0 +1,49 @@
+"""Whether the batches of an order hold as many classes as they would if images were mixed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mae_scale.data.order import SampleOrder
+from mae_scale.data.shards import ShardSet
+
+_MOST_SAMPLES = 100_000_000  # of larger sets the labels are not counted
+_FEW, _ENOUGH = 0.5, 0.8  # of the classes that a mixed batch would have
+_MOST_LANES = 65_536
+
+
+def sorted_by_class(shards: ShardSet, order: SampleOrder, batch: int) -> str | None:
+    """A warning where the first batch holds few classes, with the number of lanes that mends it.
+
+    That is so where tars are sorted by class and few places of them are read at a time.
+
+    Args:
+        batch: samples of a step.
+    """
+    if len(shards) > _MOST_SAMPLES:
+        return None
+    labels = np.asarray(shards.index["label"])
+    known = labels[labels >= 0]
+    share = np.bincount(known) / max(1, len(known))
+    expected = float((1 - (1 - share) ** batch).sum())
+    if len(known) < len(labels) or expected < 3:
+        return None
+    seen = _classes(labels, order, batch)
+    if seen >= _FEW * expected:
+        return None
+    lanes, text = order.lanes, "mix them anew with `mae-scale shard`"
+    while (lanes := 2 * lanes) <= min(_MOST_LANES, len(shards)):
+        other = SampleOrder(shards.samples, order.seed, lanes, order.window)
+        if _classes(labels, other, batch) >= _ENOUGH * expected:
+            text = f"set data.lanes {lanes}"
+            break
+    return (
+        f"{shards.root} is sorted by class, and {order.lanes} lanes of it are read at a time: a "
+        f"batch of {batch} holds {seen} classes, where a mixed one would hold about "
+        f"{expected:.0f}; {text}"
+    )
+
+
+def _classes(labels: np.ndarray, order: SampleOrder, batch: int) -> int:
+    samples = order.samples(0, np.arange(min(batch, len(order))))
+    return len(np.unique(labels[samples]))
