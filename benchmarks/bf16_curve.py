@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
-from mae_scale.train.metrics import read_metrics
+from mae_scale.train.records import read_metrics
 
 STEPS = 300
 SMOOTH = 20  # steps of the moving mean

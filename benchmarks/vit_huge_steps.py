@@ -20,7 +20,7 @@ from machine import header
 
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
-from mae_scale.train.metrics import read_metrics
+from mae_scale.train.records import read_metrics
 
 
 def peak_memory(ranks: list[psutil.Process], peaks: dict[str, int]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 
+from mae_scale.launch.outputs import one_line, take_over
+
 
 def main(argv: list[str] | None = None) -> int:
     from mae_scale.commands.index import main as command
@@ -13,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(sys.argv[1:] if argv is None else argv, "index_shards.py")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing has been written", file=sys.stderr)
@@ -24,4 +26,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    take_over()
     sys.exit(main())

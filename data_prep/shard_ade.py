@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mae_scale.errors import UserError
+from mae_scale.launch.outputs import take_over
 from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated_script import Find, run
 from mae_scale.sharding.sources import Source
@@ -32,4 +33,5 @@ def source(args: argparse.Namespace) -> tuple[Path, Find]:
 
 
 if __name__ == "__main__":
+    take_over()
     sys.exit(run(None, __doc__ or "", {"src": "ADEChallengeData2016"}, source))

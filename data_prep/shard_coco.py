@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mae_scale.launch.outputs import take_over
 from mae_scale.sharding.annotated_script import Find, run
 from mae_scale.sharding.coco import read_coco
 
@@ -20,6 +21,7 @@ def source(args: argparse.Namespace) -> tuple[Path, Find]:
 
 
 if __name__ == "__main__":
+    take_over()
     places = {
         "instances": "COCO's file, such as annotations/instances_train2017.json",
         "images": "folder of its images, such as train2017",

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from mae_scale.errors import STOPPED
+from mae_scale.launch.outputs import one_line, take_over
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,10 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(sys.argv[1:] if argv is None else argv, "shard_imagenet.py")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -31,6 +32,7 @@ def leave(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    take_over()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     sys.exit(main())

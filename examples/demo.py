@@ -25,7 +25,7 @@ from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.tasks.figures import save_loss_curve
-from mae_scale.train.metrics import read_metrics
+from mae_scale.train.records import read_metrics
 from mae_scale.train.run_dir import read_history
 
 REPOSITORY = Path(__file__).parents[1]

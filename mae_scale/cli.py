@@ -10,6 +10,8 @@ import traceback
 from typing import NoReturn
 
 from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.files import TRUST
+from mae_scale.launch.outputs import one_line, take_over
 from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.task import main as train
 from mae_scale.world import World
@@ -28,6 +30,7 @@ COMMANDS = {
     "export": "weights for the authors' code, timm or Hugging Face",
     "reconstruct": "draw what a trained one makes of images",
 }
+PRINTING = {"plan", "status", "--help", "-h"}  # their product is what they print
 
 
 def usage() -> str:
@@ -44,6 +47,8 @@ def usage() -> str:
             *lines,
             "",
             "mae-scale COMMAND --help explains every option and config key.",
+            "Any command takes --trust: it runs the code that pickles in a run folder ask for.",
+            "Without it such a folder is refused; give it only where you know who made the folder.",
         ]
     )
 
@@ -53,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher adds --local_rank=N; the rank is read from the environment instead.
     argv = [token for token in argv if not token.startswith(("--local_rank=", "--local-rank="))]
+    if "--trust" in argv:
+        os.environ[TRUST] = "1"
+        argv = [token for token in argv if token != "--trust"]
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(usage())
@@ -76,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             error = agreed(world, error)
         # What all ranks raise is said once; the rest can strike any of them.
         if world.rank == 0 or not isinstance(error, (UserError, CommonError)):
-            print(f"mae-scale: error: {error}", file=sys.stderr)
+            print(f"mae-scale: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 
 
@@ -89,17 +97,26 @@ def entry() -> NoReturn:
     process ("terminate called without an active exception"). Destroying the process group does
     not end those threads, since DeepSpeed keeps references to it.
     """
+    prints = not sys.argv[1:] or sys.argv[1] in PRINTING
+    take_over(drops=not prints)
     try:
         code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # of a command that does not train
         print("mae-scale: interrupted", file=sys.stderr)
         code = 130  # as shells have it
-    except BrokenPipeError:  # whoever read what it prints has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as end:  # of --help
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except OSError as error:
+        if not prints:
+            traceback.print_exc()
+        elif not isinstance(error, BrokenPipeError):  # else the reader has seen enough
+            print(f"mae-scale: error: {one_line(error)}", file=sys.stderr)
         code = 1
     except Exception:
         traceback.print_exc()
         code = 1
+    take_over()  # from now on nothing may change the exit code
     if "mae_scale.launch.distributed" not in sys.modules:
         sys.exit(code)
     atexit._run_exitfuncs()

@@ -8,6 +8,9 @@ import re
 import socket
 from pathlib import Path
 
+# Variable that `--trust` sets, for child processes too: pickles may run code when they are read.
+TRUST = "MAE_SCALE_TRUST"
+
 
 def host() -> str:
     """This machine, as part of a file name."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from mae_scale.train.metrics import read_metrics
+from mae_scale.train.records import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -164,9 +164,9 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
         top1 = {name: scores_on(name, shards).row()["top1"] for name, shards in corrupted.items()}
         results["imagenet_c"] = corruption_errors(top1)
     if world.rank == 0:
-        print(table(results))
         if options.out is not None:
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
+        print(table(results))
 
 
 @dataclass

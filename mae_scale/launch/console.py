@@ -8,6 +8,8 @@ import time
 
 from tqdm import tqdm
 
+from mae_scale.launch.outputs import one_line
+
 # tqdm's own lock is shared with forked processes, and stays locked when one is killed holding it.
 tqdm.set_lock(threading.RLock())
 
@@ -59,10 +61,10 @@ def size_text(size: float) -> str:
 
 def say(line: str) -> None:
     """A line on stdout, beside a progress bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(one_line(line), file=sys.stdout)
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """A line on stderr."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)

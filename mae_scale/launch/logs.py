@@ -7,22 +7,34 @@ import sys
 
 from tqdm import tqdm
 
-from mae_scale.launch.distributed import World
+from mae_scale.launch.outputs import one_line
+from mae_scale.world import World
+
+
+class _OneLine(logging.Formatter):
+    """Shows line ends and control characters as escapes: a file's name must not forge a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 class _AboveTheBar(logging.Handler):
     """Writes to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-        sys.stderr.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)  # says what is wrong with the message, and raises nothing
 
 
 def set_up_logging(world: World) -> None:
     """Set up the logger "mae_scale" of this process."""
     handler = _AboveTheBar()
     where = "" if world.size == 1 or world.rank == 0 else f" [rank {world.rank}]"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine(f"%(asctime)s{where} %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("mae_scale")
     logger.handlers = [handler]
     logger.propagate = False

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mae_scale.errors import RunError, UserError
+from mae_scale.launch.outputs import one_line
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
 from mae_scale.sharding.sources import Source
@@ -50,8 +51,8 @@ def run(
         src, lists = find(args)
         return shard(src, args.out, options, workers=args.workers, dry_run=args.dry_run, find=lists)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}; the same command goes on from here", file=sys.stderr)
+        print(f"error: {one_line(error)}; the same command goes on from here", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train import elastic
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.reading import load_tensors, refuse_code
 
 log = logging.getLogger("mae_scale")
 
@@ -65,9 +66,29 @@ class Commit:
             ValueError: it is no such file.
         """
         try:
-            return cls(**json.loads((folder / COMMITTED).read_text()))
-        except TypeError as error:
+            commit = cls(**json.loads((folder / COMMITTED).read_text()))
+        except (TypeError, RecursionError) as error:
             raise ValueError(str(error)) from None
+        commit._check()
+        return commit
+
+    def _check(self) -> None:
+        """Raise a `ValueError` for values that no commit of ours has."""
+        whole = {"step": 0, "samples": 0, "bad_steps": 0, "world_size": 1, "zero_stage": 0}
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**63:
+                raise ValueError(f"{name} is {value!r:.40}")
+        for name in ("precision", "config_hash", "data"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.40}")
+        if self.score is not None and type(self.score) not in (int, float):
+            raise ValueError(f"score is {self.score!r:.40}")
+        if not isinstance(self.files, dict):
+            raise ValueError(f"files is {self.files!r:.40}")
+        for name, facts in self.files.items():
+            if Path(name).name != name or not isinstance(facts, dict) or "bytes" not in facts:
+                raise ValueError(f"files names {name!r:.80}, which is no file of a checkpoint")
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -171,6 +192,8 @@ class Saver:
         self._keep = config.keep
         least = None if config.background_gb is None else config.background_gb * 1e9
         self._writer = engine.checkpoint_engine = BackgroundWriter(least)
+        # DeepSpeed would copy scripts beside the files; anybody could change them.
+        engine._copy_recovery_script = lambda save_path: None
         self._commit: Commit | None = None
         self._began = self._stall = 0.0  # seconds
 
@@ -259,12 +282,20 @@ def _prune(run_dir: Path, keep: int) -> None:
     kept, best = 0, best_of(run_dir)
     for folder in _folders(run_dir):
         committed = (folder / COMMITTED).exists()
-        if committed and (kept < keep or Commit.read(folder).milestone or folder == best):
+        if committed and (kept < keep or _stays(folder) or folder == best):
             kept += 1
             continue
         # The commit goes first: a removal that is cut short must not look like a checkpoint.
         (folder / COMMITTED).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def _stays(folder: Path) -> bool:
+    """Whether it is a milestone, or its commit was damaged since: that is for a person to look."""
+    try:
+        return Commit.read(folder).milestone
+    except (OSError, ValueError):
+        return True
 
 
 def best_of(run_dir: Path) -> Path | None:
@@ -322,6 +353,8 @@ def load(engine: DeepSpeedEngine, folder: Path, order: list[str]) -> None:
         )
         elastic.load(engine, on_rank0(lambda: elastic.convert(folder, commit.zero_stage, order)))
         return
+    on_rank0(lambda: refuse_code(folder))
+    engine.checkpoint_engine = BackgroundWriter(None)  # reads without running pickled code
     loaded, _ = engine.load_checkpoint(
         str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
     )
@@ -334,13 +367,18 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used. Files are
     mapped, so that neither moments nor the states of all ranks come into memory.
+
+    Raises:
+        UserError: its files hold something else, or more than tensors.
     """
-    if Commit.read(folder).zero_stage == 3:
-        return elastic.weights_of_stage_3(folder)
-    path = folder / "mp_rank_00_model_states.pt"
-    # DeepSpeed's file holds its own Python objects; it is the run's own and checksummed.
-    state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
-    return {key: value.float() for key, value in state.items()}
+    try:
+        if Commit.read(folder).zero_stage == 3:
+            return elastic.weights_of_stage_3(folder)
+        state = load_tensors(folder / "mp_rank_00_model_states.pt")["module"]
+        return {key: value.float() for key, value in state.items()}
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"checkpoint {folder} does not hold the weights of a run: {what}") from None
 
 
 def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:

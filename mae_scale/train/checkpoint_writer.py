@@ -11,7 +11,9 @@ from typing import IO, Any, cast
 
 import torch
 
+from mae_scale.errors import RunError, UserError
 from mae_scale.train.ds import TorchCheckpointEngine
+from mae_scale.train.reading import load_tensors
 
 
 class BackgroundWriter(TorchCheckpointEngine):
@@ -38,6 +40,17 @@ class BackgroundWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Take a state, called by DeepSpeed once for each file."""
         self._states.append((Path(path), state_dict))
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """Read a file for DeepSpeed, on the CPU, without running pickled code.
+
+        Raises:
+            RunError: it cannot be read so, on this rank alone.
+        """
+        try:
+            return load_tensors(Path(path), mapped=False)
+        except UserError as error:
+            raise RunError(str(error)) from None
 
     def start(self) -> None:
         """Write what was taken, or begin to; then training may change the state."""

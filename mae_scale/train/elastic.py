@@ -23,6 +23,7 @@ import torch
 from mae_scale.files import checksums, sync_folder, sync_tree
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed, ds_to_universal
 from mae_scale.train.optimizers import EMA
+from mae_scale.train.reading import load_tensors, refuse_code
 
 log = logging.getLogger("mae_scale")
 
@@ -45,6 +46,7 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
         The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, or what else the optimiser
         keeps, `common.pt`, and `checksums.json` of these.
     """
+    refuse_code(folder)  # DeepSpeed's converter would run it
     universal, unfinished = folder / "universal", folder / "universal.unfinished"
     if universal.exists():
         if _is_intact(universal):
@@ -55,7 +57,7 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
     out = unfinished / "out"  # ds_to_universal also writes into the folder above
     out.mkdir(parents=True)
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
-    state = _read(models[0])
+    state = load_tensors(models[0])
     unsharded = stage == 0
     if unsharded:
         step, kept = _convert_unsharded(state, order, out)
@@ -87,11 +89,6 @@ def _is_intact(universal: Path) -> bool:
 
 def _rank_of(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    # DeepSpeed's own Python objects are in it; the file is the run's own and checksummed.
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
 
 
 def _convert_unsharded(
@@ -126,7 +123,9 @@ def _convert_sharded(folder: Path, out: Path, scratch: Path) -> tuple[float, lis
     the place of the first one, in `scratch`.
     """
     _let_deepspeed_convert(folder, out)
-    optimizer = _read(next(folder.glob("*zero_pp_rank_0_*optim_states.pt")))["optimizer_state_dict"]
+    optimizer = load_tensors(next(folder.glob("*zero_pp_rank_0_*optim_states.pt")))[
+        "optimizer_state_dict"
+    ]
     state = next(iter(_inner_state(optimizer).values()))
     if EMA not in state:
         return float(state["step"]), MOMENTS
@@ -135,7 +134,7 @@ def _convert_sharded(folder: Path, out: Path, scratch: Path) -> tuple[float, lis
         if not path.name.endswith("optim_states.pt"):
             (scratch / path.name).symlink_to(path.resolve())
             continue
-        content = _read(path)
+        content = load_tensors(path)
         for piece in _inner_state(content["optimizer_state_dict"]).values():
             piece[MOMENTS[0]] = piece[EMA]
         torch.save(content, scratch / path.name)
@@ -170,7 +169,7 @@ def _let_deepspeed_convert(folder: Path, out: Path) -> None:
 
 def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Frozen parameters of a stage-3 checkpoint, out of the pieces of all ranks."""
-    pieces = [_read(path)["frozen_param_fragments"] or {} for path in models]
+    pieces = [load_tensors(path)["frozen_param_fragments"] or {} for path in models]
     return {
         name: torch.cat([piece[name].flatten() for piece in pieces])[: shape.numel()].view(shape)
         for name, shape in shapes.items()
@@ -184,11 +183,11 @@ def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
     the weights, and for one rank's share of them. DeepSpeed's own function holds all shares.
     """
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
-    first = _read(models[0])
+    first = load_tensors(models[0])
     shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     for rank, path in enumerate(sorted(folder.glob("*optim_states.pt"), key=_rank_of)):
-        groups = iter(_read(path)["optimizer_state_dict"]["fp32_flat_groups"])
+        groups = iter(load_tensors(path)["optimizer_state_dict"]["fp32_flat_groups"])
         share = next(groups)
         for tensor in state.values():
             size = -(-tensor.numel() // len(models))  # the last share of a parameter is padded
@@ -207,7 +206,7 @@ def load(engine: DeepSpeedEngine, universal: Path) -> None:
 
     Learning rate, weight decay and betas stay those of the engine.
     """
-    common = torch.load(universal / "common.pt", map_location="cpu", weights_only=True)
+    common = load_tensors(universal / "common.pt")
     parameters = dict(engine.module.named_parameters())
     stage = engine.zero_optimization_stage()
     if stage == 3:
@@ -233,7 +232,7 @@ def averages(universal: Path) -> dict[str, torch.Tensor]:
 
 
 def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Tensor:
-    saved = torch.load(
+    saved = torch.load(  # a bare tensor where DeepSpeed has written it
         universal / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=True
     )
     return (saved["param"] if isinstance(saved, dict) else saved).reshape(shape)  # flat by stage 3

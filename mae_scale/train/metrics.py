@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -13,14 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mae_scale.files import write_atomically
-from mae_scale.train.records import METRICS, VALIDATION, read_metrics
+from mae_scale.train.records import METRICS, VALIDATION
+from mae_scale.train.sinks import Rows, TensorBoard
 
 log = logging.getLogger("mae_scale")
 
@@ -41,35 +37,26 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, step: int, file: str = METRICS, group: str = "train") -> None:
-        path = run_dir / file
-        self._group = group
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._rows = Rows(run_dir / file, step)
+        self._tensorboard = TensorBoard(run_dir / "tensorboard", step, group)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add one row; it is in the file when this returns."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for key, value in row.items():
-            if value is not None and key != "step":
-                self._tensorboard.add_scalar(f"{self._group}/{key}", value, row["step"])
+        """Add one row; it is in the file when this returns, unless the file cannot be written."""
+        self._rows.write(row)
+        self._tensorboard.add(row)
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard."""
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        self._tensorboard.show(name, path, step)
 
     def sync(self) -> None:
         """Put all rows on disk."""
-        os.fsync(self._file.fileno())
+        self._rows.sync()
         self._tensorboard.flush()
 
     def close(self) -> None:
         """Close both."""
-        self._file.close()
+        self._rows.close()
         self._tensorboard.close()
 
 

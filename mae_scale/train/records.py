@@ -13,18 +13,22 @@ HISTORY = "history.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    """The rows of a record; lines that cannot be read are left out.
+
+    Such are a last line that a kill cut short, and what a crash of the machine leaves.
+    """
+    return list(readable_rows(path, whole=True))
 
 
-def readable_rows(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a record for those who only look: lines that cannot be read are left out.
+def readable_rows(
+    path: Path, last_bytes: int | None = None, whole: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Give the rows of a record one by one; lines that cannot be read are left out.
 
     Args:
         path: a file, which need not be there.
         last_bytes: look only at the end of the file.
+        whole: leave out a last line without an end, even if it can be read.
     """
     if not path.exists():
         return
@@ -35,7 +39,9 @@ def readable_rows(path: Path, last_bytes: int | None = None) -> Iterator[dict[st
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:  # cut short by a kill, or just being written
+            except (ValueError, RecursionError):  # cut short by a kill, or just being written
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if whole and not line.endswith(b"\n"):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
                 yield row

@@ -105,13 +105,17 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
         facts: what else is worth knowing, such as the world size.
     """
     row = {"event": event, "step": step, "time": time.time(), "host": host()}
-    with (run_dir / HISTORY).open("a") as file:
-        file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
+    path = run_dir / HISTORY
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
+    except OSError as error:  # no reason to end a run
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `RUN/history.jsonl`; a last line that a kill cut short is left out."""
-    return read_metrics(run_dir / HISTORY)
+    """The events in `RUN/history.jsonl`; lines that cannot be read are left out."""
+    return [row for row in read_metrics(run_dir / HISTORY) if "event" in row]
 
 
 def note_restart(run_dir: Path, step: int) -> None:
@@ -129,7 +133,7 @@ def note_restart(run_dir: Path, step: int) -> None:
         return
     job = os.environ["SLURM_JOB_ID"]
     rows = [row for row in read_history(run_dir) if row["event"] == "restarted"]
-    last = [(row["job"], row["step"]) for row in rows[-IDLE_RESTARTS:]]
+    last = [(row.get("job"), row["step"]) for row in rows[-IDLE_RESTARTS:]]
     if last == [(job, step)] * IDLE_RESTARTS:
         raise CommonError(
             f"Slurm has restarted job {job} {IDLE_RESTARTS} times without getting beyond step "

@@ -25,7 +25,7 @@ from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights
 from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train import checkpoint
 from mae_scale.train.ds import deepspeed
-from mae_scale.train.metrics import read_metrics
+from mae_scale.train.records import read_metrics
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))

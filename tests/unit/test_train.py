@@ -22,7 +22,8 @@ from mae_scale.models import build_mae
 from mae_scale.models.compiled import compile_blocks
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
-from mae_scale.train.metrics import Meter, MetricsLog, read_metrics
+from mae_scale.train.metrics import Meter, MetricsLog
+from mae_scale.train.records import read_metrics
 from mae_scale.train.schedule import curve_rate, learning_rate
 
 TABLE_8 = {"peak": 2.4e-3, "floor": 0.0, "warmup": 40.0, "epochs": 1600.0}

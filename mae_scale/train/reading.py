@@ -1,0 +1,84 @@
+"""Reading a checkpoint's files without running the code that a pickle may hold.
+
+Run folders are passed on. Python's pickle calls whatever function a file names, and the checksums
+of COMMITTED.json are no help: who writes the file writes them, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from mae_scale.errors import UserError
+from mae_scale.files import TRUST
+
+log = logging.getLogger("mae_scale")
+
+# What DeepSpeed puts beside tensors and plain values under ZeRO 1 to 3. They hold numbers only.
+ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """Give what `torch.save` wrote into a checkpoint's file, on the CPU.
+
+    Args:
+        path: of the file.
+        mapped: map the tensors instead of reading them, where the file's form allows it.
+
+    Raises:
+        UserError: the file names anything but tensors, plain values and `ALLOWED`, or is damaged.
+    """
+    zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+    safe = os.environ.get(TRUST) != "1"
+    try:
+        with safe_globals(ALLOWED):
+            content = torch.load(
+                path, map_location="cpu", weights_only=safe, mmap=mapped and zipped
+            )
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, *_MALFORMED) as error:
+        raise UserError(_refusal(path, error, zipped)) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, no state of a run")
+    return content
+
+
+def refuse_code(folder: Path) -> None:
+    """Look at all files of a checkpoint before any of them is used.
+
+    Raises:
+        UserError: one of them cannot be read by `load_tensors`.
+    """
+    for path in sorted(folder.glob("*_states.pt")):
+        load_tensors(path)
+
+
+# What an unpickler raises on opcodes that do not fit together.
+_MALFORMED = (AttributeError, ImportError, IndexError, KeyError, TypeError, OverflowError)
+
+
+def _refusal(path: Path, error: Exception, zipped: bool) -> str:
+    names: list[str] = []
+    if zipped:
+        try:
+            with safe_globals(ALLOWED):
+                names = sorted(get_unsafe_globals_in_checkpoint(path))
+        except Exception as other:  # the same damage once more; the first error is reported
+            log.debug("%s: %s", path, other)
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        return (
+            f"{path} asks for code that no checkpoint of ours needs: {', '.join(names[:5])}{more}; "
+            "if you know who made it and why, --trust runs it"
+        )
+    first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    return f"{path} cannot be read as a checkpoint's file: {first}"

@@ -1,0 +1,142 @@
+"""Where rows of a record go. None of these places may end a run when it cannot be written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from mae_scale.files import write_atomically
+from mae_scale.train.records import read_metrics
+
+log = logging.getLogger("mae_scale")
+
+
+class Rows:
+    """A file of rows, one JSON object a line, without a gap or a repeat after a resume.
+
+    Rows that cannot be written (a full disk, a quota, no permission) stay in memory. They are
+    tried again with each row and before each save, so that the record is whole once there is room.
+    A save does not wait for them: weights are worth more than rows. Only a process that ends
+    before there is room loses them, and says which.
+
+    Args:
+        path: of the file.
+        step: optimiser steps done so far; rows of later steps, which will be done again, go.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[tuple[int, bytes]] = []
+        self._said = False
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row; it is in the file when this returns, unless the file cannot be written."""
+        self._waiting.append((row["step"], (json.dumps(row) + "\n").encode()))
+        self._flush()
+
+    def sync(self) -> None:
+        """Put all rows on disk, as far as it takes them."""
+        self._flush()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._say(error)
+
+    def close(self) -> None:
+        """Write what waits, and name the rows that are lost if that fails."""
+        self._flush()
+        if self._waiting:
+            first, last = self._waiting[0][0], self._waiting[-1][0]
+            log.error("%s lacks the rows of steps %d to %d: they could not be written",
+                      self._path, first, last)  # fmt: skip
+        with suppress(OSError):
+            self._file.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        content = b"".join(line for _, line in self._waiting)
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            written = 0
+            try:
+                while written < len(content):
+                    written += os.write(self._file.fileno(), content[written:])
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)  # never half a row
+                raise
+        except OSError as error:
+            self._say(error)
+            return
+        self._waiting = []
+        if self._said:
+            log.info("%s can be written again", self._path)
+            self._said = False
+
+    def _say(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            log.warning("%s cannot be written (%s); its rows wait in memory, training goes on",
+                        self._path, error.strerror or error)  # fmt: skip
+
+
+class TensorBoard:
+    """Curves for TensorBoard, as long as they can be written; then a warning, and no more of them.
+
+    Args:
+        folder: of the event files.
+        step: optimiser steps done so far; curves beyond it are hidden.
+        group: of the curves.
+    """
+
+    def __init__(self, folder: Path, step: int, group: str) -> None:
+        self._folder, self._group = folder, group
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a point to each curve."""
+        for key, value in row.items():
+            if value is not None and key != "step":
+                self._do("add_scalar", f"{self._group}/{key}", value, row["step"])
+
+    def show(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG."""
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._do("add_image", name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self._do("flush")
+
+    def close(self) -> None:
+        """Write what waits, and close the files."""
+        self._do("close")
+
+    def _do(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **options)
+        except Exception as error:  # its thread passes on whatever has struck it
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._writer = None
+        log.warning("%s cannot be written (%s); training goes on without its curves",
+                    self._folder, error)  # fmt: skip
