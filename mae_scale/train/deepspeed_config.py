@@ -28,14 +28,24 @@ DECIDED_ELSEWHERE = {
 }
 
 
+_FP32 = " with weights in fp32, which detection needs"
+
 # Other spellings that DeepSpeed takes.
 SPELLINGS = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16"}
 
 
 def fill_deepspeed_config(
-    name: str, train: TrainConfig, world: World, precision: str
+    name: str, train: TrainConfig, world: World, precision: str, *, fp32_weights: bool = False
 ) -> dict[str, Any]:
     """The DeepSpeed config of a run: "auto" and missing keys come from the recipe.
+
+    Args:
+        name: of a file in ds_configs/, or a path.
+        train: the recipe's section.
+        world: of the run.
+        precision: "bf16" or "fp32".
+        fp32_weights: under bf16 the weights stay fp32, and `torch.autocast` computes layers in
+            bf16: coordinates of boxes do not bear bf16.
 
     Raises:
         UserError: a setting in the file contradicts the recipe (the message names both), is
@@ -60,12 +70,13 @@ def fill_deepspeed_config(
         )
     config["zero_optimization"]["stage"] = stage = int(stage)
     accumulation = accumulation_steps(train, world.size)
+    bf16_weights = precision == "bf16" and not fp32_weights
     decided: dict[str, tuple[object, str]] = {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "the accumulation that follows from it"),
         "gradient_clipping": (0.0, "the recipe's gradient clipping"),
-        "bf16.enabled": (precision == "bf16", f"train.precision {precision}"),
+        "bf16.enabled": (bf16_weights, f"train.precision {precision}{_FP32 * fp32_weights}"),
         "communication_data_type": (train.grad_reduce, "train.grad_reduce"),
         "data_types.grad_accum_dtype": ("fp32", "the sum of gradients, which is fp32"),
         "zero_force_ds_cpu_optimizer": (False, "the recipe's AdamW, which is PyTorch's"),
@@ -75,7 +86,7 @@ def fill_deepspeed_config(
         "bf16.bf16_optimizer_states": (False, "the recipe's fp32 optimiser states"),
         "gradient_allreduce_op": ("mean", "the loss, a mean over the global batch"),
     }
-    if precision == "bf16" and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
+    if bf16_weights and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
         # The check asks the device at each step; StepGuard does without.
         config["bf16"].setdefault("check_grad_overflow", False)
     for key, (value, source) in {**decided, **fixed}.items():
@@ -94,7 +105,12 @@ def fill_deepspeed_config(
         if value == "auto":
             raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
     if stage == 0:  # DeepSpeed knows no other there; `_sum_in_fp32` does it
-        config["data_types"]["grad_accum_dtype"] = precision
+        config["data_types"]["grad_accum_dtype"] = "bf16" if bf16_weights else "fp32"
+    if precision == "bf16" and fp32_weights:
+        # Parameters of the modules named here would be gathered, and their gradients summed, in
+        # bf16; the default names linear layers and convolutions.
+        own = {"lower_precision_safe_modules": []} if train.grad_reduce == "fp32" else {}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **own}
     _check_with_deepspeed(config, name)
     return config
 
