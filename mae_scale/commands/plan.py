@@ -170,6 +170,11 @@ def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> Planne
     """The run of a config and further `--section.key value` arguments."""
     argv = ["--config", name, *rest]
     task = TASKS[task_name] if task_name else task_of_arguments(argv)
+    if not task.is_planned:
+        raise UserError(
+            f"plan does not know the memory and the time of {task.name}; docs/dense.md has what "
+            "was published of it"
+        )
     given = given_values(argv)
     _check_known(rest, task.config)
     for key, place in PLACES.items():

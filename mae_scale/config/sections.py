@@ -138,9 +138,6 @@ class OptimizerConfig:
     """Name of the optimiser in `train.optimizers.OPTIMIZERS`."""
     max_zero_stage: ClassVar[int] = 3
     """Highest ZeRO stage under which the optimiser works."""
-    without_decay: ClassVar[tuple[str, ...]] = ()
-    """Names of matrices that are not decayed; biases and norms never are."""
-
     base_lr: AtLeast0 = 1.5e-4
     """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 0.0
@@ -149,6 +146,16 @@ class OptimizerConfig:
     """Epochs of linear warm-up from 0."""
     weight_decay: AtLeast0 = 0.05
     """Decoupled weight decay of matrices; biases and norms have none."""
+
+    @property
+    def kinds_without_decay(self) -> tuple[str, ...]:
+        """Kinds of parameters (`models.kinds`) that are not decayed: biases and norms."""
+        return ("bias", "layer_norm", "channel_norm", "scale")
+
+    @property
+    def curve(self) -> str | None:
+        """Name of a curve over the whole run (`schedule.curve_rate`); None: the rule of MAE."""
+        return None
 
     @property
     def rate_per_layer(self) -> float:
@@ -184,6 +191,8 @@ class RunConfig:
 
     has_batch_statistics: ClassVar[bool] = False
     """Whether the model's statistics are those of a micro-batch, so that its size matters."""
+    fp32_weights: ClassVar[bool] = False
+    """Whether weights stay fp32 under bf16, where `torch.autocast` then computes layers."""
 
     run_dir: str = field(metadata={CHANGEABLE: True})
     """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
@@ -347,8 +356,6 @@ class FinetuneTrainConfig(TrainConfig):
 class FinetuneOptimConfig(OptimConfig):
     """AdamW, the learning-rate rule, layer-wise decay (paper Table 9)."""
 
-    without_decay: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
-
     base_lr: AtLeast0 = 5e-4
     """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 1e-6
@@ -362,6 +369,11 @@ class FinetuneOptimConfig(OptimConfig):
     ema_decay: ShareBelow1 | None = None
     """Decay per step of a moving average of the weights, kept in fp32, validated beside them;
     null: none (paper Table 11)."""
+
+    @property
+    def kinds_without_decay(self) -> tuple[str, ...]:
+        """Kinds of parameters that are not decayed: also positions and the class token."""
+        return (*super().kinds_without_decay, "position", "class_token")
 
     @property
     def rate_per_layer(self) -> float:

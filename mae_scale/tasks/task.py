@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from mae_scale.config.batch import check_schedule
+from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import config_keys, given_values, parse
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
@@ -27,6 +28,18 @@ log = logging.getLogger("mae_scale")
 
 AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
 CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
+DETECTION = {
+    f"{what}_{score}": f"{what} {label}"
+    for what in ("box", "mask")
+    for score, label in (
+        ("ap", "AP"),
+        ("ap50", "AP50"),
+        ("ap75", "AP75"),
+        ("ap_small", "AP, small"),
+        ("ap_medium", "AP, medium"),
+        ("ap_large", "AP, large"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Task:
     """The score whose highest value makes the best checkpoint."""
     num_classes: int = 0
     """Classes where no data set says how many: those of the paper's."""
+    is_planned: bool = True
+    """Whether `mae-scale plan` knows the memory and the time of a step."""
 
     @property
     def module(self) -> ModuleType:
@@ -94,6 +109,17 @@ TASKS = {
             CLASSIFICATION,
             "top1",
             1000,
+        ),
+        Task(
+            "detect",
+            DetectConfig,
+            "train Mask R-CNN on the encoder, on shards of COCO",
+            "Mask R-CNN on the encoder of a masked autoencoder",
+            "object-detection",
+            DETECTION,
+            "box_ap",
+            80,
+            is_planned=False,
         ),
     )
 }

@@ -109,8 +109,9 @@ def fill_deepspeed_config(
     if precision == "bf16" and fp32_weights:
         # Parameters of the modules named here would be gathered, and their gradients summed, in
         # bf16; the default names linear layers and convolutions.
-        own = {"lower_precision_safe_modules": []} if train.grad_reduce == "fp32" else {}
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **own}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if train.grad_reduce == "fp32":
+            config["torch_autocast"]["lower_precision_safe_modules"] = []
     _check_with_deepspeed(config, name)
     return config
 

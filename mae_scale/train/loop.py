@@ -27,7 +27,7 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.metrics import Record
 from mae_scale.train.nonfinite import StepGuard, first_nonfinite
 from mae_scale.train.profiling import StepProfiler, profiled_steps
-from mae_scale.train.schedule import learning_rate
+from mae_scale.train.schedule import rate_of
 
 log = logging.getLogger("mae_scale")
 
@@ -274,13 +274,7 @@ class Loop:
         """Hand one optimiser step over to the device."""
         key = hash64(Purpose.DEVICE_SEED, self.seed, step, self.world.rank)
         torch.manual_seed(int(key) >> 1)
-        lr = learning_rate(
-            step / self.steps_per_epoch,
-            peak=self.optim.base_lr * self.train.global_batch_size / 256,
-            floor=self.optim.min_lr,
-            warmup=self.optim.warmup_epochs,
-            epochs=self.train.epochs,
-        )
+        lr = rate_of(self.optim, self.train, step, self.steps_per_epoch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         wait, samples = 0.0, []

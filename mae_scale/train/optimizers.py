@@ -11,6 +11,7 @@ from torch import nn
 
 from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.sections import OptimizerConfig
+from mae_scale.models.kinds import parameter_kinds
 from mae_scale.train.ds import DeepSpeedEngine
 
 EMA = "ema"  # key in the optimiser's state of a parameter
@@ -19,17 +20,16 @@ EMA = "ema"  # key in the optimiser's state of a parameter
 def optimizer_groups(model: nn.Module, optim: OptimizerConfig) -> list[dict[str, Any]]:
     """Group the trained parameters by weight decay and, under layer-wise decay, by layer.
 
-    Biases and norms have no weight decay, nor do the matrices in `optim.without_decay`. A group's
-    `lr_scale` multiplies the learning rate: under layer-wise decay it is
-    `rate_per_layer ** (last layer - layer)` (paper Table 9), with the layers of `model.layer_of`.
+    The kinds in `optim.kinds_without_decay` have no weight decay. A group's `lr_scale` multiplies
+    the learning rate: under layer-wise decay it is `rate_per_layer ** (last layer - layer)` (paper
+    Table 9), with the layers of `model.layer_of`.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    kinds = parameter_kinds(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # A parameter that ZeRO-3 has sharded is flat; its own shape is in ds_shape.
-        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        decays = is_matrix and name not in optim.without_decay
+        decays = kinds[name] not in optim.kinds_without_decay
         layer, scale = 0, 1.0
         if optim.rate_per_layer != 1:
             layer, last = model.layer_of(name), model.layer_of("head")  # type: ignore[operator]

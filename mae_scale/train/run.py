@@ -65,7 +65,9 @@ class Parts:
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
     """The filled-in DeepSpeed config of a run."""
     precision = resolve_precision(config.train.precision, world.device)
-    return fill_deepspeed_config(config.deepspeed, config.train, world, precision)
+    return fill_deepspeed_config(
+        config.deepspeed, config.train, world, precision, fp32_weights=config.fp32_weights
+    )
 
 
 def training_data(
@@ -77,7 +79,28 @@ def training_data(
         UserError: no shards, too few samples, or a batch that does not divide.
     """
     shards = open_shards(config.data.train, config.data.cache_dir)
-    loader = TrainLoader(
+    return shards, train_loader(config, world, shards, augment)
+
+
+def train_loader(
+    config: RunConfig,
+    world: World,
+    shards: ShardSet,
+    augment: Any = None,
+    kind: type[TrainLoader] = TrainLoader,
+) -> TrainLoader:
+    """The stream of this rank.
+
+    Args:
+        config, world: of the run.
+        shards: to train on.
+        augment: what the loader takes as such.
+        kind: its class.
+
+    Raises:
+        UserError: too few samples, or a batch that does not divide.
+    """
+    return kind(
         shards,
         img_size=config.model.img_size,
         seed=config.seed,
@@ -96,7 +119,6 @@ def training_data(
         repeats=config.data.repeats,
         max_pixels=config.data.max_pixels,
     )
-    return shards, loader
 
 
 def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Parts) -> int:

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from mae_scale.config.sections import OptimizerConfig, TrainConfig
 
 Curve = Literal["cosine", "linear", "steps"]
+
+
+def rate_of(optim: OptimizerConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a run for the step that follows so many steps."""
+    peak = optim.base_lr * train.global_batch_size / 256
+    if optim.curve is None:
+        return learning_rate(
+            step / steps_per_epoch,
+            peak=peak,
+            floor=optim.min_lr,
+            warmup=optim.warmup_epochs,
+            epochs=train.epochs,
+        )
+    keys: Any = optim
+    warmup = keys.warmup_steps
+    return curve_rate(
+        step,
+        train.epochs * steps_per_epoch,
+        peak=peak,
+        floor=optim.min_lr,
+        curve=keys.schedule,
+        warmup_steps=optim.warmup_epochs * steps_per_epoch if warmup is None else warmup,
+        warmup_factor=keys.warmup_factor,
+        drops=keys.drops,
+    )
 
 
 def learning_rate(
@@ -34,7 +61,7 @@ def curve_rate(
     peak: float,
     floor: float,
     curve: Curve,
-    warmup_steps: int,
+    warmup_steps: float,
     warmup_factor: float,
     drops: Sequence[float] = (),
 ) -> float:
