@@ -18,11 +18,11 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
 from mae_scale.sharding.labels import normal
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.task import AVERAGED, TASKS
 from mae_scale.tasks.trained import CLASSES, read_any
+from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
-from mae_scale.train.validation import averaged_weights, evaluate
+from mae_scale.train.validation import evaluate
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -118,8 +118,6 @@ def validation(
         max_pixels=config.data.max_pixels,
     )
 
-    task, averages = TASKS[config.task], config.optim.average_decay is not None
-
     def scores(
         engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> dict[str, float] | None:
@@ -135,18 +133,4 @@ def validation(
         )
         return None if found is None else found.row()
 
-    def run(
-        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
-    ) -> dict[str, float] | None:
-        own = scores(engine, watchdog, stop)
-        if own is None or not averages:
-            return own
-        with averaged_weights(engine):
-            average = scores(engine, watchdog, stop)
-        if average is None:
-            return None
-        return own | {AVERAGED + key: average[key] for key in task.scores}
-
-    return Validation(
-        config.train.validate_epochs, run, (AVERAGED if averages else "") + task.best_by
-    )
+    return validation_by(config, config.train.validate_epochs, scores)

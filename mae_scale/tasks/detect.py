@@ -25,6 +25,7 @@ from mae_scale.models.detector import Detector, build_detector
 from mae_scale.models.proposals import Targets, paste_masks
 from mae_scale.tasks.classification import notes
 from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
@@ -180,18 +181,14 @@ def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validati
         cache_bytes=int(config.data.cache_gb * 1e9),
     )
 
-    def run(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
-        engine.eval()
-        try:
-            return evaluate_detection(
-                lambda *inputs: detect(engine, *inputs),
-                loader,
-                shards,
-                device=world.device,
-                what="validating",
-                stop=stop,
-            )
-        finally:
-            engine.train()
+    def scores(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+        return evaluate_detection(
+            lambda *inputs: detect(engine, *inputs),
+            loader,
+            shards,
+            device=world.device,
+            what="validating",
+            stop=stop,
+        )
 
-    return Validation(config.train.validate_epochs, run, "box_ap")
+    return validation_by(config, config.train.validate_epochs, scores)

@@ -13,6 +13,7 @@ import yaml
 
 from mae_scale.cli import main
 from mae_scale.config.batch import check_schedule
+from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
 from mae_scale.config.parsing import parse, recipe_names
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
@@ -55,6 +56,7 @@ TASKS = {
     "linprobe": LinprobeConfig,
     "pretrain": PretrainConfig,
     "demo": PretrainConfig,
+    "detect": DetectConfig,
 }
 
 
@@ -72,6 +74,34 @@ def test_every_recipe_reads_and_is_headed_by_what_it_reproduces() -> None:
         if not name.startswith("demo"):
             assert "# Hardware: " in head and "Time: " in head
         assert read_recipe(name, "--seed", "3").seed == 3 != config.seed
+
+
+DETECTORS = {  # as published: peak rate at batch 64, decay by layer, drop path, epochs, no decay
+    "detect_vit_base": (
+        8e-5,
+        1.0,
+        0.1,
+        100,
+        ("layer_norm", "channel_norm", "position", "relative"),
+    ),
+    "detect_vitdet_base": (1e-4, 0.7, 0.1, 100, ("layer_norm", "position")),
+    "detect_vitdet_large": (1e-4, 0.8, 0.4, 100, ("layer_norm", "position")),
+    "detect_vitdet_huge": (1e-4, 0.9, 0.5, 75, ()),
+}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_recipes_of_detection(name: str) -> None:
+    config = read_recipe(name)
+    rate, layer_decay, drop_path, epochs, no_decay = DETECTORS[name]
+    assert config.optim.base_lr * config.train.global_batch_size / 256 == pytest.approx(rate)
+    assert (config.optim.layer_decay, config.model.drop_path) == (layer_decay, drop_path)
+    assert (config.train.epochs, config.optim.no_decay) == (epochs, no_decay)
+    assert config.optim.weight_decay == 0.1 and config.model.img_size == 1024
+    simple = name != "detect_vit_base"
+    assert config.model.pyramid == ("simple" if simple else "fpn")
+    assert config.model.window == (14 if simple else 16)
+    assert config.optim.schedule == ("steps" if simple else "cosine")
 
 
 REGULARISED = {  # Tables 9 and 11

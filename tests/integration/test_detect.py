@@ -1,0 +1,179 @@
+"""`mae-scale detect` as users start and stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from runs import Run, ranks
+
+from mae_scale.launch.stopping import STOPPED
+from mae_scale.models import build_mae
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
+
+TINY = {
+    "model.patch_size": 16,
+    "model.img_size": 64,
+    "model.embed_dim": 96,
+    "model.depth": 4,
+    "model.window": 3,
+    "model.channels": 8,
+    "model.hidden": 16,
+    "model.rois": 8,
+    "model.proposals": 20,
+    "model.detections": 5,
+    "data.workers": 0,
+    "data.lanes": 2,
+    "data.window": 4,
+    "train.epochs": 2,
+    "train.global_batch_size": 4,
+    "train.micro_batch_size": 2,
+    "train.validate_epochs": 1,
+    "optim.base_lr": 0.02,
+    "optim.warmup_epochs": 0,
+    "optim.warmup_steps": 2,
+    "checkpoint.every_steps": 1,
+}
+TOTAL = 8  # steps of two epochs of 17 // 4 images that have an object
+LI_2021 = {
+    "model.pyramid": "fpn",
+    "model.norm": "batch",
+    "model.relative": "shared",
+    "model.positions": "fixed",
+    "model.window": 2,
+    "augment.recipe": "li2021",
+    "optim.schedule": "cosine",
+    "optim.no_decay": "[layer_norm, channel_norm, position, relative]",
+    "optim.layer_decay": 1,
+}
+
+
+def make_coco(root: Path, photographs: list[Path], images: int) -> None:
+    """A folder in COCO's layout: rectangles on photographs, every tenth image without one."""
+    generator = np.random.default_rng(0)
+    folder = root / "train2017"
+    folder.mkdir(parents=True)
+    listed, annotations = [], []
+    for i in range(images):
+        with Image.open(photographs[i % len(photographs)]) as opened:
+            image = opened.convert("RGB").resize((90, 70))
+        for j in range(0 if i % 10 == 9 else 1 + i % 3):
+            x, y = generator.integers(0, 50, 2).tolist()
+            w, h = generator.integers(15, 40, 2).tolist()
+            x1, y1 = min(90, x + w), min(70, y + h)
+            color = (250, 20, 20) if j % 2 else (20, 20, 250)
+            ImageDraw.Draw(image).rectangle((x, y, x1 - 1, y1 - 1), fill=color)
+            box = [x, y, x1 - x, y1 - y]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + j % 2,
+                 "iscrowd": 0, "bbox": box, "area": box[2] * box[3],
+                 "segmentation": [[x, y, x1, y, x1, y1, x, y1]]}
+            )  # fmt: skip
+        image.save(folder / f"{i:012d}.jpg")
+        listed.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 70, "width": 90})
+    content = {
+        "images": listed,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def coco_shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 19 images, two of them without an object."""
+    root = tmp_path_factory.mktemp("coco for detect")
+    make_coco(root / "coco", sorted(imagenet_tree.rglob("*.JPEG"))[:6], images=19)
+    assert shard(root / "coco", root / "shards", Options("train", samples_per_shard=7)) == 0
+    return root / "shards"
+
+
+@pytest.fixture
+def detecting(coco_shards: Path, tmp_path: Path) -> Run:
+    return Run(tmp_path / "run", coco_shards, {**TINY}, task="detect")
+
+
+@pytest.mark.parametrize(
+    ("processes", "stage", "settings"),
+    [
+        (1, 0, {"optim.ema_decay": 0.9, "train.activation_checkpointing": "full"}),
+        (2, 3, {**LI_2021, "train.precision": "bf16"}),
+    ],
+    ids=["vitdet", "li2021"],
+)
+def test_an_interrupted_run_equals_an_undisturbed_one(
+    detecting: Run, tmp_path: Path, processes: int, stage: int, settings: dict[str, Any]
+) -> None:
+    """Losses and validations, bit for bit; recomputed blocks, dropped paths, drawn proposals."""
+    detecting.settings |= {"deepspeed": f"zero{stage}", "data.val": detecting.shards,
+                           "model.drop_path": 0.2, **settings}  # fmt: skip
+    if processes > 1:
+        detecting = replace(detecting, launcher="torchrun", processes=processes)
+    whole = replace(detecting, run_dir=tmp_path / "whole")
+    whole.finish()
+
+    def terminate_one_rank(process: subprocess.Popen[str]) -> None:
+        (ranks(process)[-1] if processes > 1 else process).terminate()
+
+    detecting.stop(3, terminate_one_rank, STOPPED if processes == 1 else 1)
+    assert 3 <= len(detecting.rows()) < TOTAL
+    detecting.finish()
+    assert detecting.rows() == whole.rows() and len(whole.rows()) == TOTAL
+    validations = whole.rows("validation.jsonl")
+    assert detecting.rows("validation.jsonl") == validations
+    assert [row["step"] for row in validations] == [4, 8]
+    assert all(row["images"] == 19 for row in validations)
+    assert ("ema_box_ap" in validations[0]) == ("optim.ema_decay" in settings)
+
+
+def test_it_goes_on_at_other_world_sizes_and_stages_from_pretrained_weights(
+    detecting: Run, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    mae = build_mae(
+        "mae_vit_tiny_patch16", img_size=28, patch_size=14, embed_dim=96, depth=4,
+        decoder_depth=1,
+    )  # fmt: skip
+    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
+    detecting.settings |= {"weights": tmp_path / "mae.pth", "train.micro_batch_size": 1}
+    whole = replace(detecting, run_dir=tmp_path / "whole")
+    whole.finish()
+    for steps, processes, stage in ((2, 1, 2), (4, 2, 3), (6, 2, 1), (TOTAL, 1, 0)):
+        part = replace(detecting, processes=processes, launcher="torchrun" * (processes > 1))
+        part.settings = {
+            **part.settings, "train.max_steps": steps, "deepspeed": f"zero{stage}"
+        }  # fmt: skip
+        part.finish()
+    rows, undisturbed = detecting.rows(), whole.rows()
+    assert [row["samples"] for row in rows] == [row["samples"] for row in undisturbed]
+    assert [row["lr"] for row in rows] == [row["lr"] for row in undisturbed]
+    # Which proposals train the heads is drawn on each process, so that losses agree in part only.
+    for row, other in zip(rows, undisturbed, strict=True):
+        assert math.isclose(row["loss"], other["loss"], rel_tol=0.25)
+
+
+def test_bad_settings_get_one_line_and_leave_nothing(
+    detecting: Run, train_shards: Path, tmp_path: Path
+) -> None:
+    for settings, message in (
+        ({"data.train": train_shards}, "holds shards for classification"),
+        ({"data.val": train_shards}, "holds shards for classification"),
+        ({"model.img_size": 80}, "must be a multiple of 32"),
+        ({"model.window": -1}, "model.window"),
+        ({"augment.scale": "[2.0, 0.1]"}, "augment.scale"),
+        ({"train.global_batch_size": 20, "train.micro_batch_size": 1}, "fewer than one global"),
+    ):
+        bad = replace(detecting, settings={**detecting.settings, **settings})
+        output = bad.finish(code=2)
+        assert message in output and "Traceback" not in output
+        assert not bad.run_dir.exists()
