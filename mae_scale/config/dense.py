@@ -44,6 +44,12 @@ class DenseOptimConfig(FinetuneOptimConfig):
     position (absolute), relative (positions), bias, scale (of residual branches), class_token."""
 
     @property
+    def warmup(self) -> str:
+        """Length of the warm-up in words."""
+        in_steps = self.warmup_steps is not None
+        return f"{self.warmup_steps} steps of warm-up" if in_steps else super().warmup
+
+    @property
     def kinds_without_decay(self) -> tuple[str, ...]:
         """Kinds of parameters that are not decayed."""
         return self.no_decay

@@ -148,6 +148,11 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; biases and norms have none."""
 
     @property
+    def warmup(self) -> str:
+        """Length of the warm-up in words."""
+        return f"{self.warmup_epochs:g} epochs of warm-up"
+
+    @property
     def kinds_without_decay(self) -> tuple[str, ...]:
         """Kinds of parameters (`models.kinds`) that are not decayed: biases and norms."""
         return ("bias", "layer_norm", "channel_norm", "scale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from mae_scale.data.annotated import (
 )
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.models.detector import Detector, build_detector
 from mae_scale.models.proposals import Targets, paste_masks
 from mae_scale.tasks.classification import notes
+from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
@@ -31,6 +34,8 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
 from mae_scale.train.run import Parts, train_loader
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 
 def build(config: DetectConfig, num_classes: int) -> Detector:
@@ -151,7 +156,14 @@ def _initial_weights(
     if config.weights is None:
         return None
     path = Path(config.weights)
-    return lambda: fit_to_dense_model(read_any(path), model, new_head=config.new_head)
+
+    def read() -> dict[str, torch.Tensor]:
+        state = read_any(path)
+        weights = fit_to_dense_model(state, model, new_head=config.new_head)
+        log.info("from %s: %s", path, fitted(state, weights, model))
+        return weights
+
+    return read
 
 
 def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validation | None:
@@ -163,7 +175,8 @@ def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validati
     if config.data.val is None:
         return None
     shards = open_detection(config.data.val, config.data.cache_dir)
-    if [c["id"] for c in shards.categories] != [c["id"] for c in train.categories]:
+    ids, others = ({c["id"] for c in each.categories} for each in (train, shards))
+    if ids != others:
         raise UserError(
             f"data.val {shards.root} has other categories than data.train; their manifests must "
             "list the same"
@@ -181,12 +194,15 @@ def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validati
         cache_bytes=int(config.data.cache_gb * 1e9),
     )
 
-    def scores(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def scores(
+        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         return evaluate_detection(
             lambda *inputs: detect(engine, *inputs),
             loader,
             shards,
             device=world.device,
+            doing=watchdog.doing,
             what="validating",
             stop=stop,
         )

@@ -31,7 +31,7 @@ def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: 
         f"batch       {train.global_batch_size} = {train.micro_batch_size} x {world.size} ranks x "
         f"{accumulation} accumulated",
         f"schedule    {total:,} steps, {steps_per_epoch:,} an epoch; peak learning rate "
-        f"{peak_rate(config):.3g}, {config.optim.warmup_epochs:g} epochs of warm-up",
+        f"{peak_rate(config):.3g}, {config.optim.warmup}",
         f"validation  {validation}",
     ]
 
