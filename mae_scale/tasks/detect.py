@@ -192,6 +192,7 @@ def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validati
         pin_memory=world.device.type == "cuda",
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
+        max_pixels=config.data.max_pixels,
     )
 
     def scores(
