@@ -1,20 +1,31 @@
 # make demo   the whole main job on real photographs, about five minutes on two cores
 # make test   every check: format, lint, types, tests
+# make quick  format, lint, types, and the unit tests
 # Both set up a virtual environment in .venv first, and use it again when it is there and current.
 
 PYTHON ?= python3
 DATA ?=
 
-.PHONY: demo test setup
+.PHONY: demo test quick checks setup
+
+# A file's tests stay on one worker, because they share what it has made.
+SIDE_BY_SIDE = .venv/bin/python -m pytest -n auto --dist loadfile
 
 demo: .venv/current
 	.venv/bin/python examples/demo.py $(if $(DATA),"$(DATA)")
 
-test: .venv/current
+# Tests that depend on time, memory or a cluster of their own come last, one after the other.
+test: checks
+	$(SIDE_BY_SIDE) -m "not alone"
+	.venv/bin/python -m pytest -m alone
+
+quick: checks
+	$(SIDE_BY_SIDE) tests/unit
+
+checks: .venv/current
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
 
 setup: .venv/current
 

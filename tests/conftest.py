@@ -11,7 +11,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+
+# Workers run side by side, so that each has one thread; set before anything imports torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -20,6 +24,12 @@ CLASSES = 250
 # Ignored where pytest runs in the background or under nohup, and so in all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The number of workers that `-n auto` starts: one for each CPU that has 3 GB of memory."""
+    memory = psutil.virtual_memory().total // (3 * 10**9)
+    return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from chaos import ALONE, DEEPSPEED, SRUN, TORCHRUN, Chain
 
+pytestmark = pytest.mark.alone
+
 ON_ONE_PROCESS = [
     (ALONE, "SIGKILL all ranks", "save: files"),
     (ALONE, "truncated file", "any"),

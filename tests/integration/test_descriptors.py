@@ -13,6 +13,8 @@ import pytest
 from mae_scale.errors import UserError
 from mae_scale.launch import descriptors
 
+pytestmark = pytest.mark.alone
+
 WORKER = Path(__file__).with_name("descriptors_worker.py")
 
 

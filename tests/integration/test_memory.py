@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from runs import Run
 
+pytestmark = pytest.mark.alone
+
 STEPS = 4
 
 

@@ -15,6 +15,8 @@ import psutil
 import pytest
 from runs import Run, free_port, handles_sigterm, ranks
 
+pytestmark = pytest.mark.alone
+
 BOUND_S = 60
 """In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""
 HANG_S = 20

@@ -10,6 +10,8 @@ import psutil
 import pytest
 from cluster import missing_programs, wait_until
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import sys, time
 from pathlib import Path

@@ -11,6 +11,8 @@ import pytest
 from cluster import Cluster
 from runs import SMALL
 
+pytestmark = pytest.mark.alone
+
 # What a user's own batch script holds, besides ARGUMENTS.
 SCRIPTS = {
     "srun": "srun {python} -m mae_scale pretrain {arguments}",

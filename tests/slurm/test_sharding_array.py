@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 from cluster import Cluster, Job
 from runs import handles_sigterm
 
 from mae_scale.files import checksums
+
+pytestmark = pytest.mark.alone
 
 
 def test_an_array_with_a_task_killed(

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from cluster import Cluster, Job
 from runs import SMALL
+
+pytestmark = pytest.mark.alone
 
 
 def test_a_row_for_each_task(

@@ -15,6 +15,8 @@ from runs import SMALL, Run
 
 from mae_scale.train.run_dir import read_history
 
+pytestmark = pytest.mark.alone
+
 TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet", "sweep")
 FOUR = "--nodes=2 --ntasks-per-node=2"
 STEPS = 70
