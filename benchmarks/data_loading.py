@@ -9,6 +9,8 @@ other cores, where there are any):
 - webdataset: the same transforms, out of shards, with a shuffle buffer
 - mae-scale: TrainLoader (uint8; the device normalises)
 - decode: JPEGs in memory to pixels, nothing else, one process
+- with --variants, mae-scale's loader with data.repeats 2 and 4, on shards whose short side is 320
+  and 256 pixels, and with fine-tuning's RandAugment and random erasing
 
 Then how long the loader takes to its first batch at the start of an epoch and at 95 % of it.
 """
@@ -25,7 +27,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from mae_scale.data.augment import Augment
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.randomness import Purpose, permutation
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
 
 BATCH = 64
 WARM_UP = 6  # batches that are not timed: workers start, and fill their queues
@@ -86,17 +92,36 @@ def with_webdataset(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
     yield iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
 
 
-def train_loader(shards: Path, workers: int) -> TrainLoader:
+def train_loader(shards: Path, workers: int, **more: Any) -> TrainLoader:
     return TrainLoader(
         open_shards(shards), img_size=224, seed=0, lanes=64, window=2048,
         global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, workers=workers,
+        **more,
     )  # fmt: skip
 
 
 @contextmanager
-def mae_scale(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
-    with closing(train_loader(shards, workers)) as loader:
+def mae_scale(shards: Path, workers: int, **more: Any) -> Iterator[Iterator[Any]]:
+    with closing(train_loader(shards, workers, **more)) as loader:
         yield loader.batches(0)
+
+
+def variants(tree: Path, scratch: Path, cores: int) -> dict[str, tuple[Any, Path]]:
+    """Other ways to start our loader, and the shards of each."""
+    found: dict[str, tuple[Any, Path]] = {
+        f"repeats {k}": (partial(mae_scale, repeats=k), scratch / "shards") for k in (2, 4)
+    }
+    for pixels in (320, 256):
+        small = scratch / f"short {pixels}"
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):  # noqa: PTH123
+            assert shard(tree, small, Options("train", resize_short=pixels), workers=cores) == 0
+        size = sum(path.stat().st_size for path in small.glob("*.tar"))
+        whole = sum(path.stat().st_size for path in (scratch / "shards").glob("*.tar"))
+        found[f"short side {pixels}"] = mae_scale, small
+        print(f"short side {pixels}: {size / whole:.2f} of the bytes")
+    recipe = Augment((0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+    found["RandAugment"] = partial(mae_scale, augment=recipe), scratch / "shards"
+    return found
 
 
 def first_batch(shards: Path, workers: int, share: float) -> float:
@@ -166,6 +191,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=3000, help="images that are timed")
+    parser.add_argument("--variants", action="store_true", help="also other settings of ours")
+    parser.add_argument("--only-ours", action="store_true", help="leave the peers out")
     parser.add_argument("--scratch", type=Path, help="folder with room for twice the gigabytes")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -187,12 +214,13 @@ def main() -> None:
             ("decode, simplejpeg", 1): lambda: decoding_rate(decode_simplejpeg, in_memory),
             ("decode, PIL", 1): lambda: decoding_rate(decode_pil, in_memory),
         }
+        peers = [("official", official, tree), ("webdataset", with_webdataset, shards)]
+        ours: list[tuple[str, Any, Path]] = [("mae-scale", mae_scale, shards)]
+        if args.variants:
+            more = variants(tree, Path(scratch), cores)
+            ours += [(name, *way) for name, way in more.items()]
         for n in args.workers:
-            for name, start, source in (
-                ("official", official, tree),
-                ("webdataset", with_webdataset, shards),
-                ("mae-scale", mae_scale, shards),
-            ):
+            for name, start, source in ours if args.only_ours else [*peers, *ours]:
                 ways[name, n] = lambda start=start, source=source, n=n: loading_rate(
                     start, source, n, args.count
                 )
@@ -239,6 +267,13 @@ def main() -> None:
                     f"{statistics.median([a / b for a, b in pairs] or [float('nan')]):{width}.2f}"
                 )
         print(line)
+
+    if args.variants:
+        print("\nper CPU second, times mae-scale's own without the setting")
+        for name, n in ways:
+            if name != "mae-scale" and name in {way[0] for way in ours}:
+                pairs = zip(rates[name, n], rates["mae-scale", n], strict=True)
+                print(f"{name:20}{n:>8}{statistics.median(a[1] / b[1] for a, b in pairs):8.2f}")
 
     print(f"\n{'first batch':20}{'workers':>8}{'start, s':>10}{'95 %, s':>9}{'ratio':>7}")
     for n in (0, *args.workers):

@@ -185,6 +185,7 @@ def _job(name: str, rest: list[str], task_name: str | None, prog: str) -> Planne
     if any(token.split("=")[0] == "--data.train" for token in rest):
         shards = open_shards(config.data.train, config.data.cache_dir)
         images, image_bytes = len(shards), float(shards.bytes.sum()) / len(shards)
+        images, image_bytes = images * config.data.repeats, image_bytes / config.data.repeats
         if task.num_classes:
             classes = len(classes_of(shards))
     if images < config.train.global_batch_size:

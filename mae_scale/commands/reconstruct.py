@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mae_scale.commands.arguments import Parser
+from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, is_image_name
 from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
 from mae_scale.errors import UserError
 from mae_scale.launch.logs import set_up_logging
@@ -24,8 +25,6 @@ from mae_scale.train import checkpoint
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -48,6 +47,10 @@ def main(argv: list[str], prog: str) -> int:
         help="of foreign weights: whether they predict normalised pixels; a folder of Hugging Face "
         "says so itself",
     )  # fmt: skip
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS,
+        help="refuse larger images (default: %(default)s)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     set_up_logging(World())
     reconstruct(**vars(arguments))
@@ -63,6 +66,7 @@ def reconstruct(
     seed: int,
     model: str | None = None,
     norm_pix_loss: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
 
@@ -85,7 +89,7 @@ def reconstruct(
     else:
         mae, source = load_foreign(weights, model, norm_pix_loss), str(weights)
     size = mae.patch_embed.img_size[0]
-    pixels = torch.stack([_read(file, size) for file in files])
+    pixels = torch.stack([_read(file, size, max_pixels) for file in files])
     number = torch.arange(len(files))
     noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
     inputs = normalize(pixels)
@@ -143,9 +147,9 @@ def _find_images(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            found = sorted(p for p in path.rglob("*") if is_image_name(p.name))
             if not found:
-                raise UserError(f"{path} holds no images ({', '.join(IMAGES)})")
+                raise UserError(f"{path} holds no images (.{', .'.join(IMAGE_SUFFIXES)})")
             files += found
         elif path.is_file():
             files.append(path)
@@ -161,9 +165,9 @@ def _evenly(files: list[Path], most: int) -> list[Path]:
     return [files[i * len(files) // most] for i in range(most)]
 
 
-def _read(file: Path, size: int) -> torch.Tensor:
+def _read(file: Path, size: int, max_pixels: int) -> torch.Tensor:
     """The centre of an image as uint8 [3, size, size], its short side resized to fit."""
     try:
-        return eval_crop(decode_image(file.read_bytes()), size, crop_ratio=1.0)
+        return eval_crop(decode_image(file.read_bytes(), max_pixels), size, crop_ratio=1.0)
     except ValueError as error:
         raise UserError(f"{file} {error}") from None

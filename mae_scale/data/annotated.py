@@ -15,12 +15,12 @@ tensors without lists, so that it moves to a device as it is:
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from isal.isal_zlib import crc32
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -383,7 +383,7 @@ class AnnotatedTrainDataset(TrainDataset):
             raise UserError(
                 f"{self.shards.root}: sample {wanted} and {_REPLACEMENTS - 1} others drawn in its "
                 f"place cannot be used, the last is {damaged.popitem()[1]}; check the shards with "
-                "data_prep/verify_shards.py"
+                "`mae-scale verify`"
             )
 
         batch = self._fill(key, samples, lambda i: [pixels(i)])
@@ -399,9 +399,9 @@ def read_pair(dataset: TrainDataset | EvalDataset, sample: int) -> tuple[bytearr
         ValueError: one has other bytes than were indexed.
     """
     image, annotation = dataset.reader.read(sample), dataset.reader.read_annotation(sample)
-    if zlib.crc32(image.data) != dataset.shards.checksums[sample]:
+    if crc32(image.data) != dataset.shards.checksums[sample]:
         raise ValueError("has other bytes than were indexed")
-    if zlib.crc32(annotation.data) != dataset.shards.index["extra_checksum"][sample]:
+    if crc32(annotation.data) != dataset.shards.index["extra_checksum"][sample]:
         raise ValueError(f"has an annotation {annotation.name} of other bytes than were indexed")
     return image.data, annotation.data
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from isal.isal_zlib import crc32
 
 from mae_scale.data.augment import Augment
 from mae_scale.data.cache import FetchError, ShardCache
@@ -154,7 +154,7 @@ class ShardReader:
     def _changed(self, shard: int, what: str) -> UserError:
         return UserError(
             f"{shown(self._shards.files[shard])} has changed since it was indexed: {what}; "
-            "check it with data_prep/verify_shards.py, or index it again"
+            "check it with `mae-scale verify`, or index it again"
         )
 
     def _close(self, shard: int) -> None:
@@ -220,7 +220,7 @@ class _BatchDataset(torch.utils.data.Dataset):
             ValueError: it is damaged; the message begins with its name.
         """
         name, data = self.reader.read(sample)
-        if zlib.crc32(data) != self.shards.checksums[sample]:
+        if crc32(data) != self.shards.checksums[sample]:
             raise ValueError(f"{name} has other bytes than were indexed")
         try:
             return decode(data)
@@ -317,7 +317,7 @@ class TrainDataset(_BatchDataset):
             raise UserError(
                 f"{self.shards.root}: sample {wanted} and {_REPLACEMENT_TRIES - 1} others drawn "
                 f"in its place cannot be decoded, the last is {damaged.popitem()[1]}; "
-                "check the shards with data_prep/verify_shards.py"
+                "check the shards with `mae-scale verify`"
             )
 
         batch = self._fill(key, samples, views, self.repeats)

@@ -290,7 +290,7 @@ class TrainLoader(_Loader):
             raise RunError(
                 f"{self._shards.root}: {len(self._bad)} of {len(self._shards)} samples are "
                 f"damaged, more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; "
-                "data_prep/verify_shards.py names them all"
+                "`mae-scale verify` names them all"
             )
 
 

@@ -185,7 +185,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         index_path, checksums_path = folder / INDEX, folder / CHECKSUMS
         if not folder.is_dir():
             kind = "is not a folder of shards" if folder.exists() else "does not exist"
-            raise UserError(f"{folder} {kind}; make one with data_prep/shard_imagenet.py")
+            raise UserError(f"{folder} {kind}; make one with `mae-scale shard`")
         if not (folder / MANIFEST).is_file():
             raise UserError(_why_no_manifest(folder))
         content = _read_manifest(folder)
@@ -380,13 +380,13 @@ def _check(good: bool, what: str) -> None:
 def _why_no_manifest(folder: Path) -> str:
     if any(folder.glob("*.tar")):
         return (
-            f"{folder} has tars but no {MANIFEST}: finish them with the same shard_imagenet.py "
-            "command, or index foreign tars with data_prep/index_shards.py"
+            f"{folder} has tars but no {MANIFEST}: finish them with the same `mae-scale shard` "
+            "command, or index foreign tars with `mae-scale index`"
         )
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
     if inside:
         return f"{folder} has no {MANIFEST}; did you mean {' or '.join(inside)}?"
-    return f"{folder} has no {MANIFEST}; make shards with data_prep/shard_imagenet.py"
+    return f"{folder} has no {MANIFEST}; make shards with `mae-scale shard`"
 
 
 def write_shard_set(

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, TooLarge, jpeg_frame, open_image
 from mae_scale.data.formats import check_pixels as check_size
@@ -232,7 +232,7 @@ def _check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
         return
     old = read_manifest(folder)
     if "indexed" not in old["made_by"]:
-        raise UserError(f"{folder} has a {MANIFEST} already, which shard_imagenet.py has written")
+        raise UserError(f"{folder} has a {MANIFEST} already, which `mae-scale shard` has written")
     if old["split"] != split or not {shard["file"] for shard in old["shards"]} <= set(names):
         raise UserError(
             f"{folder} has the index of the split {old['split']}, of {len(old['shards'])} tars, "
@@ -357,7 +357,7 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[Found]:
             place = member.offset_data, member.size
             if image:
                 problem = _image_problem(data, job.max_pixels)
-                yield Found(key, part, suffix, *place, zlib.crc32(data), problem=problem)
+                yield Found(key, part, suffix, *place, crc32(data), problem=problem)
             else:
                 yield Found(key, part, suffix, *place, content=data)
 

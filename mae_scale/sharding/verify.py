@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from mae_scale.data.formats import IMAGE_SUFFIXES
 from mae_scale.data.remote import is_remote, shown
@@ -153,7 +154,7 @@ def _image_problem(data: bytes, length: int, checksum: int, fast: bool) -> str |
     reason = None if fast else decode_error(data)
     if reason:
         return f"cannot be decoded: {reason}"
-    return "has other bytes than were written" if zlib.crc32(data) != checksum else None
+    return "has other bytes than were written" if crc32(data) != checksum else None
 
 
 def _annotation_problems(
@@ -170,7 +171,7 @@ def _annotation_problems(
         problem = f"is not {expected}, which belongs to {image}"
     elif len(data) != size:
         problem = "is cut short"
-    elif zlib.crc32(data) != int(entry["extra_checksum"]):
+    elif crc32(data) != int(entry["extra_checksum"]):
         problem = "has other bytes than were written"
     return [f"{name} {problem}"] if problem else []
 

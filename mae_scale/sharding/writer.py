@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import tarfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal.isal_zlib import crc32
 
 from mae_scale.data.tar import make_header
 from mae_scale.errors import RunError
@@ -153,11 +153,11 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
             ending, extra = plan.source.ending, plan.source.annotation(place)
             after = piece.size + 2 * tarfile.BLOCKSIZE + len(data) + -len(data) % tarfile.BLOCKSIZE
             objects = int(plan.source.objects[place])
-            entry = (*entry, after, len(extra), zlib.crc32(extra), objects)
+            entry = (*entry, after, len(extra), crc32(extra), objects)
         else:
             ending, extra = "cls", b"%d" % label
         piece.index.append(entry)
-        piece.checksums.append(zlib.crc32(data))
+        piece.checksums.append(crc32(data))
         sample = (
             make_header(key + ".jpg", len(data)),
             data,

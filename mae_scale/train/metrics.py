@@ -153,7 +153,7 @@ class Meter:
                 "training has waited for data more than %.0f %% of the time for %d minutes: raise "
                 "data.workers (now %d per rank, this process may use %d cores), put the shards on "
                 "a faster disk (data.cache_dir stages remote ones), or make smaller ones "
-                "(shard_imagenet.py --resize-short)",
+                "(mae-scale shard --resize-short)",
                 *(100 * SLOW_DATA, SLOW_DATA_S / 60, self._workers, cores),
             )
 

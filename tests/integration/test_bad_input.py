@@ -60,7 +60,7 @@ def test_a_folder_that_is_no_shard_folder(
 ) -> None:
     assert pretrain(tmp_path / "run", imagenet_tree) == 2
     error = capfd.readouterr().err
-    assert str(imagenet_tree) in error and "shard_imagenet.py" in error
+    assert str(imagenet_tree) in error and "mae-scale shard" in error
 
 
 def test_a_run_dir_of_another_config_and_one_that_is_none(tmp_path: Path, shards: Path) -> None:
