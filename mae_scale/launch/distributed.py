@@ -86,6 +86,16 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
     return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
 
 
+def common_secret() -> bytes:
+    """Make 32 random bytes that all ranks of the process group know, and its store does not.
+
+    They go over the connections between the ranks.
+    """
+    secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).clone()
+    dist.broadcast(secret, src=0)
+    return bytes(secret.tolist())
+
+
 @contextmanager
 def process_group(
     world: World,
@@ -110,7 +120,8 @@ def process_group(
     """
     with _environment_kept():
         try:
-            watchdog = Watchdog(world, hang_timeout, start(world, stop, problem), stop)
+            prefix = start(world, stop, problem)
+            watchdog = Watchdog(world, hang_timeout, prefix, common_secret(), stop)
             watchdog.start()
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -8,6 +8,7 @@ Two threads do it; training itself only assigns a few variables.
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError
+from mae_scale.launch.outputs import one_line
 from mae_scale.launch.stopping import LAUNCHER_ENDED, StopRequest
 from mae_scale.world import World, host
 
@@ -92,12 +94,20 @@ class Watchdog:
         world: this rank.
         hang_timeout: seconds without any progress on any rank after which all end.
         store_prefix: of the keys in the store; the same on all ranks, and used only once.
+        secret: of the process group. Whoever reaches the port can write into the store; what is not
+            signed with the secret counts for nothing.
         stop: is set where the launcher has ended; None if this process does not train.
     """
 
     def __init__(
-        self, world: World, hang_timeout: float, store_prefix: str, stop: StopRequest | None = None
+        self,
+        world: World,
+        hang_timeout: float,
+        store_prefix: str,
+        secret: bytes,
+        stop: StopRequest | None = None,
     ) -> None:
+        self._secret = secret
         self._world, self._hang_timeout, self._stop_request = world, hang_timeout, stop
         self._record: dict[str, Any] = {
             "beat": 0, "host": host(), "moves": 0, "doing": "starting",
@@ -161,7 +171,8 @@ class Watchdog:
     def _tell(self, verdict: str) -> None:
         """Set the verdict, if there is none yet; the store stays until the others have read it."""
         try:
-            self._store.compare_set(VERDICT, "", verdict)
+            if not self._store.check([VERDICT]) or self._read(VERDICT) is None:
+                self._write(VERDICT, verdict)
         except dist.DistError:
             return
         if self._world.rank == 0 and self._world.size > 1:
@@ -171,16 +182,36 @@ class Watchdog:
         """Write this rank's record, read those of the peers and the verdict."""
         self._record["beat"] += 1
         self._record["waits"] = _is_in_a_collective()
-        self._store.set(str(self._world.rank), json.dumps(self._record))
+        self._write(str(self._world.rank), json.dumps(self._record))
         if self._store.check([VERDICT]):
-            self._verdict = self._store.get(VERDICT).decode()
+            self._verdict = self._read(VERDICT)
         keys = [str(peer.rank) for peer in self._peers]
         if self._store.check(keys):
             values = self._store.multi_get(keys)
         else:  # one died before its first word, or will come yet
-            values = [self._store.get(key) if self._store.check([key]) else b"{}" for key in keys]
-        self._records = [json.loads(value) for value in values]
+            values = [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+        texts = [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
+        # A record that is forged or not there yet is no sign of life.
+        self._records = [
+            peer.record if text is None else json.loads(text)
+            for peer, text in zip(self._peers, texts, strict=True)
+        ]
         self._rounds += 1
+
+    def _signature(self, key: str, text: bytes) -> bytes:
+        return hmac.digest(self._secret, key.encode() + b"\0" + text, "sha256").hex().encode()
+
+    def _write(self, key: str, text: str) -> None:
+        self._store.set(key, f"{self._signature(key, text.encode()).decode()} {text}")
+
+    def _read(self, key: str) -> str | None:
+        return self._opened(key, self._store.get(key))
+
+    def _opened(self, key: str, value: bytes) -> str | None:
+        """The text of a value that a rank of this group has written, else None."""
+        signature, _, text = value.partition(b" ")
+        good = hmac.compare_digest(signature, self._signature(key, text))
+        return text.decode() if good else None
 
     def _keep_talking(self) -> None:
         try:
@@ -228,7 +259,7 @@ class Watchdog:
     def _end(self, verdict: str) -> NoReturn:
         # Not through the main thread, which may wait for ever. Data workers watch for it.
         with suppress(OSError):  # a terminal that was closed
-            print(f"mae-scale: error: {verdict}", file=sys.stderr, flush=True)
+            print(f"mae-scale: error: {one_line(verdict)}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
