@@ -84,13 +84,13 @@ def official_step(model: MaskedAutoencoderViT, way: Way, device: torch.device) -
     return step
 
 
-def our_step(model: MaskedAutoencoderViT, way: Way, batch: int) -> Callable:  # type: ignore[type-arg]
+def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "zero1") -> Callable:  # type: ignore[type-arg]
     """A step as `mae-scale pretrain` makes it."""
     train = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     model.set_activation_checkpointing(way.checkpointing)  # type: ignore[arg-type]
     if way.compile:
         compile_blocks(model)
-    config = fill_deepspeed_config("zero1", train, World(), way.precision)
+    config = fill_deepspeed_config(stage, train, World(), way.precision)
     engine = build_engine(model, OptimConfig(), config)
     for group in engine.optimizer.param_groups:
         group["lr"] = LEARNING_RATE

@@ -120,6 +120,8 @@ class TrainConfig:
     memory."""
     compile: bool = changeable(False)
     """Whether the blocks are compiled with torch.compile."""
+    deterministic: bool = changeable(False)
+    """Whether a GPU takes only algorithms that give the same bits each time, which is slower."""
     max_bad_steps: From1 = changeable(10)
     """Optimiser steps in a row with a loss or gradient that is not finite, before the run ends."""
     log_every: From1 = changeable(20)

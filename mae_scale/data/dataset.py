@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -81,6 +82,22 @@ class ShardReader:
         with ThreadPoolExecutor(_FETCHES) as pool:
             for shard, descriptor in zip(missing, pool.map(self._open_file, missing), strict=True):
                 self._keep(shard, descriptor)
+
+    def announce(self, samples: npt.NDArray[np.int64]) -> None:
+        """Tell the kernel what will be read, so that it reads many places at the same time.
+
+        Copies in the cache have just been written and are left out. What cannot be opened is left
+        to `read`, which says so.
+        """
+        for sample in samples:
+            shard = int(self._shard_of(sample))
+            if is_remote(self._shards.files[shard]):
+                continue
+            offset, size = self._shards.index[sample].item()[:2]
+            with suppress(OSError, UserError):
+                os.posix_fadvise(
+                    self._descriptor(shard), offset - BLOCK, size + BLOCK, os.POSIX_FADV_WILLNEED
+                )
 
     def read(self, sample: int) -> Member:
         """The image file of a global sample id.
@@ -242,6 +259,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         count = len(samples) * repeats
         images = self.slots[key.slot][:count] if self.slots else empty_images(count, self.img_size)
         self.reader.prepare(samples)
+        self.reader.announce(np.sort(samples))
         for i in np.argsort(samples):  # in the order of the shards
             for number, pixels in enumerate(views(int(i))):
                 images[i * repeats + number] = pixels

@@ -1,4 +1,4 @@
-"""Open files of a process: connections to the other ranks take them, and so do shards.
+"""Limits of a process. Of open files: connections to the other ranks take them, and so do shards.
 
 Every rank is connected to every other one, and rank 0 serves the store that all ranks talk to. The
 usual soft limit of 1024 is too low for some hundred ranks, the hard limit rarely is.
@@ -55,3 +55,9 @@ def make_room(rank: int, world_size: int) -> None:
             "rank %d of %d may have %d open files; %d, and %d for shards, would be safe: %s",
             *(rank, world_size, limit, least, SHARDS, advice),
         )
+
+
+def omit_core_dumps() -> None:
+    """Let this process write no core dump: those of all ranks would fill a shared file system."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))

@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mae_scale.errors import CommonError, RunError, UserError
-from mae_scale.launch.descriptors import make_room
+from mae_scale.launch.descriptors import make_room, omit_core_dumps
 from mae_scale.launch.stopping import StopRequest, waiting_for_others
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.world import World, compute_threads, cpus, host, is_slurm_task, slurm_rendezvous
@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 # What `start` sets for DeepSpeed and torch, where a launcher has not.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# When a peer is gone torch's own watchdog ends the process within seconds, naming nobody. With 2 it
+# only ends the communication: the next collective raises, and ours says which rank it was.
+NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
 
 # Stores that this process serves. They outlive their process group: a slower rank may still be
 # reading there, and the next group of the same processes meets at the same port.
@@ -44,6 +48,7 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
         UserError: it has no usable device, or too few file descriptors.
     """
     make_room(world.rank, world.size)
+    omit_core_dumps()
     device = world.device if problem is None else torch.device("cpu")
     # DeepSpeed takes LOCAL_RANK for the number of the GPU.
     local = world.local_rank if device.index is None else device.index
@@ -56,6 +61,7 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
+        os.environ.setdefault(*NCCL_ERRORS)
     if "OMP_NUM_THREADS" not in os.environ:
         # Beside a GPU the data workers need the CPUs; without one it is the arithmetic.
         torch.set_num_threads(compute_threads() if device.type == "cuda" else cpus())
@@ -151,7 +157,7 @@ def process_group(
 @contextmanager
 def _environment_kept() -> Iterator[None]:
     """Take back what `start` sets."""
-    before = {name: os.environ.get(name) for name in VARIABLES}
+    before = {name: os.environ.get(name) for name in (*VARIABLES, NCCL_ERRORS[0])}
     try:
         yield
     finally:

@@ -270,10 +270,18 @@ def _is_broken_connection(error: Exception) -> bool:
     )
 
 
+# Where the host waits for what a GPU has been given to do: for a collective, where others are late.
+WAITING_FOR_A_STREAM = ("/torch/cuda/streams.py", "/torch/cuda/__init__.py")
+
+
 def _is_in_a_collective() -> bool:
-    """Whether a thread is inside a call of torch.distributed, or waits in DeepSpeed for its end."""
+    """Whether a thread is inside a call of torch.distributed, or waits for the end of one.
+
+    It waits in DeepSpeed, or for a stream of the GPU, into which NCCL puts its collectives.
+    """
     for innermost in sys._current_frames().values():
-        if "/deepspeed/" in innermost.f_code.co_filename:
+        file = innermost.f_code.co_filename
+        if "/deepspeed/" in file or file.endswith(WAITING_FOR_A_STREAM):
             return True
         frame: FrameType | None = innermost
         while frame:

@@ -26,6 +26,7 @@ from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.compiled import compile_blocks
 from mae_scale.train import checkpoint
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
+from mae_scale.train.determinism import deterministic
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.engine import build_engine, fill_in
 from mae_scale.train.loop import Batch, Loop, Pictures, Validation
@@ -147,6 +148,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
 
     writes = config.replay is None
     with (
+        deterministic(config.train.deterministic),
         catching_signals() as stop,
         process_group(world, config.train.hang_timeout, stop=stop) as watchdog,
         closing(loader),

@@ -521,3 +521,27 @@ def test_a_killed_worker_is_an_error_and_no_hang(folder: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "is killed by signal" in err
+
+
+def test_a_batch_is_announced_before_its_first_read(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel learns all the places at once; a read of each follows."""
+    seen: list[tuple[str, int, int]] = []
+    advise, read = os.posix_fadvise, os.preadv
+
+    def advised(fd: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        seen.append(("advise", offset, size))
+        advise(fd, offset, size, advice)
+
+    def read_at(fd: int, buffers: list[bytearray], offset: int) -> int:
+        seen.append(("read", offset, sum(map(len, buffers))))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(os, "preadv", read_at)
+    stream(train_loader(shards), 1)
+    advised_places = [place for kind, *place in seen[:24] if kind == "advise"]
+    assert len(advised_places) == 24  # of a batch, before anything is read
+    assert [place for kind, *place in seen[24:48] if kind == "read"] == advised_places

@@ -1,0 +1,37 @@
+"""Algorithms that give the same bits each time, where a GPU has faster ones that do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Ask PyTorch, cuDNN and cuBLAS for reproducible algorithms, if that is wanted.
+
+    An operation that has none warns and goes on: see docs/training.md for what is promised. It
+    must be entered before anything is computed on a GPU, since cuBLAS reads its setting once.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn, checks = torch.backends.cudnn, torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        checks.fill_uninitialized_memory,
+        cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    checks.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over each tensor
+    cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        checks.fill_uninitialized_memory, cudnn.benchmark = before[2:]
