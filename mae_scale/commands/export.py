@@ -24,6 +24,7 @@ from mae_scale.files import owner, sync_folder, sync_tree
 from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import ProbeHead
+from mae_scale.models.dense_weights import BACKBONE
 from mae_scale.models.hugging_face import StateDict
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 from mae_scale.world import World
@@ -158,13 +159,15 @@ class Form:
 
 
 def official(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """Everything under the authors' keys."""
+    """Everything under the authors' keys; of a detector or segmenter the encoder alone."""
     code = """
 import torch
 
 state = torch.load("FILE", weights_only=True)["model"]  # keys of facebookresearch/mae
 """
-    return Form(weights(), PTH, {}, "pytorch", code)
+    state = weights()
+    inner = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+    return Form(inner or state, PTH, {}, "pytorch", code)
 
 
 def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
@@ -173,6 +176,7 @@ def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> F
     Raises:
         UserError: another head.
     """
+    _check_encoder(model, "timm")
     _check_head(model, "timm")
     name, kwargs = timm_form.arguments(trained.config.model.name, model)
     state = timm_form.to_timm(_folded(weights(), model), name, kwargs)
@@ -200,6 +204,7 @@ def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict
     Raises:
         UserError: they cannot hold this model.
     """
+    _check_encoder(model, "huggingface")
     if not trained.classes:
         names = ["ViTMAEForPreTraining", "ViTMAEModel"]
         config = hugging_face.mae_config(model)
@@ -239,6 +244,15 @@ FORMATS: dict[str, Callable[[TrainedRun, Any, Callable[[], StateDict]], Form]] =
     "timm": timm,
     "huggingface": huggingface,
 }
+
+
+def _check_encoder(model: Any, to: str) -> None:
+    """Raise a UserError for an encoder that the models of others cannot be."""
+    if hasattr(model, "backbone"):
+        raise UserError(
+            f"--to {to}: its models have no windows and no relative positions, which the encoder "
+            "of this one has; --to official writes the encoder"
+        )
 
 
 def _check_head(model: Any, to: str) -> None:

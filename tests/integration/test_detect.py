@@ -15,10 +15,15 @@ import torch
 from PIL import Image, ImageDraw
 from runs import Run, ranks
 
+from mae_scale.commands.export import export
+from mae_scale.errors import UserError
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.models import build_mae
+from mae_scale.models.dense_weights import fit_to_dense
+from mae_scale.models.weights import read_weights
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
+from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 
 TINY = {
     "model.patch_size": 16,
@@ -154,6 +159,13 @@ def test_it_goes_on_at_other_world_sizes_and_stages_from_pretrained_weights(
             **part.settings, "train.max_steps": steps, "deepspeed": f"zero{stage}"
         }  # fmt: skip
         part.finish()
+    export(detecting.run_dir, "official", tmp_path / "encoder.pth")
+    with torch.device("meta"):
+        model = TrainedRun.read(best_checkpoint(detecting.run_dir)).model()
+    state = fit_to_dense(read_weights(tmp_path / "encoder.pth"), model.backbone)
+    assert state.keys() == model.backbone.state_dict().keys()
+    with pytest.raises(UserError, match="no windows and no relative positions"):
+        export(detecting.run_dir, "timm", tmp_path / "timm")
     rows, undisturbed = detecting.rows(), whole.rows()
     assert [row["samples"] for row in rows] == [row["samples"] for row in undisturbed]
     assert [row["lr"] for row in rows] == [row["lr"] for row in undisturbed]
