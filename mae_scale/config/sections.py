@@ -327,6 +327,8 @@ class AugmentConfig:
 
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    color_jitter: Share = 0.0
+    """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's spelling; null: none."""
     mixup: AtLeast0 = 0.8
@@ -429,6 +431,9 @@ class ProbeModelConfig(EncoderConfig):
 class ProbeAugmentConfig:
     """RandomResizedCrop and flip only (paper Table 10)."""
 
+    crop: Literal["random", "clipped"] = "random"
+    """random: a RandomResizedCrop; clipped: the authors' one for probing, whose first box counts,
+    clipped to the image."""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
 

@@ -40,8 +40,8 @@ class Augment:
         hflip: flip half of the images.
         rand_augment: timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: none.
         erasing: share of the images in which a rectangle becomes noise.
-        crop: "random" is a RandomResizedCrop; "fixed" a square of fixed size; "none" the centre,
-            never flipped.
+        crop: "random" is a RandomResizedCrop; "clipped" one whose first box counts, clipped to the
+            image; "fixed" a square of fixed size; "none" the centre, never flipped.
         color_jitter: s; brightness, contrast and saturation are each multiplied by a factor
             uniform in 1 - s to 1 + s, in random order; 0: none.
 
@@ -55,7 +55,7 @@ class Augment:
         hflip: bool = True,
         rand_augment: str | None = None,
         erasing: float = 0.0,
-        crop: Literal["none", "fixed", "random"] = "random",
+        crop: Literal["none", "fixed", "random", "clipped"] = "random",
         color_jitter: float = 0.0,
     ) -> None:
         low, high = crop_scale
@@ -137,7 +137,14 @@ class Augment:
             image = decode_image(data, max_pixels)
             return [fixed_crop(image, size, u, self._hflip) for u in draws]
         return decode_train_crops(
-            data, size, draws, self._scratch, self._crop_scale, self._hflip, max_pixels
+            data,
+            size,
+            draws,
+            self._scratch,
+            self._crop_scale,
+            self._hflip,
+            max_pixels,
+            clips=self._crop == "clipped",
         )
 
     def _operations_for(self, size: int) -> Any:

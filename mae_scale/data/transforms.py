@@ -93,6 +93,7 @@ def crop_box(
     u: npt.NDArray[np.float64],
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    clips: bool = False,
 ) -> tuple[int, int, int, int]:
     """The box of a RandomResizedCrop, distributed as torchvision's, from given uniforms.
 
@@ -102,6 +103,8 @@ def crop_box(
 
     Args:
         u: float64 [TRAIN_UNIFORMS] in [0, 1).
+        clips: take the first box and clip its sides to the image's, as the authors' linear probe
+            does. Boxes that do not fit are then kept, so that crops are larger on average.
 
     Returns:
         top, left, height, width.
@@ -112,6 +115,8 @@ def crop_box(
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
         aspect = math.exp(log_low + (log_high - log_low) * draws[_TRIES + i])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if clips:
+            w, h = min(w, width), min(h, height)
         if 0 < w <= width and 0 < h <= height:
             top = int(draws[2 * _TRIES] * (height - h + 1))
             left = int(draws[2 * _TRIES + 1] * (width - w + 1))
@@ -131,6 +136,7 @@ def train_crop(
     u: npt.NDArray[np.float64],
     scale: tuple[float, float] = (0.2, 1.0),
     hflip: bool = True,
+    clips: bool = False,
 ) -> torch.Tensor:
     """RandomResizedCrop (antialiased bicubic) and horizontal flip (paper Appendix A.1).
 
@@ -140,11 +146,12 @@ def train_crop(
         u: float64 [TRAIN_UNIFORMS] in [0, 1); all that is random.
         scale: area of the crop as a part of the image's.
         hflip: flip half of the images.
+        clips: as for `crop_box`.
 
     Returns:
         uint8 [3, size, size].
     """
-    box = crop_box(image.shape[1], image.shape[2], u, scale)
+    box = crop_box(image.shape[1], image.shape[2], u, scale, clips=clips)
     return _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
 
 
@@ -172,6 +179,7 @@ def decode_train_crops(
     scale: tuple[float, float] = (0.2, 1.0),
     hflip: bool = True,
     max_pixels: int = MAX_PIXELS,
+    clips: bool = False,
 ) -> list[torch.Tensor]:
     """`train_crop` of `decode_image` for each draw: the same pixels, decoded once.
 
@@ -181,6 +189,7 @@ def decode_train_crops(
         data: an image file.
         draws: float64 [TRAIN_UNIFORMS] for each crop.
         max_pixels: as for `decode_image`.
+        clips: as for `crop_box`.
 
     Returns:
         uint8 [3, size, size] for each draw.
@@ -190,7 +199,7 @@ def decode_train_crops(
     """
     frame = _quick_frame(data, max_pixels)
     if frame is not None:
-        boxes = [crop_box(frame.height, frame.width, u, scale) for u in draws]
+        boxes = [crop_box(frame.height, frame.width, u, scale, clips=clips) for u in draws]
         lowest = max(top + height for top, _, height, _ in boxes)
         try:
             image = _decode_rows(data, frame, lowest, scratch)
@@ -202,7 +211,7 @@ def decode_train_crops(
                 for box, u in zip(boxes, draws, strict=True)
             ]
     image = decode_image(data, max_pixels)
-    return [train_crop(image, size, u, scale, hflip) for u in draws]
+    return [train_crop(image, size, u, scale, hflip, clips) for u in draws]
 
 
 def _decode_rows(data: bytearray, frame: Frame, rows: int, scratch: Scratch) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from mae_scale.config.batch import peak_rate, total_steps
 from mae_scale.config.sections import LinprobeConfig, given
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
@@ -16,6 +19,8 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import Parts, training_data
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 __all__ = ["build", "flops", "prepare"]
 
@@ -29,6 +34,23 @@ def build(config: LinprobeConfig, num_classes: int) -> Classifier:
     return model
 
 
+# Sum of the learning rate over the steps on ImageNet (Table 10): 90 epochs of 78 steps, peak 6.4.
+IMAGENET_BUDGET = 90 * 78 * 6.4
+
+
+def warn_of_small_budget(config: LinprobeConfig, steps_per_epoch: int) -> None:
+    """Warn where LARS can hardly move the weights in the time that it has."""
+    steps = total_steps(config.train, steps_per_epoch)
+    share = peak_rate(config) * steps / IMAGENET_BUDGET
+    if share < 1 / 50:
+        log.warning(
+            "this probe will hardly train: its learning rate, summed over %d steps, is 1/%.0f of "
+            "that on ImageNet, and LARS moves a weight by a thousandth of it; raise optim.base_lr "
+            "(%g) or train.epochs (%d)",
+            *(steps, 1 / max(share, 1e-9), config.optim.base_lr, config.train.epochs),
+        )
+
+
 def prepare(config: LinprobeConfig, world: World) -> Parts:
     """Put together what is trained.
 
@@ -36,6 +58,7 @@ def prepare(config: LinprobeConfig, world: World) -> Parts:
         UserError: shards, weights or settings that cannot be used.
     """
     shards, loader = training_data(config, world, Augment.of(config.augment))
+    warn_of_small_budget(config, loader.steps_per_epoch)
     classes = classes_of(shards)
     with torch.device("meta"):  # no weights yet
         model = build(config, len(classes))

@@ -65,6 +65,9 @@ def make_optimizer(
 class GuardedLars(Lars):
     """timm's LARS, which adapts and decays only tensors of more than one dimension.
 
+    The decay joins the gradient g before its norm is taken, as in the authors' code: the step is
+    divided by |g + decay w|, where timm's own divides by |g| + decay |w|.
+
     Like fused AdamW it leaves everything as it is where the scalar `found_inf` is 1.
     """
 
@@ -81,7 +84,14 @@ class GuardedLars(Lars):
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         tensors = [t for p in parameters for t in (p, self.state[p]["momentum_buffer"])]
         before = [tensor.clone() for tensor in tensors]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = 0.0
+            for parameter in group["params"] if decay else ():
+                parameter.grad.add_(parameter, alpha=decay)
         super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             after = [t for p in parameters for t in (p, self.state[p]["momentum_buffer"])]

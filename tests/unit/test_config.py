@@ -173,6 +173,7 @@ def test_recipes_are_tables_9_to_11(kind: str, size: str) -> None:
     if task == "finetune":
         expected |= {**TABLE_9, **TABLE_9_BY_SIZE[size]}
     elif task == "linprobe":
+        expected |= {"augment.crop": "clipped"}
         expected |= {**TABLE_10, "train.epochs": 90 if size == "base" else 50}
     else:
         drop_path, epochs = (0.1, 300) if size == "base" else (0.2, 200)

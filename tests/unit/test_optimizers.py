@@ -108,3 +108,19 @@ def test_lars_does_not_apply_a_step_that_is_not_finite() -> None:
 def test_lars_under_a_zero_stage_that_breaks_its_norms(stage: int) -> None:
     with pytest.raises(UserError, match=rf"ZeRO-{stage} .* norms of whole matrices; use zero0"):
         make_optimizer(torch.nn.Linear(2, 2), LarsConfig(), zero_stage=stage)
+
+
+def test_lars_adds_the_decay_to_the_gradient_before_its_norm() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+    optimizer = make_optimizer(layer, LarsConfig(weight_decay=0.3), zero_stage=0)
+    optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"] = 0.5
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    gradient = torch.randn(3, 5)
+    layer.weight.grad, layer.bias.grad = gradient.clone(), torch.ones(3)
+    optimizer.step()
+    decayed = gradient + 0.3 * weight
+    moved = 0.5 * 0.001 * weight.norm() / decayed.norm() * decayed
+    torch.testing.assert_close(layer.weight.detach(), weight - moved)
+    torch.testing.assert_close(layer.bias.detach(), bias - 0.5)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.3]
