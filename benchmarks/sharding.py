@@ -80,6 +80,7 @@ def main() -> None:
         f"shard_imagenet, {cores} workers": with_shard_imagenet(cores),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         src = Path(scratch) / "src"
         total = make_source(args.images, src, args.count)
@@ -88,19 +89,23 @@ def main() -> None:
                 out = Path(scratch) / "out"
                 out.mkdir()
                 os.sync()
-                start = time.perf_counter()
+                start, before = time.perf_counter(), sum(os.times()[:4])
                 way(src, out)
                 seconds[name].append(time.perf_counter() - start)
+                cpu[name].append(sum(os.times()[:4]) - before)  # children that have ended, too
                 shutil.rmtree(out)
     python = sys.version.split()[0]
     print(f"{datetime.date.today()}  {platform.machine()}, {cores} cores, Python {python}")
     print(f"{args.count:,} JPEGs, {total / 1e9:.2f} GB, best of {args.rounds} rounds")
-    print(f"{'':30}{'seconds':>8}{'images/s':>10}{'MB/s':>7}{'x ShardWriter':>15}{'x tar':>7}")
+    columns = f"{'seconds':>8}{'images/s':>10}{'MB/s':>7}{'x ShardWriter':>15}{'x tar':>7}"
+    print(f"{'':30}{columns}{'CPU ms an image':>17}{'x ShardWriter':>15}")
     best = {name: min(times) for name, times in seconds.items()}
     for name, time_s in best.items():
         print(
             f"{name:30}{time_s:8.2f}{args.count / time_s:10,.0f}{total / time_s / 1e6:7.0f}"
             f"{best['webdataset.ShardWriter'] / time_s:15.2f}{best['tar cf'] / time_s:7.2f}"
+            f"{min(cpu[name]) / args.count * 1e3:17.3f}"
+            f"{min(cpu['webdataset.ShardWriter']) / min(cpu[name]):15.2f}"
         )
 
 
