@@ -145,12 +145,12 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _remove_unpacked(out: Path) -> None:
-    """Remove what this process has unpacked of its source, and the folders if nothing is left."""
-    with suppress(OSError):
-        (out / WORK / f"unpacked.{owner()}.tmp").unlink()
-    for folder in (out / WORK, out):
+    """Remove what this process has unpacked of its source, and the work folder if it is empty."""
+    unpacked = out / WORK / f"unpacked.{owner()}.tmp"
+    if unpacked.exists():
         with suppress(OSError):
-            folder.rmdir()
+            unpacked.unlink()
+            unpacked.parent.rmdir()
 
 
 def _check_places(src: Path, out: Path) -> None:
