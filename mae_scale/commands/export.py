@@ -145,17 +145,17 @@ def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDic
 
 @dataclass
 class Form:
-    """What is written."""
+    """The files of an export."""
 
     state: StateDict
     weights: str
-    """Name of their file in a folder."""
+    """Name of the file of the weights in a folder."""
     files: dict[str, Any]
-    """JSON by name, beside them."""
+    """Contents of the JSON files beside the weights, by name."""
     library: str
-    """That loads it, as the Hub names it."""
+    """Library that loads the weights, as the Hub names it."""
     code: str
-    """Lines of Python that load it from FOLDER, its place, or FILE, that of the weights."""
+    """Lines of Python that load the weights from FOLDER, or from FILE in it."""
 
 
 def official(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
@@ -318,7 +318,7 @@ def _write_file(out: Path, form: Form, card: str) -> None:
 
 @contextmanager
 def _unfinished(out: Path, what: str = "new") -> Iterator[Path]:
-    """A path beside `out` at which nothing is left in the end."""
+    """Give a path beside `out`, and remove what is left there in the end."""
     path = out.with_name(f".{out.name}.{owner()}.{what}")
     try:
         yield path

@@ -1,4 +1,4 @@
-"""The model card of an export: what the weights are, and how they came about."""
+"""The model card of an export: what the weights are and how they were trained."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier expor
 
 
 def model_card(trained: TrainedRun, ema: bool, to: str, library: str, code: str) -> str:
-    """The card as Markdown, with the Hub's front matter.
+    """Write the card as Markdown, with the Hub's front matter.
 
     Args:
-        trained: what was exported.
+        trained: the run whose weights were exported.
         ema: whether it is the moving average of its weights.
-        to: the form.
-        library: that loads it.
-        code: lines of Python that do.
+        to: the form of the weights.
+        library: the library that loads them.
+        code: lines of Python that load them.
     """
     config, commit = trained.config, Commit.read(trained.folder)
     name = config.model.name
@@ -102,7 +102,7 @@ def _steps(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
 
 
 def _data(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
-    """The shards, and what is in them where they are still at hand."""
+    """Name the shards, and count their images where they are still there."""
     path = trained.config.data.train
     facts = [("Data", f"`{path}`"), ("Fingerprint of the data", f"`{commit.data}`")]
     if (Path(path) / MANIFEST).is_file():
@@ -116,7 +116,7 @@ def _data(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
 
 
 def _scores(trained: TrainedRun, step: int) -> list[tuple[str, str]]:
-    """The best validation up to a step, of the weights and of their moving average."""
+    """Give the best validation up to a step, for the weights and for their moving average."""
     rows = [r for r in read_metrics(trained.run_dir / VALIDATION) if r["step"] <= step]
     facts = []
     for prefix, whose in (("", ""), (AVERAGED, " of the moving average")):

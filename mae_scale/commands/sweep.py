@@ -96,7 +96,7 @@ def main(argv: list[str], prog: str) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep: a command without what launches it."""
+    """One run of a sweep: its command without the launcher."""
 
     task: str
     arguments: tuple[str, ...]
@@ -118,27 +118,27 @@ def _is_finished(run_dir: Path) -> bool:
 
 @dataclass
 class Sweep:
-    """What a file asks for."""
+    """The runs that a sweep file asks for."""
 
     title: str
     rows: list[dict[str, Any]]
     """`name` and `paper` of each."""
     measured: list[dict[str, list[Run]]]
-    """Of each row, by task, the runs that give its accuracy: one for each seed."""
+    """For each row, by task, the runs that give its accuracy: one for each seed."""
     needed: list[list[Run]]
-    """Of each row, its runs in the order of their work."""
+    """For each row, its runs in the order of their work."""
 
     @property
     def runs(self) -> list[Run]:
-        """All of them, each once."""
+        """All runs, each once."""
         return list(dict.fromkeys(run for row in self.needed for run in row))
 
     def runs_of(self, row: int) -> list[Run]:
-        """Those of one row."""
+        """Give the runs of one row."""
         return self.needed[row]
 
     def results(self) -> list[dict[str, Any]]:
-        """Of each row `name`, and by task the accuracy of each seed (null: not yet) and `paper`."""
+        """Give for each row its `name`, `paper`, and by task the score of each seed; null: not yet."""
         return [
             {
                 "name": row["name"],
@@ -223,7 +223,7 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
 
 
 def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[str, Any] | None:
-    """Config keys of a task of a row; None where it is left out."""
+    """Merge the config keys of a task of a row; None where the row leaves the task out."""
     if task not in content or (task in row and row[task] is None):
         return None
     merged = {**flatten(content[task] or {}), **flatten(row.get(task) or {})}
@@ -231,9 +231,9 @@ def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[s
 
 
 def run_all(runs: list[Run], launch: list[str]) -> int:
-    """Run them one after the other; finished ones say so and are done.
+    """Start the runs one after the other; a finished one says so and ends at once.
 
-    What fails does not keep the others from running, but those that start from it; bad settings do.
+    A run that fails keeps only those from running that start from it. Bad settings end the sweep.
 
     Returns:
         0; 85 where a run was stopped early, 2 for bad settings; else the first failure's exit code.
@@ -260,7 +260,7 @@ def run_all(runs: list[Run], launch: list[str]) -> int:
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[Any]]:
-    """Hand signals that stop a run to the child; the list holds it, and then each signal."""
+    """Pass signals that stop a run on to the child; the list holds the child, then each signal."""
     child: list[Any] = []
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -280,7 +280,7 @@ def _forwarded_signals() -> Iterator[list[Any]]:
 
 
 def table(title: str, results: list[dict[str, Any]]) -> str:
-    """The rows as text: mean over the seeds, and lowest to highest; beside it the paper's."""
+    """Format the rows: mean over the seeds, lowest to highest, and the paper's number beside it."""
     columns = [task for task in COLUMNS if any(task in row for row in results)]
     has_paper = any(row["paper"] for row in results)
     several = any(len(row.get(task, ())) > 1 for row in results for task in columns)
