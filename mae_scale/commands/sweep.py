@@ -138,7 +138,7 @@ class Sweep:
         return self.needed[row]
 
     def results(self) -> list[dict[str, Any]]:
-        """Give for each row its `name`, `paper`, and by task the score of each seed; null: not yet."""
+        """Give for each row `name`, `paper` and, by task, the score of each seed; null: not yet."""
         return [
             {
                 "name": row["name"],
