@@ -21,6 +21,7 @@ from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import config_keys, given_values, parse
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
+from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
 from mae_scale.world import World
 
@@ -40,6 +41,8 @@ DETECTION = {
         ("ap_large", "AP, large"),
     )
 }
+
+SEGMENTATION = {"miou": "mIoU, %", "macc": "mean accuracy, %", "aacc": "pixel accuracy, %"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,17 @@ TASKS = {
             DETECTION,
             "box_ap",
             80,
+            is_planned=False,
+        ),
+        Task(
+            "segment",
+            SegmentConfig,
+            "train UperNet on the encoder, on shards of ADE20K",
+            "UperNet on the encoder of a masked autoencoder",
+            "image-segmentation",
+            SEGMENTATION,
+            "miou",
+            150,
             is_planned=False,
         ),
     )
