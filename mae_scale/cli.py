@@ -29,6 +29,7 @@ COMMANDS = {
     "report": "write an HTML page that shows one or several runs",
     "export": "weights for the authors' code, timm or Hugging Face",
     "reconstruct": "draw what a trained one makes of images",
+    "predict": "draw what a classifier, detector or segmenter sees in images",
 }
 PRINTING = {"plan", "status", "--help", "-h"}  # their product is what they print
 

@@ -440,9 +440,9 @@ class _DetectionEvalDataset(EvalDataset):
         def pixels(i: int) -> torch.Tensor:
             image = _decoded(self, int(key.positions[i]))
             height, width = image.shape[1:]
-            h, w = evaluated_size(height, width, self.img_size)
-            targets[i] = {"size": np.array([[h, w]]), "original": np.array([[height, width]])}
-            return padded(_resize(image, h, w), self.img_size)
+            square, size = evaluation_input(image, self.img_size)
+            targets[i] = {"size": np.array([size]), "original": np.array([[height, width]])}
+            return square
 
         batch = self._fill(key, key.positions, lambda i: [pixels(i)])
         batch.targets = joined([targets[i] for i in range(len(key.positions))])
@@ -478,6 +478,20 @@ def evaluated_size(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width of an image whose long side becomes `size`, rounded as by Detectron2."""
     ratio = size / max(height, width)
     return max(1, math.floor(height * ratio + 0.5)), max(1, math.floor(width * ratio + 0.5))
+
+
+def evaluation_input(image: torch.Tensor, size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """An image as a detector is evaluated on it, and its height and width there.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: pixels of the long side; the short one is padded to it.
+
+    Returns:
+        uint8 [3, size, size], and height and width without padding.
+    """
+    h, w = evaluated_size(image.shape[1], image.shape[2], size)
+    return padded(_resize(image, h, w), size), (h, w)
 
 
 class DetectionEvalLoader(EvalLoader):
