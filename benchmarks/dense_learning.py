@@ -21,19 +21,19 @@ from shapes import write_ade
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
 
-SIZE = 96  # pixels of a side of the scenes
+SIZE = 64  # pixels of a side of the scenes
 MODEL = {
-    "name": "mae_vit_tiny_patch16", "img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 6,
-    "channels": 48, "auxiliary_channels": 32, "drop_path": 0.0, "layer_scale": "null",
+    "name": "mae_vit_tiny_patch16", "img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 6,
+    "channels": 24, "auxiliary_channels": 16, "drop_path": 0.0, "layer_scale": "null",
 }  # fmt: skip
-OPTIM = {"base_lr": 0.016, "warmup_steps": 50, "layer_decay": 1.0}
+OPTIM = {"base_lr": 0.05, "warmup_steps": 50, "layer_decay": 1.0}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--train", type=int, default=1600, help="scenes to train on")
+    parser.add_argument("--train", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--val", type=int, default=100, help="scenes to validate on")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--goal", type=float, default=70.0, help="mIoU that must be reached")
     args = parser.parse_args()
     print(header("torchvision", "timm", "deepspeed"))
@@ -43,8 +43,8 @@ def main() -> int:
         for split in ("train", "val"):
             shard(root / "scenes", root / split, Options(split), workers=2)
         keys = {"run_dir": root / "run", "data.train": root / "train", "data.val": root / "val",
-                "data.workers": 1, "train.epochs": args.epochs, "train.global_batch_size": 16,
-                "train.micro_batch_size": 16, "train.validate_epochs": 2}  # fmt: skip
+                "data.workers": 1, "train.epochs": args.epochs, "train.global_batch_size": 8,
+                "train.micro_batch_size": 8, "train.validate_epochs": 2}  # fmt: skip
         keys |= {f"model.{key}": value for key, value in MODEL.items()}
         keys |= {f"optim.{key}": value for key, value in OPTIM.items()}
         command = [sys.executable, "-m", "mae_scale", "segment"]

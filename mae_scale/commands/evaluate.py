@@ -1,4 +1,7 @@
-"""`mae-scale evaluate`: accuracy of a classifier, also on the robustness sets of Appendix C."""
+"""`mae-scale evaluate`: accuracy of a classifier, also on the robustness sets of Appendix C.
+
+Runs of detect and segment are evaluated by `evaluate_dense`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mae_scale.commands import evaluate_dense
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.batch import resolve_precision
 from mae_scale.data.loader import EvalLoader
@@ -64,7 +68,8 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument(
         "weights",
         type=Path,
-        help="run folder of finetune or linprobe (its best checkpoint), a step folder in it, or "
+        help="run folder of finetune, linprobe, detect or segment (its best checkpoint), a step "
+        "folder in it, or "
         "fine-tuned weights: a .pth of the authors, a .safetensors, a folder of timm or Hugging "
         "Face",
     )
@@ -94,6 +99,10 @@ def main(argv: list[str], prog: str) -> int:
         "--workers", type=int, default=data_workers(),
         help="data-loading processes per rank, by default one less than its CPUs, 16 at the most",
     )  # fmt: skip
+    parser.add_argument(
+        "--multi_scale", action="store_true",
+        help="of segment: six sizes and their mirror images (ADE20K's test with augmentation)",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--cache_dir", help="folder into which remote shards are staged")
     options = parser.parse_intermixed_args(argv)  # data sets may come after options
@@ -116,6 +125,13 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
     if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
         raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
+    if is_ours(options.weights):
+        trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
+        if trained.task.name in evaluate_dense.TASKS:
+            evaluate_dense.run(trained, options, _named(options.data), world)
+            return
+    if options.multi_scale:
+        raise UserError(f"--multi_scale is for runs of segment; {options.weights} is none")
     sets = {name: open_shards(spec, options.cache_dir) for name, spec in _named(options.data)}
     corrupted = _corrupted(options)
     if not sets and not corrupted:

@@ -1,0 +1,147 @@
+"""Evaluation of detectors and segmenters: COCO's average precision, and mIoU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mae_scale.config.batch import resolve_precision
+from mae_scale.data.annotated import DetectionEvalLoader, SegmentationEvalLoader
+from mae_scale.data.loader import EvalLoader, shard_cache
+from mae_scale.errors import UserError
+from mae_scale.files import write_atomically
+from mae_scale.tasks import detect as detection
+from mae_scale.tasks import segment as segmentation
+from mae_scale.tasks.trained import TrainedRun
+from mae_scale.train import checkpoint
+from mae_scale.train.detection_scores import evaluate_detection
+from mae_scale.train.segmentation_scores import MULTI_SCALE, evaluate_segmentation
+from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
+
+TASKS = ("detect", "segment")
+
+
+def run(
+    trained: TrainedRun,
+    options: argparse.Namespace,
+    sets: Sequence[tuple[str, str]],
+    world: World,
+) -> None:
+    """Evaluate a run of `TASKS` on all sets; rank 0 prints and writes.
+
+    Args:
+        trained: the checkpoint.
+        options: of `mae-scale evaluate`.
+        sets: name and shards of each.
+        world: this process among the others.
+
+    Raises:
+        UserError: data or options that do not fit the run.
+    """
+    task = trained.task.name
+    for name in ("imagenet_c", "classes", "model", "img_size", "crop_ratio"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for classifiers; {trained.run_dir} is a run of {task}")
+    if options.multi_scale and task != "segment":
+        raise UserError(f"--multi_scale is for segmenters; {trained.run_dir} is a run of {task}")
+    if not sets:
+        raise UserError("nothing to evaluate on: give NAME=SHARDS")
+    opened = {
+        name: (detection.open_detection if task == "detect" else segmentation.open_segmentation)(
+            spec, options.cache_dir
+        )
+        for name, spec in sets
+    }
+    for name, shards in opened.items():
+        if list(shards.classes) != trained.classes:
+            raise UserError(
+                f"{name} has {len(shards.classes)} classes that are not the "
+                f"{len(trained.classes)} of {trained.run_dir}"
+            )
+    model = trained.model()
+    model.load_state_dict(trained.weights(options.ema))
+    model = model.eval().to(world.device)
+    half = resolve_precision(options.precision, world.device) == "bf16"
+
+    def outputs(*inputs: Any) -> Any:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
+            return model(*inputs)
+
+    results: dict[str, Any] = {
+        "weights": str(options.weights),
+        "step": checkpoint.Commit.read(trained.folder).step,
+        "sets": {},
+    }
+    for name, shards in opened.items():
+        kind = DetectionEvalLoader if task == "detect" else SegmentationEvalLoader
+        loader = kind(
+            shards,
+            img_size=trained.config.model.img_size,
+            batch_size=min(options.batch_size, _MOST) if task == "detect" else 1,
+            rank=world.rank,
+            world_size=world.size,
+            workers=options.workers,
+            cache_dir=options.cache_dir,
+        )
+        if task == "detect":
+            cache = shard_cache(shards, options.cache_dir, None)
+            row = evaluate_detection(
+                lambda *inputs: detection.detect(outputs, *inputs),
+                loader,  # type: ignore[arg-type]
+                shards,
+                device=world.device,
+                what=f"evaluating {name}",
+                cache=cache,
+            )
+        else:
+            row = _segmentation(trained, options, outputs, loader, world, name)
+        results["sets"][name] = {"shards": shards.root, **(row or {})}
+    if world.rank == 0:
+        print(table(results["sets"], trained.task.scores))
+        if options.out is not None:
+            write_atomically(options.out, json.dumps(results, indent=1) + "\n")
+
+
+_MOST = 8  # images of a detector's batch; they are large
+
+
+def _segmentation(
+    trained: TrainedRun,
+    options: argparse.Namespace,
+    outputs: Callable[..., Any],
+    loader: EvalLoader,
+    world: World,
+    name: str,
+) -> dict[str, Any]:
+    config: Any = trained.config
+    sliding = segmentation.sliding_of(config)
+    if options.multi_scale:
+        sliding = replace(sliding, scales=MULTI_SCALE, flip=True)
+    found = evaluate_segmentation(
+        outputs,
+        loader,  # type: ignore[arg-type]
+        sliding,
+        classes=len(trained.classes),
+        device=world.device,
+        what=f"evaluating {name}",
+    )
+    assert found is not None  # nothing stops it
+    ious = [100 * iou if iou == iou else None for iou in found.per_class().tolist()]
+    return {**found.row(), "per_class": dict(zip(trained.classes, ious, strict=True))}
+
+
+def table(sets: dict[str, Any], scores: Any) -> str:
+    """What was found, one line for each score of each set."""
+    lines = []
+    for name, row in sets.items():
+        lines.append(f"{name}: {row['images']} images")
+        lines += [f"  {label:<20}{row[key]:>8.2f}" for key, label in scores.items()]
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""`mae-scale segment`, and `evaluate` and `predict` on its runs, as users start and stop them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import REPOSITORY, Run, send
+
+from mae_scale.launch.stopping import STOPPED
+from mae_scale.models import build_mae
+from mae_scale.sharding.plan import Options
+from mae_scale.sharding.run import shard
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from shapes import write_ade
+
+SMALL = {
+    "model.img_size": 32,
+    "model.embed_dim": 48,
+    "model.depth": 6,
+    "model.channels": 8,
+    "model.auxiliary_channels": 8,
+    "train.epochs": 4,
+    "train.global_batch_size": 4,
+    "train.micro_batch_size": 2,
+    "train.validate_epochs": 2,
+    "optim.base_lr": 0.05,
+    "optim.warmup_epochs": 0,
+    "optim.warmup_steps": 2,
+    "checkpoint.every_steps": 3,
+    "data.window": 4,
+}
+TOTAL = 16  # steps of four epochs of 17 // 4
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Shards of 17 scenes to train on and of 5 others."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_ade(root / "ade", 17, 5, 48)
+    folders = {split: root / split for split in ("train", "val")}
+    for split, folder in folders.items():
+        shard(root / "ade", folder, Options(split, samples_per_shard=10))
+    return {**folders, "images": root / "ade/images/validation"}
+
+
+@pytest.fixture(scope="module")
+def whole(scenes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing has interrupted, which began with the encoder of pre-training."""
+    folder = tmp_path_factory.mktemp("segment")
+    torch.manual_seed(0)
+    mae = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8, embed_dim=48, depth=6)
+    torch.save({"model": mae.state_dict()}, folder / "mae.pth")
+    settings = {**SMALL, "data.val": scenes["val"], "weights": folder / "mae.pth"}
+    run = Run(folder / "run", scenes["train"], settings, task="segment")
+    run.finish()
+    return run
+
+
+def test_it_stops_and_goes_on_bit_for_bit(whole: Run, tmp_path: Path) -> None:
+    run = replace(whole, run_dir=tmp_path / "run")
+    run.stop(2, send(signal.SIGTERM), STOPPED)
+    assert len(run.rows()) < TOTAL
+    run.finish()
+    assert run.rows() == whole.rows()
+    assert run.rows("validation.jsonl") == whole.rows("validation.jsonl")
+    assert [row["images"] for row in run.rows("validation.jsonl")] == [5, 5]
+
+
+def test_it_goes_on_at_another_world_size_and_stage(whole: Run, tmp_path: Path) -> None:
+    run = replace(
+        whole, run_dir=tmp_path / "run", settings={**whole.settings, "train.max_steps": 4}
+    )
+    run.finish()
+    run = replace(
+        run, launcher="torchrun", processes=2,
+        settings={**whole.settings, "train.micro_batch_size": 1, "deepspeed": "zero3"},
+    )  # fmt: skip
+    output = run.finish()
+    assert "going on from step-00000004" in output
+    losses, expected = ([row["loss"] for row in each.rows()] for each in (run, whole))
+    # Micro-batches of 2 on one process are those of 1 on two: batch norm sees the same images.
+    assert losses == pytest.approx(expected, abs=2e-2)
+
+
+def test_evaluate_gives_what_validation_gave(
+    whole: Run, scenes: dict[str, Path], tmp_path: Path
+) -> None:
+    last = json.loads((whole.run_dir / "validation.jsonl").read_text().splitlines()[-1])
+    step = whole.run_dir / "checkpoints" / f"step-{TOTAL:08d}"
+    for launch in (
+        "-m mae_scale",
+        "-m torch.distributed.run --standalone --nproc_per_node 2 -m mae_scale",
+    ):
+        out = tmp_path / "found.json"
+        command = [sys.executable, *launch.split(), "evaluate", step, f"val={scenes['val']}"]
+        subprocess.run([*command, "--out", out, "--workers", "0"], check=True)
+        found = json.loads(out.read_text())["sets"]["val"]
+        assert {key: found[key] for key in ("miou", "macc", "aacc", "images")} == {
+            key: last[key] for key in ("miou", "macc", "aacc", "images")
+        }
+        assert set(found["per_class"]) == {"disk", "square", "triangle", "photograph"}
+
+
+def test_predict_draws_and_tells(whole: Run, scenes: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "seen"
+    command = [sys.executable, "-m", "mae_scale", "predict", whole.run_dir, scenes["images"]]
+    subprocess.run([*command, "--out", out], check=True)
+    facts = json.loads((out / "00000.jpg.json").read_text())
+    assert sum(each["share"] for each in facts["classes"]) == pytest.approx(1)
+    with Image.open(out / facts["map"]) as classes:
+        values = np.array(classes)
+    assert values.shape == (48, 48)
+    for each in facts["classes"]:
+        assert (values == each["number"]).mean() == pytest.approx(each["share"])
+    assert len(list(out.glob("*.jpg.png"))) == 5
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    done = subprocess.run(
+        [*command[:-1], tmp_path / "broken.jpg", "--out", out], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "1 of 1 images cannot be read" in done.stderr
+
+
+def test_other_shards_are_refused(whole: Run, shards: Path, tmp_path: Path) -> None:
+    run = replace(whole, run_dir=tmp_path / "run", shards=shards)
+    done = subprocess.run(run.command(), capture_output=True, text=True)
+    assert done.returncode == 2 and "holds shards for classification" in done.stderr
+    assert not run.run_dir.exists()
