@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     if is_ours(options.weights):
         trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
         if trained.task.name in evaluate_dense.TASKS:
-            evaluate_dense.run(trained, options, _named(options.data), world)
+            evaluate_dense.run(trained, options, _named(options.data), world, watchdog.doing)
             return
     if options.multi_scale:
         raise UserError(f"--multi_scale is for runs of segment; {options.weights} is none")

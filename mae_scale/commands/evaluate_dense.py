@@ -34,6 +34,7 @@ def run(
     options: argparse.Namespace,
     sets: Sequence[tuple[str, str]],
     world: World,
+    doing: Callable[[str], None],
 ) -> None:
     """Evaluate a run of `TASKS` on all sets; rank 0 prints and writes.
 
@@ -42,6 +43,7 @@ def run(
         options: of `mae-scale evaluate`.
         sets: name and shards of each.
         world: this process among the others.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
 
     Raises:
         UserError: data or options that do not fit the run.
@@ -98,11 +100,12 @@ def run(
                 loader,  # type: ignore[arg-type]
                 shards,
                 device=world.device,
+                doing=doing,
                 what=f"evaluating {name}",
                 cache=cache,
             )
         else:
-            row = _segmentation(trained, options, outputs, loader, world, name)
+            row = _segmentation(trained, options, outputs, loader, world, doing, name)
         results["sets"][name] = {"shards": shards.root, **(row or {})}
     if world.rank == 0:
         print(table(results["sets"], trained.task.scores))
@@ -119,6 +122,7 @@ def _segmentation(
     outputs: Callable[..., Any],
     loader: EvalLoader,
     world: World,
+    doing: Callable[[str], None],
     name: str,
 ) -> dict[str, Any]:
     config: Any = trained.config
@@ -131,6 +135,7 @@ def _segmentation(
         sliding,
         classes=len(trained.classes),
         device=world.device,
+        doing=doing,
         what=f"evaluating {name}",
     )
     assert found is not None  # nothing stops it

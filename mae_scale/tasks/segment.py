@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +19,20 @@ from mae_scale.data.annotated import (
 )
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.models.segmenter import Segmenter, build_segmenter
 from mae_scale.tasks.classification import notes
+from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
 from mae_scale.train.run import Parts, train_loader
 from mae_scale.train.segmentation_scores import Sliding, evaluate_segmentation
 from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
 
 
 def build(config: SegmentConfig, num_classes: int) -> Segmenter:
@@ -113,7 +119,14 @@ def _initial_weights(
     if config.weights is None:
         return None
     path = Path(config.weights)
-    return lambda: fit_to_dense_model(read_any(path), model, new_head=config.new_head)
+
+    def read() -> dict[str, torch.Tensor]:
+        state = read_any(path)
+        weights = fit_to_dense_model(state, model, new_head=config.new_head)
+        log.info("from %s: %s", path, fitted(state, weights, model))
+        return weights
+
+    return read
 
 
 def _validation(config: SegmentConfig, world: World, train: ShardSet) -> Validation | None:
@@ -139,18 +152,22 @@ def _validation(config: SegmentConfig, world: World, train: ShardSet) -> Validat
         workers=config.data.worker_processes,
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
+        max_pixels=config.data.max_pixels,
     )
 
-    def run(engine: DeepSpeedEngine, stop: Callable[[], bool]) -> dict[str, float] | None:
+    def scores(
+        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         found = evaluate_segmentation(
             engine,
             loader,
             sliding_of(config),
             classes=len(train.classes),
             device=world.device,
+            doing=watchdog.doing,
             what="validating",
             stop=stop,
         )
         return None if found is None else found.row()
 
-    return Validation(config.train.validate_epochs, run, "miou")
+    return validation_by(config, config.train.validate_epochs, scores)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from runs import REPOSITORY, Run, send
 
-from mae_scale.launch.stopping import STOPPED
+from mae_scale.errors import STOPPED
 from mae_scale.models import build_mae
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard

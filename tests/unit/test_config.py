@@ -17,6 +17,7 @@ from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
 from mae_scale.config.parsing import parse, recipe_names
 from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
+from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
 from mae_scale.tasks.task import task_of
 
@@ -57,6 +58,7 @@ TASKS = {
     "pretrain": PretrainConfig,
     "demo": PretrainConfig,
     "detect": DetectConfig,
+    "segment": SegmentConfig,
 }
 
 
