@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from runs import Run, ranks
 
+from mae_scale.cli import main
 from mae_scale.commands.export import export
 from mae_scale.errors import UserError
 from mae_scale.launch.stopping import STOPPED
@@ -174,18 +175,30 @@ def test_it_goes_on_at_other_world_sizes_and_stages_from_pretrained_weights(
         assert math.isclose(row["loss"], other["loss"], rel_tol=0.25)
 
 
-def test_bad_settings_get_one_line_and_leave_nothing(
-    detecting: Run, train_shards: Path, tmp_path: Path
-) -> None:
-    for settings, message in (
-        ({"data.train": train_shards}, "holds shards for classification"),
-        ({"data.val": train_shards}, "holds shards for classification"),
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"model.img_size": 80}, "must be a multiple of 32"),
         ({"model.window": -1}, "model.window"),
         ({"augment.scale": "[2.0, 0.1]"}, "augment.scale"),
         ({"train.global_batch_size": 20, "train.micro_batch_size": 1}, "fewer than one global"),
-    ):
-        bad = replace(detecting, settings={**detecting.settings, **settings})
-        output = bad.finish(code=2)
-        assert message in output and "Traceback" not in output
-        assert not bad.run_dir.exists()
+        ({"data.train": "classification"}, "holds shards for classification"),
+        ({"data.val": "classification"}, "holds shards for classification"),
+    ],
+)
+def test_bad_settings_get_one_line_and_leave_nothing(
+    settings: dict[str, Any],
+    message: str,
+    detecting: Run,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, whose signals they must not take over."""
+    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    values = {k: shards if v == "classification" else v for k, v in settings.items()}
+    bad = replace(detecting, settings={**detecting.settings, **values})
+    assert main(["detect", *bad.arguments()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not bad.run_dir.exists()
