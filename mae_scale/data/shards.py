@@ -25,15 +25,23 @@ import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mae_scale.data.cache import read_remote
+from mae_scale.data.manifest import (
+    ANNOTATED_VERSION,
+    MANIFEST,
+    VERSION,
+    Shard,
+    manifest_bytes,
+    parse_manifest,
+    read_manifest,
+)
 from mae_scale.data.remote import (
-    ADDRESSES,
     SCHEMES,
     is_remote,
     join,
@@ -44,13 +52,10 @@ from mae_scale.data.remote import (
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 
-MANIFEST = "manifest.json"
 INDEX = "index.npy"
 CHECKSUMS = "checksums.npy"
-VERSION = 1
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
 NO_LABEL = -1  # in foreign shards whose samples have no class
-ANNOTATED_VERSION = 2
 ANNOTATED_DTYPE = np.dtype(
     [
         *((name, INDEX_DTYPE[name]) for name in ("offset", "size", "label")),
@@ -60,20 +65,7 @@ ANNOTATED_DTYPE = np.dtype(
         ("objects", "<i4"),  # that can be trained on: those that are no crowd and have an area
     ]
 )
-MAX_MANIFEST = 1 << 26  # bytes; 100,000 shards take a fifth of it
-MAX_BYTES = 1 << 50  # of a tar
 _BLOCK = 1 << 20  # entries of the index that are looked at together
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One entry of the manifest."""
-
-    file: str  # name in the folder; an absolute path or URL in the index of foreign shards
-    samples: int
-    bytes: int
-    sha256: str  # "" where nobody has computed it (remote foreign shards)
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
             raise UserError(f"{folder} {kind}; make one with `mae-scale shard`")
         if not (folder / MANIFEST).is_file():
             raise UserError(_why_no_manifest(folder))
-        content = _read_manifest(folder)
+        content = manifest_bytes(folder)
 
     title = shown(root)
     manifest = parse_manifest(content, title)
@@ -252,115 +244,6 @@ def _check_places(
                 )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a local set.
-
-    Raises:
-        UserError: it is damaged, or of another version.
-    """
-    return parse_manifest(_read_manifest(folder), str(folder))
-
-
-def _read_manifest(folder: Path) -> bytes:
-    try:
-        with (folder / MANIFEST).open("rb") as stream:
-            return stream.read(MAX_MANIFEST + 1)
-    except OSError as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
-
-
-def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
-    """The manifest as a dict, each entry of `shards` with the keys of `Shard` and no others.
-
-    It may come from anybody, so it is data and nothing else: a tar is a file below the folder, or
-    where it was indexed an absolute path or an address (never a command), and counts are counts.
-
-    Raises:
-        UserError: it is damaged, of another version, or names what it may not.
-    """
-    try:
-        if len(content) > MAX_MANIFEST:
-            raise ValueError(f"it has more than {MAX_MANIFEST:,} bytes")
-        manifest = json.loads(content)
-        version = manifest["version"]
-        if type(version) is int and version not in (VERSION, ANNOTATED_VERSION):
-            raise UserError(
-                f"{root}: {MANIFEST} has version {version}, this program reads {VERSION} and "
-                f"{ANNOTATED_VERSION}"
-            )
-        _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        missing = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(
-            f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
-        ) from None
-    return manifest
-
-
-def _check_manifest(manifest: Any) -> None:
-    """Raise a ValueError, KeyError or TypeError that says what is wrong."""
-    _check(type(manifest["version"]) is int, "version is not a whole number")
-    split, classes, shards = manifest["split"], manifest["classes"], manifest["shards"]
-    made_by = manifest.setdefault("made_by", {})
-    tasks = ("classification",) if manifest["version"] == VERSION else ("detection", "segmentation")
-    _check(manifest.get("task", "classification") in tasks, f"task is none of {', '.join(tasks)}")
-    categories = manifest.get("categories", [])
-    _check(
-        isinstance(categories, list) and all(isinstance(entry, dict) for entry in categories),
-        "categories is no list of records",
-    )
-    _check(isinstance(split, str) and not _CONTROL.search(split), "split is no name")
-    _check(
-        isinstance(classes, list) and all(isinstance(name, str) for name in classes),
-        "classes is no list of names",
-    )
-    _check(
-        isinstance(made_by, dict) and isinstance(made_by.get("plan", {}), dict),
-        "made_by is no record",
-    )
-    _check(isinstance(shards, list), "shards is no list")
-    for i, shard in enumerate(shards):
-        where = f"shard {i}"
-        _check(isinstance(shard, dict), f"{where} is no record")
-        shards[i] = shard = {key: shard[key] for key in Shard.__annotations__}
-        for key in ("samples", "bytes"):
-            whole = type(shard[key]) is int and 0 <= shard[key] < MAX_BYTES
-            _check(whole, f"{where}: {key} is no count")
-        _check(
-            shard["bytes"] >= tarfile.BLOCKSIZE * shard["samples"],
-            f"{where}: {shard['samples']} samples do not fit into {shard['bytes']} bytes",
-        )
-        digest = shard["sha256"]
-        _check(
-            isinstance(digest, str) and re.fullmatch(r"([0-9a-f]{64})?", digest) is not None,
-            f"{where}: sha256 is no SHA-256",
-        )
-        _check_name(shard["file"], where, "indexed" in made_by)
-    total = sum(shard["samples"] for shard in shards)
-    count = manifest.get("num_samples", total)
-    _check(
-        not shards or (type(count) is int and count == total),
-        "num_samples is not the sum of the shards'",
-    )
-
-
-def _check_name(name: Any, where: str, indexed: bool) -> None:
-    _check(
-        isinstance(name, str) and not _CONTROL.search(name) and 0 < len(name) < 4096,
-        f"{where}: file is no name",
-    )
-    if is_remote(name):
-        _check(
-            indexed and scheme_of(name) in ADDRESSES,
-            f"{where}: file is {shown(name)}, and a manifest may not name a command or "
-            "other places; index the tars again",
-        )
-        return
-    path = PurePosixPath(name)
-    _check(".." not in path.parts, f"{where}: file leads out of the folder")
-    _check(indexed or not path.is_absolute(), f"{where}: file is an absolute path")
-
-
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
     """Raise a UserError where a name would be more than a name in a shell command."""
     for shard in shards:
@@ -370,11 +253,6 @@ def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
                 f"{root}: {MANIFEST} names {printable(name)}, which cannot stand in a command: "
                 "letters, digits and ./_=+@%,:- can"
             )
-
-
-def _check(good: bool, what: str) -> None:
-    if not good:
-        raise ValueError(what)
 
 
 def _why_no_manifest(folder: Path) -> str:

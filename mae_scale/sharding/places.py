@@ -1,0 +1,132 @@
+"""Where the index of foreign tars goes, and how it names them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mae_scale.data.remote import SCHEMES, has_secrets, is_remote, scheme_of, shown
+from mae_scale.data.shards import INDEX, INDEX_DTYPE, MANIFEST, read_manifest
+from mae_scale.errors import UserError
+
+
+def expand(spec: str) -> list[str]:
+    """The tars that a folder, a path, a URL or a command with braces means.
+
+    Raises:
+        UserError: there are none, or one does not exist.
+    """
+    from webdataset.shardlists import expand_urls
+
+    if not is_remote(spec) and Path(spec).is_dir():
+        tars = sorted(str(path) for path in Path(spec).glob("*.tar") if path.name[0] != ".")
+        if not tars:
+            inside = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")})[:3]
+            hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
+            raise UserError(f"{spec} holds no tars{hint}")
+        return tars
+    if is_remote(spec) and scheme_of(spec) not in SCHEMES:
+        raise UserError(
+            f"{shown(spec)} begins with an unknown scheme; known: {':, '.join(SCHEMES)}:"
+        )
+    files = list(expand_urls(spec))
+    for file in files:
+        if not is_remote(file) and not Path(file).is_file():
+            raise UserError(f"{file} does not exist" + (f" ({spec})" if file != spec else ""))
+    return files
+
+
+def _parent(file: str) -> Path:
+    # Links are not followed: in Hugging Face's cache they lead to a folder that all share.
+    return Path(os.path.abspath(file)).parent  # noqa: PTH100
+
+
+def index_folder(files: Sequence[str], out: str | Path | None) -> Path:
+    """The folder for the index of these tars.
+
+    Raises:
+        UserError: they lie in several and none is given, or it cannot be written.
+    """
+    if out is not None:
+        folder = Path(out)
+    else:
+        parents = {None if is_remote(f) else _parent(f) for f in files}
+        parent = parents.pop()
+        if parents or parent is None:
+            raise UserError("the tars lie in several folders or elsewhere; give one with --out")
+        folder = parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written; give another folder for the index (--out)")
+    return folder
+
+
+def check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
+    """Raise a UserError where an index would replace that of something else."""
+    if not (folder / MANIFEST).exists():
+        if (folder / INDEX).exists() and not _is_ours(folder / INDEX):
+            raise UserError(f"{folder} has an {INDEX} of something else; give another with --out")
+        return
+    old = read_manifest(folder)
+    if "indexed" not in old["made_by"]:
+        raise UserError(f"{folder} has a {MANIFEST} already, which `mae-scale shard` has written")
+    if old["split"] != split or not {shard["file"] for shard in old["shards"]} <= set(names):
+        raise UserError(
+            f"{folder} has the index of the split {old['split']}, of {len(old['shards'])} tars, "
+            "already; give another folder with --out"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return np.lib.format.open_memmap(path, mode="r").dtype == INDEX_DTYPE
+    except (ValueError, OSError):
+        return False
+
+
+def hide_commands(files: Sequence[str], folder: Path) -> tuple[str | None, list[str]]:
+    """The names that the manifest gives to the tars, and the command that turns them back.
+
+    Commands and URLs with secrets do not go into a manifest: what differs between them becomes
+    the name, and the user gives the rest when reading.
+    """
+    if not any(has_secrets(file) for file in files):
+        return None, [_relative(file, folder) for file in files]
+    if len(files) == 1:
+        match = list(re.finditer(r"[\w][\w./+@%,:-]*", files[0]))
+        tars = [m for m in match if ".tar" in m[0]] or match[-1:]
+        start, end = tars[-1].span()
+        start = max(start, files[0].rfind("/", 0, end) + 1)
+    else:
+        prefix = os.path.commonprefix(list(files))  # noqa: RUF071
+        backwards = [file[::-1] for file in files]
+        suffix = os.path.commonprefix(backwards)[::-1]  # noqa: RUF071
+        start = len(re.sub(r"[\w.+@%,-]*$", "", prefix))
+        behind = re.match(r"[\w.+@%,-]*", suffix)
+        assert behind is not None
+        end = -(len(suffix) - behind.end()) or None  # type: ignore[assignment]
+    command = files[0][:start] + "{}" + (files[0][end:] if end is not None else "")
+    names = [file[start:end] for file in files]
+    whole = all(
+        command.replace("{}", name) == file for name, file in zip(names, files, strict=True)
+    )
+    if not whole or not all(re.fullmatch(r"[\w][\w./+@%,-]*", name) for name in names):
+        raise UserError(
+            "the commands (or URLs with a password or query) must differ only in the name of the "
+            f"tar, as 'pipe:command {{000..127}}.tar' does: {shown(files[0])}"
+        )
+    return command, names
+
+
+def _relative(file: str, folder: Path) -> str:
+    if is_remote(file):
+        return file
+    path = Path(os.path.abspath(file))  # noqa: PTH100
+    same = path.parent == Path(os.path.abspath(folder))  # noqa: PTH100
+    return path.name if same else str(path)
