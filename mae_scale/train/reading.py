@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,11 @@ _MALFORMED = (AttributeError, ImportError, IndexError, KeyError, TypeError, Over
 
 
 def _refusal(path: Path, error: Exception, zipped: bool) -> str:
-    names: list[str] = []
+    names = re.findall(r"GLOBAL (\S+)", str(error))[:1]  # the first one that the reader has met
     if zipped:
         try:
             with safe_globals(ALLOWED):
-                names = sorted(get_unsafe_globals_in_checkpoint(path))
+                names = sorted(get_unsafe_globals_in_checkpoint(path)) or names
         except Exception as other:  # the same damage once more; the first error is reported
             log.debug("%s: %s", path, other)
     if names:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -65,8 +67,22 @@ def test_the_terminal_closes(run: Run) -> None:
         command = run.command()
         os.execv(command[0], command)
     while len(run.rows()) < 3:
-        os.read(master, 4096)  # the bar
+        if select.select([master], [], [], 0.1)[0]:
+            os.read(master, 4096)
     os.close(master)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 85
     is_saved(run)
+
+
+def test_tensorboard_and_history_cannot_be_written(run: Run) -> None:
+    run.settings = {"train.max_steps": 2}
+    run.finish()
+    shutil.rmtree(run.run_dir / "tensorboard")
+    (run.run_dir / "tensorboard").write_text("a file")
+    (run.run_dir / "history.jsonl").unlink()
+    (run.run_dir / "history.jsonl").mkdir()
+    run.settings = {"train.max_steps": 4}
+    output = run.finish()
+    assert "tensorboard cannot be written" in output and "history.jsonl cannot be" in output
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
