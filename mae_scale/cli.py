@@ -9,7 +9,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale import __version__
+from mae_scale.errors import CommonError, RunError, UserError, did_you_mean
 from mae_scale.files import TRUST
 from mae_scale.launch.outputs import one_line, take_over
 from mae_scale.tasks.task import TASKS
@@ -31,7 +32,8 @@ COMMANDS = {
     "reconstruct": "draw what a trained one makes of images",
     "predict": "draw what a classifier, detector or segmenter sees in images",
 }
-PRINTING = {"plan", "status", "--help", "-h"}  # their product is what they print
+# The product of these is what they print.
+PRINTING = {"plan", "status", "help", "--help", "-h", "--version", "-V"}
 
 
 def usage() -> str:
@@ -63,9 +65,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ[TRUST] = "1"
         argv = [token for token in argv if token != "--trust"]
     name = argv[0] if argv else "--help"
-    if name in ("-h", "--help"):
+    if name == "help" and argv[1:]:
+        name, argv = argv[1], [argv[1], "--help"]
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    if name in ("-V", "--version"):
+        print(f"mae-scale {__version__}")
+        return 0
     try:
         if name in TASKS:
             from mae_scale.launch.stopping import catch_signals_early
@@ -73,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
             catch_signals_early()
             return train(name, argv[1:], f"mae-scale {name}")
         if name not in COMMANDS:
-            known = ", ".join([*TASKS, *COMMANDS])
-            raise UserError(f"unknown command '{name}'; commands: {known}")
+            known = [*TASKS, *COMMANDS]
+            hint = did_you_mean(name, known)
+            raise UserError(f"unknown command '{name}'; {hint} commands: {', '.join(known)}")
         module = importlib.import_module(f"mae_scale.commands.{name}")
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:

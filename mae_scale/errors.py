@@ -1,5 +1,10 @@
 """Errors that get one line on stderr instead of a traceback, and the exit code of a stop."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART)
 
 
@@ -16,3 +21,16 @@ class RunError(Exception):
 
 class CommonError(RunError):
     """One that is raised on all ranks alike, so that they end together and it is said once."""
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Give a hint for the end of a message: the known word that is nearest to a mistyped one.
+
+    Args:
+        word: as it was typed.
+        known: words that would be right.
+        otherwise: the hint where none of them is near.
+    """
+    by_small = {key.lower(): key for key in known}
+    near = difflib.get_close_matches(word.lower(), by_small, 1, cutoff=0.5)
+    return f"did you mean '{by_small[near[0]]}'?" if near else otherwise

@@ -9,7 +9,6 @@ train.activation_checkpointing are chosen unless they are on the command line.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import shlex
@@ -24,7 +23,7 @@ from mae_scale.commands.arguments import Parser
 from mae_scale.config.parsing import given_values, parse
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.shards import open_shards
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, did_you_mean
 from mae_scale.files import write_atomically
 from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, choose, rows
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
@@ -130,10 +129,9 @@ def _clusters(options: argparse.Namespace) -> list[Cluster]:
         name = known.get(name.lower(), name)
         known_memory = GPU_MEMORY_GB.get(name)
         if known_memory is None and options.memory_gb is None:
-            near = difflib.get_close_matches(name.lower(), known, 1)
-            hint = f"did you mean {known[near[0]]}? " if near else ""
+            hint = did_you_mean(name, GPU_MEMORY_GB)
             raise UserError(
-                f"--gpu {name!r} is not known; {hint}Known are {', '.join(GPU_MEMORY_GB)}; of "
+                f"--gpu {name!r} is not known; {hint} Known are {', '.join(GPU_MEMORY_GB)}; of "
                 "another one say --memory_gb and --tflops"
             )
     peak = peak_flops(name.replace("-", " "))
@@ -206,8 +204,7 @@ def _check_known(rest: list[str], config_class: type[RunConfig]) -> None:
     for token in rest:
         option = token.split("=")[0]
         if option.startswith("--") and option[2:].split(".")[0] not in sections:
-            near = difflib.get_close_matches(option, own, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the known ones"
+            hint = did_you_mean(option, own, "--help lists the known ones")
             raise UserError(f"unknown option {option}; {hint}")
 
 

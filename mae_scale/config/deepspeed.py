@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import hjson
 
 from mae_scale.config.sections import OptimizerConfig
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, did_you_mean
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
@@ -26,8 +25,7 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
     known = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
     path = DS_CONFIGS / f"{name}.json" if name in known else Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}, or a path"
+        hint = did_you_mean(name, known, f"known: {', '.join(known)}, or a path")
         raise UserError(f"deepspeed: there is no DeepSpeed config '{name}'; {hint}")
     try:
         config = hjson.loads(path.read_text(), object_pairs_hook=_without_repeats)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.config.batch import fit_micro_batch
 from mae_scale.config.identity import flatten
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, did_you_mean
 from mae_scale.world import World
 
 T = TypeVar("T")
@@ -41,6 +40,8 @@ class _Parser(ArgumentParser):
             words = re.findall(r"typing\.Literal\[(.*?)\]", text)
             others = [*(f"one of {found}" for found in words), *["null"] * ("NoneType" in text)]
             text = f"{text.split(': ')[0]}: {given} is not a {' or '.join([number[1], *others])}"
+        if re.search(r"Expected a <class '(tuple|list)'>", text):
+            text += " (write it in brackets, such as '[0.9,0.95]')"
         text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
         raise UserError(text)
 
@@ -73,12 +74,28 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
         _check_known(_read_yaml(file), known, f" in {file}")
     options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
     _check_known(options, [*known, "help", "print_config"], "")
+    _check_sections(rest, known)
     namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     namespace.pop("config")
     config = _plain(config_class(**vars(parser.instantiate(namespace))))
     if "train.micro_batch_size" not in options:
         fit_micro_batch(config.train, World.from_environment().size)
     return config
+
+
+def _check_sections(arguments: list[str], known: list[str]) -> None:
+    """Raise a UserError where a section got a value of one of its keys, such as `--model NAME`."""
+    for number, token in enumerate(arguments):
+        section, equals, value = token[2:].partition("=")
+        keys = [key for key in known if key.startswith(f"{section}.")]
+        if not token.startswith("--") or not keys:
+            continue
+        value = value if equals else next(iter(arguments[number + 1 :]), "")
+        if not Path(value).is_file():
+            raise UserError(
+                f"--{section} is a section of the config and takes a YAML file, not {value!r}; did "
+                f"you mean --{keys[0]} {value}?"
+            )
 
 
 def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
@@ -147,9 +164,8 @@ def _find_config(value: str) -> Path:
     for path in (Path(value), RECIPES / f"{value}.yaml"):
         if path.is_file():
             return path
-    near = difflib.get_close_matches(value, recipe_names(), 1)
-    hint = f"; did you mean '{near[0]}'?" if near else f"; recipes: {', '.join(recipe_names())}"
-    raise UserError(f"--config {value!r} is neither a file nor a recipe{hint}")
+    hint = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
+    raise UserError(f"--config {value!r} is neither a file nor a recipe; {hint}")
 
 
 def config_keys(config_class: Any, prefix: str = "") -> list[str]:
@@ -165,10 +181,10 @@ def config_keys(config_class: Any, prefix: str = "") -> list[str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Read a config file: values by dotted key."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no config keys; expected lines such as 'seed: 1'")
     return flatten(content)
 
@@ -176,6 +192,39 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_known(keys: Iterable[str], known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else "; --help lists the known ones"
-            raise UserError(f"unknown config key '{key}'{where}{hint}")
+            raise UserError(f"unknown config key '{key}'{where}; {_hint(key, known)}")
+
+
+# What other programs call these keys.
+HABITS = {
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "blr": "optim.base_lr",
+    "wd": "optim.weight_decay",
+    "batch_size": "train.micro_batch_size",
+    "total_batch_size": "train.global_batch_size",
+    "data_path": "data.train",
+    "data.path": "data.train",
+    "dataset": "data.train",
+    "num_workers": "data.workers",
+    "output_dir": "run_dir",
+    "output": "run_dir",
+    "finetune": "weights",
+    "checkpoint": "weights",
+    "input_size": "model.img_size",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+}
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """Name the key that was meant: what others call it, its last part, or the nearest one."""
+    leaf = key.rpartition(".")[2]
+    if HABITS.get(key, HABITS.get(leaf)) in known:
+        return f"did you mean '{HABITS.get(key, HABITS.get(leaf))}'?"
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    if same:
+        return f"did you mean '{same[0]}'?"
+    if leaf in ("gpu", "gpus", "nodes"):
+        return "the launcher says how many processes there are; --gpus belongs to mae-scale plan"
+    return did_you_mean(key, known, "--help lists the known ones")

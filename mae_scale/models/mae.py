@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import nn
 
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, did_you_mean
 from mae_scale.models.encoder import Encoder, check_transformer, layer_norm, transformer_block
 from mae_scale.models.masking import (
     Sampling,
@@ -67,8 +66,8 @@ def architecture(name: str) -> dict[str, int]:
         UserError: unknown name.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
-        raise UserError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
+        hint = did_you_mean(name, MODELS)
+        raise UserError(f"unknown model {name!r}; {hint} Known are {', '.join(MODELS)}")
     return MODELS[name]
 
 

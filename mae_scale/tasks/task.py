@@ -165,6 +165,18 @@ def task_of_arguments(argv: list[str]) -> Task:
     return task_of(given_values(argv))
 
 
+def _check_task(task: Task, argv: list[str]) -> None:
+    """Raise a UserError where a `--config` file belongs to another task."""
+    values = {key: value for key, value in given_values(argv).items() if value is not None}
+    if (
+        not values.keys() <= set(config_keys(task.config))
+        or values.get("task", task.name) != task.name
+    ):
+        other = task_of(values)
+        if other is not task and values.keys() <= set(config_keys(other.config)):
+            raise UserError(f"--config is one of {other.name}; start it by mae-scale {other.name}")
+
+
 def main(name: str, argv: list[str], prog: str) -> int:
     """Train a task and give the exit code: 0 finished, 85 stopped early.
 
@@ -172,6 +184,7 @@ def main(name: str, argv: list[str], prog: str) -> int:
     made.
     """
     task = TASKS[name]
+    _check_task(task, argv)
     config = parse(task.config, argv, prog)
     world = World.from_environment()
 

@@ -227,7 +227,14 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
             ["--trian.epochs", "3"],
             "unknown config key 'trian.epochs'; did you mean 'train.epochs'?",
         ),
-        (["--epochs", "3"], "unknown config key 'epochs'"),
+        (["--epochs", "3"], "unknown config key 'epochs'; did you mean 'train.epochs'?"),
+        (["--lr", "3"], "did you mean 'optim.base_lr'?"),
+        (["--batch_size", "3"], "did you mean 'train.micro_batch_size'?"),
+        (["--data.path", "x"], "did you mean 'data.train'?"),
+        (["--gpu", "A100"], "--gpus belongs to mae-scale plan"),
+        (["--model", "mae_vit_large_patch16"], "did you mean --model.name mae_vit_large_patch16?"),
+        (["--optim.betas", "0.9,0.95"], "write it in brackets, such as '[0.9,0.95]'"),
+        (["--config", "finetune_vit_base"], "one of finetune; start it by mae-scale finetune"),
         (
             ["--train.epochs", "three"],
             "config key \"train.epochs\": 'three' is not a whole number from 1 on",
@@ -266,6 +273,7 @@ def test_mistakes_get_one_line(
         ),
         ("model: [", "{file} is not valid YAML"),
         ("just words", "{file} holds no config keys"),
+        ("", "{file} holds no config keys"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path: Path, content: str, message: str) -> None:
@@ -280,7 +288,8 @@ def test_a_missing_key_and_command_are_named(capsys: pytest.CaptureFixture[str])
     assert main(["pretrain", "--run_dir", "x"]) == 2
     assert "data.train" in capsys.readouterr().err
     assert main(["pretrian"]) == 2
-    assert "unknown command 'pretrian'; commands: pretrain" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown command 'pretrian'; did you mean 'pretrain'? commands: pretrain" in error
     assert main(["--help"]) == 0
     assert "pretrain" in capsys.readouterr().out
 

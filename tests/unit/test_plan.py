@@ -301,7 +301,10 @@ def test_shards_give_the_number_of_images(
     ("arguments", "words"),
     [
         (["--gpus", "8", "--config", "pretrain_vit_hug"], ["did you mean 'pretrain_vit_huge'"]),
-        (["--gpus", "8", "--gpu", "A100-80"], ["'A100-80'", "did you mean A100-80GB?", "--tflops"]),
+        (
+            ["--gpus", "8", "--gpu", "A100-80"],
+            ["'A100-80'", "did you mean 'A100-80GB'?", "--tflops"],
+        ),
         (["--gpus", "8", "--gpu", "V100-32GB"], ["peak of V100-32GB", "--tflops"]),
         (["--gpus", "6"], ["4096", "6 GPUs", "4, 8"]),
         (["--gpus", "12"], ["12", "nodes of 8", "8 or 16"]),
