@@ -105,7 +105,7 @@ def test_bad_switches_get_one_line_and_leave_nothing(
     settings: dict,
     message: str,
 ) -> None:
-    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     command = replace(run, settings=settings).command()
     assert main(command[command.index("pretrain") :]) == 2
     error = capfd.readouterr().err.strip()

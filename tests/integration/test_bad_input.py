@@ -17,7 +17,7 @@ from mae_scale.cli import main
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in this process here; they must not take over its signals."""
-    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
 
 
 def pretrain(run_dir: Path, shards: Path, **settings: Any) -> int:

@@ -195,7 +195,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In this process, whose signals they must not take over."""
-    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     values = {k: shards if v == "classification" else v for k, v in settings.items()}
     bad = replace(detecting, settings={**detecting.settings, **values})
     assert main(["detect", *bad.arguments()]) == 2

@@ -281,7 +281,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     message: str,
 ) -> None:
     """In this process, whose signals they must not take over."""
-    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     run = replace(run, task=task, settings={"model.depth": 3, **settings})
     command = run.command()
     assert main(command[command.index(task) :]) == 2

@@ -163,7 +163,7 @@ def test_the_commands_of_all_pages(
     Each page has a folder of its own with what its commands begin with. What trains is shrunk and
     runs on one process, without the launcher.
     """
-    monkeypatch.setattr("mae_scale.launch.stopping.StopRequest.install", lambda self: None)
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     monkeypatch.chdir(tmp_path)
     pretrained = tmp_path / "pretrained"
     words = ["--config=pretrain_vit_large", f"--data.train={shards}", f"--run_dir={pretrained}"]
