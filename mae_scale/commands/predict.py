@@ -183,7 +183,9 @@ def _classifier(
 def _detector(
     trained: TrainedRun, model: Any, device: torch.device, options: argparse.Namespace
 ) -> Predict:
-    from mae_scale.data.annotated import evaluation_input
+    from mae_scale.data.annotated_transforms import (
+        evaluation_input,
+    )
     from mae_scale.tasks.detect import detect
     from mae_scale.train.detection_scores import as_coco
 

@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.config.dense import DetectConfig
 from mae_scale.config.sections import given
-from mae_scale.data.annotated import (
-    AnnotatedTrainLoader,
-    DetectionEvalLoader,
+from mae_scale.data.annotated import AnnotatedTrainLoader, DetectionEvalLoader
+from mae_scale.data.annotated_transforms import (
     DetectionTransform,
     normalize_padded,
     unpack_masks,

@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.config.sections import given
 from mae_scale.config.segment import SegmentConfig
-from mae_scale.data.annotated import (
-    AnnotatedTrainLoader,
-    SegmentationEvalLoader,
+from mae_scale.data.annotated import AnnotatedTrainLoader, SegmentationEvalLoader
+from mae_scale.data.annotated_transforms import (
     SegmentationTransform,
     normalize_padded,
 )

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mae_scale.data.annotated import SegmentationEvalLoader, resize_plain, scaled_size
+from mae_scale.data.annotated import SegmentationEvalLoader
+from mae_scale.data.annotated_transforms import (
+    resize_plain,
+    scaled_size,
+)
 from mae_scale.data.annotations import IGNORE
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError

@@ -17,7 +17,9 @@ from mae_scale.train.run_dir import read_history
 
 pytestmark = pytest.mark.alone
 
-TEMPLATES = ("pretrain", "finetune", "linprobe", "evaluate", "shard_imagenet", "sweep")
+TEMPLATES = (
+    "pretrain", "finetune", "linprobe", "detect", "segment", "evaluate", "shard_imagenet", "sweep",
+)  # fmt: skip
 FOUR = "--nodes=2 --ntasks-per-node=2"
 STEPS = 70
 

@@ -18,8 +18,10 @@ from PIL import Image
 from mae_scale.data.annotated import (
     AnnotatedTrainLoader,
     DetectionEvalLoader,
-    DetectionTransform,
     SegmentationEvalLoader,
+)
+from mae_scale.data.annotated_transforms import (
+    DetectionTransform,
     SegmentationTransform,
     unpack_masks,
 )
