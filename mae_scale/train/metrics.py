@@ -182,7 +182,7 @@ class Record:
         mfu_of: Callable[[float], float | None],
         validates: bool = False,
     ) -> None:
-        self._run_dir, self._mfu_of = run_dir, mfu_of
+        self._run_dir, self._mfu_of, self._total_steps = run_dir, mfu_of, total_steps
         self._steps_per_epoch, self._batch, self._log_every = steps_per_epoch, batch, log_every
         self._metrics = MetricsLog(run_dir, step)
         self._validations = None
@@ -201,14 +201,14 @@ class Record:
         wait: float,
         at: float,
     ) -> None:
-        """Count a step, and every `log_every` write a row.
+        """Count a step; write a row every `log_every` steps and after the last step of the run.
 
         Args:
             wait, at: seconds it waited for data; when it was handed to the device.
         """
         self._meter.add(wait, at)
         self._progress.advance()
-        if step % self._log_every:
+        if step % self._log_every and step != self._total_steps:
             return
         rates = self._meter.rates()
         row = {

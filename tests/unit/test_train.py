@@ -22,7 +22,7 @@ from mae_scale.models import build_mae
 from mae_scale.models.compiled import compile_blocks
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
-from mae_scale.train.metrics import Meter, MetricsLog
+from mae_scale.train.metrics import Meter, MetricsLog, Record
 from mae_scale.train.records import read_metrics
 from mae_scale.train.schedule import curve_rate, learning_rate
 
@@ -283,3 +283,11 @@ def test_a_commit_of_another_run_and_an_unfinished_save_do_not_count(tmp_path: P
     (tmp_path / "checkpoints" / "step-00000005").mkdir()
     assert newest_intact(tmp_path) == folder
     assert newest_intact(tmp_path, "another") is None
+
+
+def test_the_last_step_of_a_run_is_always_recorded(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0, 5, 5, 8, 2, 0, mfu_of=lambda rate: None)
+    for step in range(1, 6):
+        record.add(step, 1.0, 0.1, 2.0, 0, wait=0.0, at=time.monotonic())
+    record.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 5]
