@@ -1,0 +1,380 @@
+#!/usr/bin/env python3
+"""Everything that is worth knowing in the first ten minutes on a GPU, by one command.
+
+Each result is a line of JSON as soon as it is there; at the end they follow as tables. What fails
+is a result, too ("error"), and the rest goes on. Without a GPU, or with --small, tiny models stand
+for the large ones and the numbers mean nothing: it shows that the command works.
+
+- stages: `mae-scale pretrain` trains, saves, stops on a signal, goes on; exit codes, for each stage
+- synchronisations: how often the host waits for the device in a step, by PyTorch's profiler
+- step: img/s, MFU and peak memory, beside the official design and the memory that `plan` predicts
+- attention: the kernel that PyTorch chooses for the shapes of encoder and decoder
+- deterministic: whether two runs have the same bits, with and without, and what it costs
+- loader: images/s of the data workers; upload: GB/s from pinned memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import header
+from train_step import Way, measure, our_step, synchronize
+
+from mae_scale.data.loader import TrainLoader
+from mae_scale.data.shards import open_shards
+from mae_scale.launch.distributed import start
+from mae_scale.models import build_mae
+from mae_scale.planning.memory import activation_parts, peak_bytes, sizes
+from mae_scale.train.determinism import deterministic
+from mae_scale.world import World, data_workers
+
+ON_GPU = torch.cuda.is_available()
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+SMALL_STAGES = ("zero1", "zero3")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
+MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+SMALL = ("mae_vit_tiny_patch16",)
+Result = dict[str, Any]
+
+
+def image_folder(folder: Path, count: int) -> Path:
+    """Two classes of JPEGs with noise, of the size that ImageNet's have."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((500, 375)).save(place / f"{number}.jpg", quality=90)
+    return folder
+
+
+def shards(folder: Path, count: int) -> Path:
+    """A few shards, made by the project's own script."""
+    script = Path(__file__).parents[1] / "data_prep" / "shard_imagenet.py"
+    images, out = image_folder(folder / "images", count), folder / "shards"
+    command = [sys.executable, script, images, out, "--split", "train", "--workers", "2"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return out
+
+
+def stages(data: Path, folder: Path, small: bool) -> Iterator[Result]:
+    """Train, stop on a signal, go on to the end, for each stage."""
+    for stage in SMALL_STAGES if small else STAGES:
+        run = folder / stage
+        command = [
+            *(
+                sys.executable,
+                "-m",
+                "mae_scale",
+                "pretrain",
+                "--run_dir",
+                run,
+                "--deepspeed",
+                stage,
+            ),
+            *("--data.train", data, "--data.workers", 1, "--train.epochs", 40),
+            *("--model.name", SMALL[0] if small else MODELS[0], "--optim.warmup_epochs", 1),
+            *(
+                "--train.global_batch_size",
+                8,
+                "--train.micro_batch_size",
+                4,
+                "--train.log_every",
+                1,
+            ),
+            *("--train.reconstruct_every", "null", "--checkpoint.every_steps", 4),
+        ]
+        if small:
+            command += ["--model.img_size", 32, "--model.patch_size", 8, "--model.depth", 2]
+        limit = ["--train.max_steps", 12]
+        began = time.monotonic()
+        first = _until_signalled([*map(str, command), "--train.max_steps", "500"], run)
+        again = subprocess.run(
+            [*map(str, command), *map(str, limit)], capture_output=True, text=True, timeout=300
+        )
+        rows = (run / "metrics.jsonl").read_text().splitlines() if run.exists() else []
+        steps = [json.loads(row)["step"] for row in rows]
+        result: Result = {"stage": stage, "exit_codes": [first, again.returncode]}
+        result |= {"steps": len(steps), "seconds": round(time.monotonic() - began, 1)}
+        result["ok"] = (
+            first == 85 and again.returncode == 0 and steps == [*range(1, len(steps) + 1)]
+        )
+        if not result["ok"]:
+            result["error"] = again.stderr.strip().splitlines()[-1:]
+        yield result
+
+
+def _until_signalled(command: list[str], run: Path) -> int:
+    """Start, send SIGTERM after the third step, and give the exit code."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics, ends = run / "metrics.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < ends:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 3:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    try:
+        return process.wait(120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> Result:
+    """Waits of the host for the device, and operators, in one step of a stage."""
+    world = World()
+    start(world)
+    model = build_mae(name, **sizes_)
+    way = Way(name, False, precision, "none", False)
+    step = our_step(model, way, batch, stage)
+    images = _images(batch, model.patch_embed.img_size[0], world.device)
+    for _ in range(4):
+        step(images)
+    synchronize(world.device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if ON_GPU:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    steps = 3
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step(images)
+    counts = Counter({event.key: event.count for event in profile.key_averages()})
+    operators = sum(count for key, count in counts.items() if key.startswith("aten::"))
+    return {
+        "stage": stage,
+        **{key.removeprefix("aten::"): round(counts[key] / steps, 2) for key in WAITS},
+        "operators": round(operators / steps),
+    }
+
+
+def _images(batch: int, size: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
+    return images.to(device)
+
+
+def planned_gb(name: str, batch: int, precision: str) -> float:
+    """Memory of activations and of 16 bytes a parameter (and 2 of a bf16 copy), by formula."""
+    with torch.device("meta"):
+        model = build_mae(name)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    parts = activation_parts(model, sizes(dtype, "cuda" if ON_GPU else "cpu"))
+    each = 18 if precision == "bf16" else 16
+    states = each * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return round((states + peak_bytes(parts, batch)) / 1e9, 2)
+
+
+def attention(small: bool) -> Iterator[Result]:
+    """The kernels that scaled_dot_product_attention runs for the shapes of the three models."""
+    device, dtype = World().device, torch.bfloat16 if ON_GPU else torch.float32
+    shapes = {"B encoder": (12, 50, 64), "B decoder": (16, 197, 32)}
+    if not small:
+        shapes |= {"L encoder": (16, 50, 64), "H encoder": (16, 65, 80)}
+        shapes |= {"H decoder": (16, 257, 32), "H classifier": (16, 257, 80)}
+    for what, (heads, tokens, width) in shapes.items():
+        q = torch.randn(4, heads, tokens, width, device=device, dtype=dtype, requires_grad=True)
+        with torch.profiler.profile() as profile:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        names = sorted({e.key for e in profile.key_averages() if "_scaled_dot_product_" in e.key})
+        yield {"shape": what, "tokens": tokens, "head_width": width, "operators": names}
+
+
+def same_bits(name: str, batch: int, sizes_: Result, wanted: bool, steps: int) -> Result:
+    """A hash of the weights after some steps, and their rate."""
+    world = World()
+    with deterministic(wanted):
+        start(world)
+        torch.manual_seed(0)
+        model = build_mae(name, **sizes_).to(world.device)
+        way = Way(name, False, "bf16" if ON_GPU else "fp32", "none", False)
+        step = our_step(model, way, batch)
+        images = _images(batch, model.patch_embed.img_size[0], world.device)
+        step(images)
+        synchronize(world.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step(images)
+        synchronize(world.device)
+        rate = steps * batch / (time.perf_counter() - began)
+        digest = hashlib.sha256()
+        for value in model.parameters():
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    return {"digest": digest.hexdigest()[:16], "images_per_second": round(rate, 1)}
+
+
+def loader(data: Path, workers: int, batch: int) -> Result:
+    """Images per second that the data workers give, after the first batches."""
+    stream = TrainLoader(
+        *(open_shards(str(data)),),
+        **{"img_size": 224, "global_batch_size": batch, "workers": workers, "pin_memory": ON_GPU},
+        **{"lanes": 4, "window": 16},
+    )
+    batches = stream.batches(0)
+    for _ in range(2 * max(1, workers)):
+        next(batches)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 5:
+        count += len(next(batches)["image"])
+    rate = count / (time.perf_counter() - began)
+    stream.close()
+    return {"workers": workers, "images_per_second": round(rate, 1)}
+
+
+def upload() -> Result:
+    """GB/s from pinned host memory to the GPU."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=ON_GPU)
+    target = torch.empty_like(source, device=World().device)
+    target.copy_(source)
+    synchronize(target.device)
+    began = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source, non_blocking=True)
+    synchronize(target.device)
+    return {"gb_per_second": round(10 * len(source) / 1e9 / (time.perf_counter() - began), 1)}
+
+
+def alone(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call it in a process of its own; what it raises becomes a result."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(quietly, function, *arguments).result()
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            return {"error": f"{type(error).__name__}: {first[:200]}"}
+
+
+def quietly(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Without what libraries print on stdout, which is for results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+def a_step(way: Way, batch: int, rounds: int, steps: int) -> Result:
+    rate, share, memory = measure(way, batch, rounds, steps, 3)
+    return {"images_per_second": round(rate, 2), "mfu": share and round(share, 3),
+            "peak_gb": round(memory, 2)}  # fmt: skip
+
+
+def step_results(small: bool, batches: list[int]) -> Iterator[Result]:
+    """Official design, ours, ours compiled, for each model and micro-batch."""
+    half, ours = ("fp16", "bf16") if ON_GPU else ("fp32", "fp32")
+    for name in SMALL if small else MODELS:
+        for batch in batches:
+            ways = [Way(name, True, half, "none", False), Way(name, False, ours, "none", False)]
+            if ON_GPU:
+                ways.append(Way(name, False, ours, "none", True))
+            for way in ways:
+                found = alone(a_step, way, batch, 3 if ON_GPU else 1, 10 if ON_GPU else 1)
+                result = {"model": name, "batch": batch, "way": str(way), **found}
+                if not way.official:
+                    result["planned_gb"] = planned_gb(name, batch, ours)
+                yield result
+
+
+def determinism(small: bool) -> Iterator[Result]:
+    name, batch = (SMALL[0], 4) if small else (MODELS[1], 32)
+    sizes_ = {"img_size": 32, "patch_size": 8, "depth": 2} if small else {}
+    for wanted in (True,) if small else (False, True):
+        runs = [alone(same_bits, name, batch, sizes_, wanted, 3 if small else 20) for _ in "12"]
+        same = "digest" in runs[0] and runs[0]["digest"] == runs[1].get("digest")
+        result: Result = {"train.deterministic": wanted, "same_bits": same}
+        result["images_per_second"] = [run.get("images_per_second") for run in runs]
+        if errors := [run["error"] for run in runs if "error" in run]:
+            result["error"] = errors[0]
+        yield result
+
+
+def synchronisations(small: bool) -> Iterator[Result]:
+    sizes_ = {"img_size": 32, "patch_size": 8, "depth": 2} if small else {}
+    name, batch = (SMALL[0], 4) if small else (MODELS[0], 32)
+    for stage in SMALL_STAGES if small else STAGES:
+        yield alone(waits, stage, name, batch, sizes_, "bf16" if ON_GPU else "fp32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", default=not ON_GPU, help="tiny models")
+    parser.add_argument("--batch", type=int, nargs="+", default=None, help="micro-batches")
+    parser.add_argument("--minutes", type=float, default=10, help="begin nothing new after them")
+    parser.add_argument("--only", nargs="+", default=None, help="names of parts")
+    args = parser.parse_args()
+    batches = args.batch or ([2] if args.small else [64, 128, 256])
+    ends, results = time.monotonic() + 60 * args.minutes, []
+    print(json.dumps({"part": "machine", "text": header("timm", "deepspeed")}), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data: list[Path] = []
+
+        def images() -> Path:
+            if not data:
+                data.append(shards(folder, 64 if args.small else 1024))
+            return data[0]
+
+        def read() -> Iterator[Result]:
+            workers = [0] if args.small else [1, data_workers()]
+            for number in workers:
+                yield alone(loader, images(), number, 16 if args.small else 128)
+
+        def stage_results() -> Iterator[Result]:
+            yield from stages(images(), folder, args.small)
+
+        parts: dict[str, Callable[[], Iterator[Result]]] = {
+            "stages": stage_results,
+            "synchronisations": partial(synchronisations, args.small),
+            "attention": partial(attention, args.small),
+            "step": partial(step_results, args.small, batches),
+            "deterministic": partial(determinism, args.small),
+            "loader": read,
+            "upload": lambda: iter([alone(upload)]),
+        }
+        for part, function in parts.items():
+            if args.only and part not in args.only:
+                continue
+            try:
+                for result in function():
+                    results.append({"part": part, **result})
+                    print(json.dumps(results[-1]), flush=True)
+                    if time.monotonic() > ends:
+                        break
+            except Exception as error:
+                results.append({"part": part, "error": f"{type(error).__name__}: {error}"})
+                print(json.dumps(results[-1]), flush=True)
+            if time.monotonic() > ends:
+                left = [
+                    name for name in parts if name > "" and name not in {r["part"] for r in results}
+                ]
+                print(json.dumps({"part": "time", "not_begun": left}), flush=True)
+                break
+    print(f"\n{header('timm', 'deepspeed')}")
+    for part in dict.fromkeys(result["part"] for result in results):
+        print(f"\n{part}")
+        for result in results:
+            if result["part"] == part:
+                rest = {key: value for key, value in result.items() if key != "part"}
+                print("  " + "  ".join(f"{key} {value}" for key, value in rest.items()))
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # threads of gloo may still hold what is gone (see mae_scale.cli.entry)
