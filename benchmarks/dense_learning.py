@@ -32,9 +32,9 @@ OPTIM = {"base_lr": 0.05, "warmup_steps": 50, "layer_decay": 1.0}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--train", type=int, default=2000, help="scenes to train on")
+    parser.add_argument("--train", type=int, default=1600, help="scenes to train on")
     parser.add_argument("--val", type=int, default=60, help="scenes to validate on")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--goal", type=float, default=70.0, help="mIoU that must be reached")
     args = parser.parse_args()
     print(header("torchvision", "timm", "deepspeed"))
