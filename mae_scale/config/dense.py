@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mae_scale.config.classification import FinetuneOptimConfig
 from mae_scale.config.numbers import Above0, AtLeast0, From0, From1, Share, ShareAbove0, ShareBelow1
-from mae_scale.config.sections import (
-    EncoderConfig,
-    FinetuneOptimConfig,
-    RunConfig,
-    TrainConfig,
-    changeable,
-)
+from mae_scale.config.sections import EncoderConfig, RunConfig, TrainConfig, changeable
 
 ParameterKind = Literal[
     "weight", "bias", "scale", "layer_norm", "channel_norm", "position", "class_token", "relative"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig
+from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError

@@ -7,7 +7,8 @@ import torch
 from timm.data import Mixup
 from torch.nn import functional as F
 
-from mae_scale.config.sections import AugmentConfig, FinetuneConfig, given
+from mae_scale.config.classification import AugmentConfig, FinetuneConfig
+from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from mae_scale.config.batch import peak_rate, total_steps
-from mae_scale.config.sections import LinprobeConfig, given
+from mae_scale.config.classification import LinprobeConfig
+from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
 from mae_scale.models.classifier import Classifier, build_classifier

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.config.sections import PretrainConfig
+from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.loader import shard_cache
 from mae_scale.data.remote import is_remote

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.config.sections import PretrainConfig, given
+from mae_scale.config.pretraining import PretrainConfig
+from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError

@@ -17,10 +17,12 @@ from types import ModuleType
 from typing import Any
 
 from mae_scale.config.batch import check_schedule
+from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import config_keys, given_values, parse
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig, RunConfig
+from mae_scale.config.pretraining import PretrainConfig
+from mae_scale.config.sections import RunConfig
 from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
 from mae_scale.world import World

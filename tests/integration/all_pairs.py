@@ -18,7 +18,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mae_scale.config.sections import CheckpointConfig, FinetuneOptimConfig, TrainConfig
+from mae_scale.config.classification import FinetuneOptimConfig
+from mae_scale.config.sections import CheckpointConfig, TrainConfig
 from mae_scale.launch.distributed import World, start
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.deepspeed_config import fill_deepspeed_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_scale.config.sections import AugmentConfig
+from mae_scale.config.classification import AugmentConfig
 from mae_scale.data.augment import Augment
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, train_crop
 from mae_scale.errors import UserError

@@ -13,10 +13,11 @@ import yaml
 
 from mae_scale.cli import main
 from mae_scale.config.batch import check_schedule
+from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
 from mae_scale.config.parsing import parse, recipe_names
-from mae_scale.config.sections import FinetuneConfig, LinprobeConfig, PretrainConfig
+from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
 from mae_scale.tasks.task import task_of

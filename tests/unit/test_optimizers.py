@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.config.classification import FinetuneOptimConfig, LarsConfig
+from mae_scale.config.sections import OptimConfig
 from mae_scale.errors import UserError
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.train.optimizers import (

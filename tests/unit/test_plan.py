@@ -15,9 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from mae_scale.cli import main
+from mae_scale.config.classification import FinetuneOptimConfig, LarsConfig
 from mae_scale.config.deepspeed import load_deepspeed_config
 from mae_scale.config.parsing import recipe_names
-from mae_scale.config.sections import FinetuneOptimConfig, LarsConfig, OptimConfig
+from mae_scale.config.sections import OptimConfig
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
 from mae_scale.planning.flops import recomputed_flops, training_flops

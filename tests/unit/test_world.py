@@ -11,7 +11,7 @@ import torch
 
 from mae_scale import world
 from mae_scale.config.parsing import parse
-from mae_scale.config.sections import PretrainConfig
+from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.errors import CommonError, UserError
 from mae_scale.launch.distributed import World
 from mae_scale.train.run_dir import IDLE_RESTARTS, note_restart, read_history

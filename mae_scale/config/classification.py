@@ -1,0 +1,194 @@
+"""The configs of fine-tuning, training from scratch and linear probing (paper Tables 9 to 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from mae_scale.config.numbers import AtLeast0, From1, Share, ShareAbove0, ShareBelow1
+from mae_scale.config.sections import (
+    EncoderConfig,
+    OptimConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    changeable,
+)
+
+
+@dataclass
+class ClassifierConfig(EncoderConfig):
+    """The encoder of a masked autoencoder and a classification head (paper Appendix A.1)."""
+
+    pool: Literal["mean", "token"] = "mean"
+    """What is classified: the mean of the patches' features, or the class token's."""
+    head: Literal["linear", "mlp"] = "linear"
+    """One linear layer, or an MLP with one hidden layer of the encoder's width."""
+    drop_path: ShareBelow1 = 0.0
+    """Rate of stochastic depth in the last block; it rises linearly from 0 in the first one."""
+    crop_ratio: ShareAbove0 | None = None
+    """Share of the short side that evaluation's centre crop covers; null: 0.875 up to 224 pixels,
+    1.0 above."""
+
+
+@dataclass
+class AugmentConfig:
+    """What makes training images vary (paper Tables 9 and 11)."""
+
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    color_jitter: Share = 0.0
+    """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's spelling; null: none."""
+    mixup: AtLeast0 = 0.8
+    """Alpha of mixup; 0: none. Where both are on, each micro-batch draws mixup or cutmix."""
+    cutmix: AtLeast0 = 1.0
+    """Alpha of cutmix; 0: none."""
+    erasing: Share = 0.25
+    """Share of the images in which a rectangle becomes noise (random erasing)."""
+    label_smoothing: ShareBelow1 = 0.1
+    """Probability mass of the target that is spread over all classes."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a micro-batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass
+class FinetuneTrainConfig(TrainConfig):
+    """Length, batch, precision, memory, and what is trained."""
+
+    epochs: From1 = 100
+    """Epochs of the whole schedule; the learning rate follows it."""
+    global_batch_size: From1 = 1024
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    tune_blocks: AtLeast0 | None = None
+    """Last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last block's
+    MLP), 1, 2, ...; null: everything."""
+    validate_epochs: From1 = changeable(1)
+    """Epochs between two validations on data.val; the last epoch has one, too."""
+
+
+@dataclass
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW, the learning-rate rule, layer-wise decay (paper Table 9)."""
+
+    base_lr: AtLeast0 = 5e-4
+    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
+    min_lr: AtLeast0 = 1e-6
+    """Learning rate at the end of the half-cycle cosine."""
+    warmup_epochs: AtLeast0 = 5
+    """Epochs of linear warm-up from 0."""
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    layer_decay: ShareAbove0 = 1.0
+    """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
+    ema_decay: ShareBelow1 | None = None
+    """Decay per step of a moving average of the weights, kept in fp32, validated beside them;
+    null: none (paper Table 11)."""
+
+    @property
+    def kinds_without_decay(self) -> tuple[str, ...]:
+        """Kinds of parameters that are not decayed: also positions and the class token."""
+        return (*super().kinds_without_decay, "position", "class_token")
+
+    @property
+    def rate_per_layer(self) -> float:
+        """Factor of the learning rate from each layer to the one before it."""
+        return self.layer_decay
+
+    @property
+    def average_decay(self) -> float | None:
+        """Decay per step of the moving average of the weights; None: there is none."""
+        return self.ema_decay
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """Classification, from pre-trained weights or from scratch (paper Tables 9 and 11)."""
+
+    task: Literal["finetune"] = "finetune"
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    new_head: bool = False
+    """Whether to start with a new head even if the weights have one."""
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixup or cutmix mix the images of a micro-batch in pairs."""
+        return self.augment.mixes
+
+
+@dataclass
+class ProbeModelConfig(EncoderConfig):
+    """A frozen encoder and the linear layer on it (paper Table 10)."""
+
+    pool: Literal["mean", "token"] = "token"
+    """What is classified: the mean of the patches' features, or the class token's."""
+    crop_ratio: ShareAbove0 | None = None
+    """Share of the short side that evaluation's centre crop covers; null: 0.875 up to 224 pixels,
+    1.0 above."""
+
+
+@dataclass
+class ProbeAugmentConfig:
+    """RandomResizedCrop and flip only (paper Table 10)."""
+
+    crop: Literal["random", "clipped"] = "random"
+    """random: a RandomResizedCrop; clipped: the authors' one for probing, whose first box counts,
+    clipped to the image."""
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a RandomResizedCrop."""
+
+
+@dataclass
+class ProbeTrainConfig(TrainConfig):
+    """Length, batch, precision, memory."""
+
+    epochs: From1 = 90
+    """Epochs of the whole schedule; the learning rate follows it."""
+    global_batch_size: From1 = 16384
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: From1 = changeable(512)
+    """Images per rank and forward pass; the probe's BatchNorm sees so many at a time."""
+    validate_epochs: From1 = changeable(1)
+    """Epochs between two validations on data.val; the last epoch has one, too."""
+
+
+@dataclass
+class LarsConfig(OptimizerConfig):
+    """LARS and the learning-rate rule (paper Table 10)."""
+
+    optimizer: ClassVar[Literal["adamw", "lars"]] = "lars"
+    max_zero_stage: ClassVar[int] = 0  # ZeRO cuts the matrices whose norms LARS needs
+
+    base_lr: AtLeast0 = 0.1
+    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
+    warmup_epochs: AtLeast0 = 10
+    """Epochs of linear warm-up from 0."""
+    weight_decay: AtLeast0 = 0.0
+    """Weight decay of matrices; biases have none."""
+    momentum: ShareBelow1 = 0.9
+    """Momentum of the step."""
+
+
+@dataclass
+class LinprobeConfig(RunConfig):
+    """Linear probing: a linear classifier on a frozen encoder (paper Table 10)."""
+
+    has_batch_statistics: ClassVar[bool] = True  # of the BatchNorm before the linear layer
+
+    task: Literal["linprobe"] = "linprobe"
+    weights: str | None = None
+    """Encoder to probe: a run folder of pretrain or finetune or a step folder in it, a .pth of the
+    authors, a .safetensors, or a folder of timm or Hugging Face; null: a random one."""
+    model: ProbeModelConfig = field(default_factory=ProbeModelConfig)
+    augment: ProbeAugmentConfig = field(default_factory=ProbeAugmentConfig)
+    train: ProbeTrainConfig = field(default_factory=ProbeTrainConfig)
+    optim: LarsConfig = field(default_factory=LarsConfig)
+    deepspeed: str = changeable("zero0")
+    """DeepSpeed config of stage 0: LARS needs the norms of whole matrices."""
