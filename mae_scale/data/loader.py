@@ -12,15 +12,12 @@ import math
 import mmap
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.data import DataLoader
 
@@ -38,14 +35,12 @@ from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.remote import is_remote, shown
 from mae_scale.data.shards import ShardSet
 from mae_scale.data.transforms import default_crop_ratio
+from mae_scale.data.worker import STOP_SIGNALS, DataWorker
 from mae_scale.errors import RunError, UserError
-from mae_scale.launch.parent import when_parent_ends
 
 logger = logging.getLogger("mae_scale")
 
 _PREFETCH = 2  # batches that a worker has under way
-_GRACE_S = 2.0  # for a worker to finish its batch when the loader is closed
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class _Loader:
@@ -81,12 +76,12 @@ class _Loader:
             collate_fn=_as_it_is,
             num_workers=self._workers,
             prefetch_factor=_PREFETCH if self._workers else None,
-            worker_init_fn=_Worker(os.getpid(), stop),
+            worker_init_fn=DataWorker(os.getpid(), stop),
             multiprocessing_context="fork" if self._workers else None,
             generator=torch.Generator(),  # else it would draw from the global one
         )
         # A signal to the whole process group must not meet a worker before it ignores it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             running = iter(loader)
         finally:
@@ -361,37 +356,6 @@ class EvalLoader(_Loader):
         keys = ((0, self._samples[start : start + self._batch_size]) for start in starts)
         for batch in self._batches(keys):
             yield _as_tensors(batch)
-
-
-class _Worker:
-    """What a worker does first: it ignores what stops a run, and sees to its own end.
-
-    It ends with its parent, however that ends, and when the loader is closed: then within
-    seconds, also in the middle of a read that hangs.
-    """
-
-    def __init__(self, parent: int, stop: mmap.mmap) -> None:
-        self._parent, self._stop = parent, stop
-
-    def __call__(self, worker_id: int) -> None:
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        when_parent_ends(_end, parent=self._parent)
-        threading.Thread(target=self._end_when_closed, daemon=True).start()
-
-    def _end_when_closed(self) -> None:
-        while not self._stop[0]:
-            time.sleep(0.5)
-        time.sleep(_GRACE_S)
-        _end()
-
-
-def _end() -> None:
-    """End this worker and the children of it that fetch a shard."""
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)
 
 
 def _shared_images(batch_size: int, size: int) -> torch.Tensor:
