@@ -219,6 +219,7 @@ HABITS = {
 
 def _hint(key: str, known: list[str]) -> str:
     """Name the key that was meant: what others call it, its last part, or the nearest one."""
+    key = key.replace("-", "_")
     leaf = key.rpartition(".")[2]
     if HABITS.get(key, HABITS.get(leaf)) in known:
         return f"did you mean '{HABITS.get(key, HABITS.get(leaf))}'?"
