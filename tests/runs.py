@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -120,6 +121,26 @@ class Run:
         clock = ("images_per_second", "data_wait", "memory_gb", "time")
         rows = read_metrics(self.run_dir / file)
         return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def in_one_process(runs: list[tuple[Run, str]], **environment: str) -> subprocess.Popen[str]:
+    """Start a process that trains the runs one after the other.
+
+    Args:
+        runs: each with what is to happen to it: "stop", "hang" or nothing.
+        environment: variables of the process.
+    """
+    told = [
+        {"task": run.task, "run_dir": str(run.run_dir), "arguments": run.arguments(), "then": then}
+        for run, then in runs
+    ]
+    return subprocess.Popen(
+        [sys.executable, REPOSITORY / "tests/integration/several_runs.py", json.dumps(told)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mae_scale.files import sync_folder, write_atomically
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train import elastic
 from mae_scale.train.checkpoint_writer import BackgroundWriter
+from mae_scale.train.deepspeed_state import layout
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.reading import load_tensors, refuse_code
 
@@ -57,6 +58,8 @@ class Commit:
     """Size in bytes and SHA-256 of each file."""
     score: float | None = None
     """Top-1 in percent where this step was validated; the best one is kept."""
+    layout: str | None = None
+    """`deepspeed_state.layout` of the engine that saved it; None before that was written down."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -330,29 +333,43 @@ def add_score(folder: Path, score: float) -> None:
     write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
 
 
-def load(engine: DeepSpeedEngine, folder: Path, order: list[str]) -> None:
+def load(
+    engine: DeepSpeedEngine,
+    folder: Path,
+    order: list[str],
+    doing: Callable[[str], None] = lambda what: None,
+) -> None:
     """Load a checkpoint into the engine, on all ranks.
 
-    The same world size, ZeRO stage and precision go on bit for bit. Another one is read through a
-    neutral form, which rank 0 makes first.
+    The same world size, ZeRO stage, precision and layout of the optimiser's groups go on bit for
+    bit. A checkpoint with others is read through a neutral form, which all ranks make first.
 
     Args:
         order: names of the trained parameters in the order of the optimiser's groups.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
     """
     commit = Commit.read(folder)
     stage = engine.zero_optimization_stage()
     precision = "bf16" if engine.bfloat16_enabled() else "fp32"
-    if (commit.world_size, commit.zero_stage, commit.precision) != (
-        engine.world_size,
-        stage,
-        precision,
-    ):
+    saved = (commit.world_size, commit.zero_stage, commit.precision)
+    if saved != (engine.world_size, stage, precision):
         log.info(
             "%s was saved by %d processes under ZeRO-%d; converting it for %d under ZeRO-%d",
             *(folder.name, commit.world_size, commit.zero_stage, engine.world_size, stage),
         )
-        elastic.load(engine, on_rank0(lambda: elastic.convert(folder, commit.zero_stage, order)))
+    elif commit.layout not in (None, layout(engine)):
+        log.info(
+            "%s was saved with other groups of the optimiser (sub_group_size or "
+            "round_robin_gradients of the DeepSpeed config); converting it",
+            folder.name,
+        )
+    else:
+        _load_as_it_is(engine, folder)
         return
+    elastic.load(engine, elastic.convert(folder, commit.zero_stage, order, doing), doing)
+
+
+def _load_as_it_is(engine: DeepSpeedEngine, folder: Path) -> None:
     on_rank0(lambda: refuse_code(folder))
     engine.checkpoint_engine = BackgroundWriter(None)  # reads without running pickled code
     loaded, _ = engine.load_checkpoint(
@@ -384,13 +401,13 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:
     """The moving averages of the trained parameters of a checkpoint, flat, by name, in fp32.
 
-    All ranks call; rank 0 converts the checkpoint, unless it was.
+    All ranks call, and convert the checkpoint unless it was.
 
     Args:
         order: names of the trained parameters in the order of the optimiser's groups.
     """
     stage = Commit.read(folder).zero_stage
-    return elastic.averages(on_rank0(lambda: elastic.convert(folder, stage, order)))
+    return elastic.averages(elastic.convert(folder, stage, order))
 
 
 def find_checkpoint(path: Path) -> Path:

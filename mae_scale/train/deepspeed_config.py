@@ -86,6 +86,8 @@ def fill_deepspeed_config(
         "bf16.bf16_optimizer_states": (False, "the recipe's fp32 optimiser states"),
         "gradient_allreduce_op": ("mean", "the loss, a mean over the global batch"),
     }
+    # DeepSpeed's throughput timer waits for the device twice in each micro-batch.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     if bf16_weights and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
         # The check asks the device at each step; StepGuard does without.
         config["bf16"].setdefault("check_grad_overflow", False)

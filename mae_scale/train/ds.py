@@ -13,9 +13,11 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
-from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.runtime import utils
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
 # inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
@@ -28,12 +30,25 @@ deepspeed.ops.__compatible_ops__ = {}
 # The optimiser of ZeRO-2 does stage 1 as well.
 deepspeed.runtime.engine.BFLOAT16 = deepspeed.runtime.engine.ZERO_OPTIMIZATION
 
+
+def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
+    """Put `val` in the place of a norm that is not finite.
+
+    DeepSpeed's own copies a number from the host to the device first, once for each group of the
+    optimiser, and the host waits for that copy.
+    """
+    norm.masked_fill_(~torch.isfinite(norm), val)
+
+
+for _module in (stage_1_and_2, stage3, utils):
+    _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
+
 __all__ = [
     "DeepSpeedBF16Config",
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
     "DeepSpeedEngine",
+    "FP16_UnfusedOptimizer",
     "TorchCheckpointEngine",
     "deepspeed",
-    "ds_to_universal",
 ]

@@ -1,39 +1,49 @@
-"""Going on at another world size or ZeRO stage.
+"""Going on at another world size, ZeRO stage, precision or layout of the optimiser's groups.
 
-The state is put into a neutral form, one file per parameter and moment, and read from there into
-whatever shards the engine has. DeepSpeed's `ds_to_universal` makes that form out of ZeRO 1 to 3.
-Reading it is done here: DeepSpeed 0.19's `load_universal` knows neither stage 0 nor a change to or
-from stage 3, and restores no frozen parameters, no buffers and only one group's weight decay.
+The state is put into a neutral form, one file for each parameter and each state of it, and read
+from there into whatever shards the engine has. All ranks convert: each opens the files of all saved
+ranks, which are only mapped into memory, and reads and writes the parameters that are its own. So
+every byte is read once and written once, and the number of files does not depend on the ranks that
+saved. DeepSpeed's `ds_to_universal` writes a file for each saved rank, parameter and state, in one
+process; its `load_universal` knows neither stage 0 nor a change to or from stage 3, and restores no
+frozen parameters, no buffers and only one group's weight decay.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import re
 import shutil
-from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from mae_scale.files import checksums, sync_folder, sync_tree
-from mae_scale.train.ds import DeepSpeedEngine, deepspeed, ds_to_universal
+from mae_scale.files import sha256_of, sync_folder, sync_tree
+from mae_scale.launch.distributed import gather_to_all, on_rank0
+from mae_scale.train.deepspeed_state import COUNTERS, EngineState
+from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.optimizers import EMA
-from mae_scale.train.reading import load_tensors, refuse_code
+from mae_scale.train.reading import load_tensors
 
 log = logging.getLogger("mae_scale")
 
 CHECKSUMS = "checksums.json"
 MOMENTS = ["exp_avg", "exp_avg_sq"]  # of AdamW
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
+WEIGHTS = "fp32"  # name of the master weights among the states of a parameter
+Doing = Callable[[str], None]
 
 
-def convert(folder: Path, stage: int, order: list[str]) -> Path:
-    """Make `folder/universal` out of the checkpoint in `folder`, once; one process calls.
+def _nobody(what: str) -> None:
+    """Take no note of the progress."""
+
+
+def convert(folder: Path, stage: int, order: list[str], doing: Doing = _nobody) -> Path:
+    """Make `folder/universal` out of the checkpoint in `folder`, once; all ranks call.
 
     Interrupted, it leaves nothing that counts; one whose files were damaged since is made again.
 
@@ -41,134 +51,186 @@ def convert(folder: Path, stage: int, order: list[str]) -> Path:
         folder: a committed and intact checkpoint.
         stage: its ZeRO stage.
         order: names of the trained parameters in the order of the optimiser's groups.
+        doing: is told about each parameter, as `Watchdog.doing` wants to be.
 
     Returns:
         The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, or what else the optimiser
-        keeps, `common.pt`, and `checksums.json` of these.
+        keeps, each flat; `common.pt`, and `checksums.json` of these.
     """
-    refuse_code(folder)  # DeepSpeed's converter would run it
+    rank, size = _rank_and_size()
     universal, unfinished = folder / "universal", folder / "universal.unfinished"
-    if universal.exists():
-        if _is_intact(universal):
+    doing(f"checking {universal}")
+    if on_rank0(universal.exists):
+        if all(_everywhere(_is_intact(universal, rank, size))):
             return universal
-        log.warning("%s is damaged; converting again", universal)
-        shutil.rmtree(universal)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    out = unfinished / "out"  # ds_to_universal also writes into the folder above
-    out.mkdir(parents=True)
-    models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
-    state = load_tensors(models[0])
-    unsharded = stage == 0
-    if unsharded:
-        step, kept = _convert_unsharded(state, order, out)
-    else:
-        step, kept = _convert_sharded(folder, out, unfinished / "average")
-    rest = {name: value for name, value in state["module"].items() if name not in set(order)}
-    if stage == 3:
-        rest |= _gather_frozen(models, state["frozen_param_shapes"] or {})
-    common: dict[str, Any] = {"step": step, "kept": kept}
-    common["rest"] = {name: value.clone() for name, value in rest.items()}
-    torch.save({**common, **{key: state[key] for key in COUNTERS}}, out / "common.pt")
-    (out / CHECKSUMS).write_text(json.dumps(checksums(out)))
-    sync_tree(out)
-    out.rename(universal)
-    sync_folder(folder)
-    shutil.rmtree(unfinished)
+        if rank == 0:
+            log.warning("%s is damaged; converting again", universal)
+
+    def prepare() -> None:
+        shutil.rmtree(universal, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for name in order:
+            (unfinished / "zero" / name).mkdir(parents=True)
+
+    on_rank0(prepare)
+    shares = _read_shares(folder, stage, order, doing)
+    step, kept = shares[0].step, [key for key in shares[0].groups if key != WEIGHTS]
+    sums: dict[str, str] = {}
+    for number, name in enumerate(order):
+        doing(f"converting {folder.name}, parameter {number + 1} of {len(order)}")
+        if number % size == rank:
+            for key in (WEIGHTS, *kept):
+                path = unfinished / "zero" / name / f"{key}.pt"
+                torch.save({"param": _whole(shares, name, key)}, path)
+                sums[str(path.relative_to(unfinished))] = sha256_of(path)
+
+    def finish() -> None:
+        common = unfinished / "common.pt"
+        torch.save(_common(folder, stage, order, step, kept), common)
+        merged = {name: each[name] for each in parts for name in each}
+        merged[common.name] = sha256_of(common)
+        (unfinished / CHECKSUMS).write_text(json.dumps(dict(sorted(merged.items()))))
+        sync_tree(unfinished)
+        unfinished.rename(universal)
+        sync_folder(folder)
+
+    parts = _everywhere(sums)
+    on_rank0(finish)
     return universal
 
 
-def _is_intact(universal: Path) -> bool:
+def _rank_and_size() -> tuple[int, int]:
+    """This process among those that convert; alone without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _everywhere(value: Any) -> list[Any]:
+    return gather_to_all(value) if dist.is_initialized() else [value]
+
+
+def _is_intact(universal: Path, rank: int, size: int) -> bool:
+    """Whether this rank's part of the files is as it was written, and all are there."""
     try:
         expected = json.loads((universal / CHECKSUMS).read_text())
     except (OSError, ValueError):
         return False
-    found = checksums(universal)
-    del found[CHECKSUMS]
-    return found == expected
+    there = {str(p.relative_to(universal)) for p in universal.rglob("*") if p.is_file()}
+    if there != expected.keys() | {CHECKSUMS}:
+        return False
+    own = sorted(expected)[rank::size]
+    return all(sha256_of(universal / name) == expected[name] for name in own)
 
 
 def _rank_of(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
-def _convert_unsharded(
-    state: dict[str, Any], order: list[str], out: Path
-) -> tuple[float | None, list[str]]:
-    """Write the parameters of a stage-0 checkpoint.
+@dataclass
+class _Share:
+    """What one saved rank had of the optimiser's state, mapped into memory."""
 
-    Gives AdamW's step, None of another optimiser, and the names of what it keeps beside it.
-    """
+    groups: dict[str, list[torch.Tensor]]
+    """Flat tensors of each group, by the name of the state."""
+    places: dict[str, tuple[int, int, int]]
+    """By parameter: the group that its piece is in, where it begins, and its length."""
+    step: float | None
+    """AdamW's count of steps; None of an optimiser that keeps none."""
+
+
+def _whole(shares: list[_Share], name: str, key: str) -> torch.Tensor:
+    """Put the pieces of a parameter's state together, flat and in fp32."""
+    pieces = []
+    for share in shares:
+        if name in share.places:
+            group, start, length = share.places[name]
+            pieces.append(share.groups[key][group].view(-1)[start : start + length].float())
+    return torch.cat(pieces)
+
+
+def _read_shares(folder: Path, stage: int, order: list[str], doing: Doing) -> list[_Share]:
+    models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
+    first = load_tensors(models[0])
+    if stage == 0:
+        return [_unsharded(first, order)]
+    paths = sorted(folder.glob("*optim_states.pt"), key=_rank_of)
+    shares = []
+    for rank, path in enumerate(paths):
+        doing(f"reading {folder.name}, the share of rank {rank + 1} of {len(paths)}")
+        optimizer = load_tensors(path)["optimizer_state_dict"]
+        if stage == 3:
+            places = _places_of_stage_3(first["param_shapes"], optimizer, rank, len(paths))
+            weights = optimizer["fp32_flat_groups"]
+        else:
+            weights = optimizer["single_partition_of_fp32_groups"]
+            places = {
+                name: (group, fragment.start, fragment.numel)
+                for group, mapping in enumerate(optimizer["param_slice_mappings"])
+                for name, fragment in mapping.items()
+            }
+        shares.append(_share(weights, _inner_state(optimizer), places))
+    return shares
+
+
+def _unsharded(state: dict[str, Any], order: list[str]) -> _Share:
+    """Stage 0: a group for each parameter."""
     optimizer = state["optimizer"]
     if "fp32_groups" in optimizer:  # bf16: master weights beside the module
-        masters = dict(
-            zip(order, (p for group in optimizer["fp32_groups"] for p in group), strict=True)
-        )
+        weights = [p.detach() for group in optimizer["fp32_groups"] for p in group]
     else:
-        masters = state["module"]
-    moments = optimizer.get("optimizer_state_dict", optimizer)["state"]
-    kept = [key for key in moments[0] if key != "step"]
-    for number, name in enumerate(order):
-        place = out / "zero" / name
-        place.mkdir(parents=True)
-        torch.save({"param": masters[name].float().clone()}, place / "fp32.pt")
-        for key in kept:
-            torch.save({"param": moments[number][key].clone()}, place / f"{key}.pt")
-    return float(moments[0]["step"]) if "step" in moments[0] else None, kept
+        weights = [state["module"][name] for name in order]
+    places = {name: (n, 0, weights[n].numel()) for n, name in enumerate(order)}
+    return _share(weights, optimizer.get("optimizer_state_dict", optimizer)["state"], places)
 
 
-def _convert_sharded(folder: Path, out: Path, scratch: Path) -> tuple[float, list[str]]:
-    """Let DeepSpeed write the parameters of ZeRO 1 to 3; gives as `_convert_unsharded`.
+def _share(
+    weights: list[torch.Tensor],
+    states: dict[int, dict[str, Any]],
+    places: dict[str, tuple[int, int, int]],
+) -> _Share:
+    ordered = [states[number] for number in sorted(states)]
+    kept = [key for key in ordered[0] if key != "step"]
+    groups = {key: [state[key] for state in ordered] for key in kept}
+    step = float(ordered[0]["step"]) if "step" in ordered[0] else None
+    return _Share({WEIGHTS: list(weights), **groups}, places, step)
 
-    DeepSpeed knows AdamW's two moments only. A moving average of the weights goes through it in
-    the place of the first one, in `scratch`.
-    """
-    _let_deepspeed_convert(folder, out)
-    optimizer = load_tensors(next(folder.glob("*zero_pp_rank_0_*optim_states.pt")))[
-        "optimizer_state_dict"
-    ]
-    state = next(iter(_inner_state(optimizer).values()))
-    if EMA not in state:
-        return float(state["step"]), MOMENTS
-    scratch.mkdir()
-    for path in folder.glob("*_states.pt"):
-        if not path.name.endswith("optim_states.pt"):
-            (scratch / path.name).symlink_to(path.resolve())
-            continue
-        content = load_tensors(path)
-        for piece in _inner_state(content["optimizer_state_dict"]).values():
-            piece[MOMENTS[0]] = piece[EMA]
-        torch.save(content, scratch / path.name)
-    averages = scratch / "out"
-    averages.mkdir()
-    _let_deepspeed_convert(scratch, averages)
-    for path in averages.glob(f"zero/*/{MOMENTS[0]}.pt"):
-        path.rename(out / "zero" / path.parent.name / f"{EMA}.pt")
-    return float(state["step"]), [*MOMENTS, EMA]
+
+def _places_of_stage_3(
+    shapes: list[dict[str, torch.Size]], optimizer: dict[str, Any], rank: int, size: int
+) -> dict[str, tuple[int, int, int]]:
+    """Find the pieces of a rank: an equal part of each parameter, the last ones padded."""
+    lengths = [len(flat) for flat in optimizer["fp32_flat_groups"]]
+    places, group, start = {}, 0, 0
+    for name, shape in ((n, s) for each in shapes for n, s in each.items()):
+        part = -(-shape.numel() // size)
+        while start == lengths[group]:  # a group holds whole parts
+            group, start = group + 1, 0
+        places[name] = (group, start, max(0, min(part, shape.numel() - rank * part)))
+        start += part
+    return places
 
 
 def _inner_state(optimizer: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-    """The state of PyTorch's optimiser, by its parameters, in a file of ZeRO 1 to 3."""
+    """Find the state of PyTorch's optimiser, by its parameters, in a file of ZeRO 1 to 3."""
     inner = optimizer.get("optimizer_state_dict", optimizer)
-    return optimizer.get("base_optimizer_state", inner)["state"]
+    return inner.get("base_optimizer_state", inner)["state"]
 
 
-def _let_deepspeed_convert(folder: Path, out: Path) -> None:
-    arguments = Namespace(
-        input_folder=str(folder),
-        output_folder=str(out),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        ds_to_universal(arguments)
+def _common(
+    folder: Path, stage: int, order: list[str], step: float | None, kept: list[str]
+) -> dict[str, Any]:
+    """Collect what is not of a trained parameter."""
+    models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
+    state, trained = load_tensors(models[0]), set(order)
+    rest = {name: value for name, value in state["module"].items() if name not in trained}
+    if stage == 3:
+        rest |= _gather_frozen(models, state["frozen_param_shapes"] or {})
+    common: dict[str, Any] = {"step": step, "kept": kept}
+    common["rest"] = {name: value.clone() for name, value in rest.items()}
+    return {**common, **{key: state[key] for key in COUNTERS}}
 
 
 def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Frozen parameters of a stage-3 checkpoint, out of the pieces of all ranks."""
+    """Put the frozen parameters of a stage-3 checkpoint together out of all ranks' pieces."""
     pieces = [load_tensors(path)["frozen_param_fragments"] or {} for path in models]
     return {
         name: torch.cat([piece[name].flatten() for piece in pieces])[: shape.numel()].view(shape)
@@ -177,9 +239,9 @@ def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[st
 
 
 def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the module in fp32 out of a stage-3 checkpoint, by its master weights.
+    """Read the state dict of the module in fp32 from the master weights of a stage-3 checkpoint.
 
-    Of the ranks' files, one is mapped at a time, and only its master weights are read: memory for
+    One rank's file is mapped at a time, and only its master weights are read. That takes memory for
     the weights, and for one rank's share of them. DeepSpeed's own function holds all shares.
     """
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
@@ -201,21 +263,27 @@ def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
     return state | {name: value.float() for name, value in [*frozen.items(), *buffers.items()]}
 
 
-def load(engine: DeepSpeedEngine, universal: Path) -> None:
+def load(engine: DeepSpeedEngine, universal: Path, doing: Doing = _nobody) -> None:
     """Read what `convert` made into an engine of any world size and stage; all ranks call.
 
     Learning rate, weight decay and betas stay those of the engine.
     """
     common = load_tensors(universal / "common.pt")
+    kept = common.get("kept", MOMENTS)  # which was not written down before there were others
+    state = EngineState(engine)
+    state.make_states(kept, common["step"])
     parameters = dict(engine.module.named_parameters())
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        _load_stage_3(engine, universal, common, parameters)
-    else:
-        _load_stages_0_to_2(engine, universal, common, parameters)
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad:
-                parameter.data.copy_(common["rest"][name])
+    for number, (name, parameter) in enumerate(parameters.items()):
+        doing(f"loading {universal.parent.name}, parameter {number + 1} of {len(parameters)}")
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if not parameter.requires_grad:
+            state.set_weight(parameter, common["rest"][name])
+            continue
+        value = _value(universal, name, WEIGHTS, shape)
+        state.set_weight(parameter, value)
+        state.set_master(parameter, value)
+        for key in kept:
+            state.set_state(parameter, key, _value(universal, name, key, shape))
     for name, buffer in engine.module.named_buffers():
         if name in common["rest"]:
             buffer.data.copy_(common["rest"][name])
@@ -224,7 +292,7 @@ def load(engine: DeepSpeedEngine, universal: Path) -> None:
 
 
 def averages(universal: Path) -> dict[str, torch.Tensor]:
-    """The moving averages of the parameters in what `convert` made: flat, by name, in fp32."""
+    """Read the moving averages of the parameters in what `convert` made: flat, by name, in fp32."""
     return {
         path.parent.name: _value(universal, path.parent.name, EMA, torch.Size([-1]))
         for path in sorted(universal.glob(f"zero/*/{EMA}.pt"))
@@ -232,83 +300,7 @@ def averages(universal: Path) -> dict[str, torch.Tensor]:
 
 
 def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Tensor:
-    saved = torch.load(  # a bare tensor where DeepSpeed has written it
-        universal / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=True
-    )
-    return (saved["param"] if isinstance(saved, dict) else saved).reshape(shape)  # flat by stage 3
-
-
-def _make_state(optimizer: Any, masters: list[torch.Tensor], common: dict[str, Any]) -> None:
-    for master in masters:
-        optimizer.state[master] = {key: torch.zeros_like(master) for key in _kept(common)}
-        if common["step"] is not None:
-            step = torch.tensor(common["step"], dtype=torch.float32, device=master.device)
-            optimizer.state[master]["step"] = step
-
-
-def _kept(common: dict[str, Any]) -> list[str]:
-    return common.get("kept", MOMENTS)  # which was not written down before there were others
-
-
-def _load_stages_0_to_2(
-    engine: DeepSpeedEngine,
-    universal: Path,
-    common: dict[str, Any],
-    parameters: dict[str, torch.nn.Parameter],
-) -> None:
-    wrapper = engine.optimizer
-    inner = getattr(wrapper, "optimizer", wrapper)
-    masters = [p for group in inner.param_groups for p in group["params"]]
-    _make_state(inner, masters, common)
-    sharded = engine.zero_optimization_stage() > 0
-    master_of: dict[int, torch.Tensor] = {}
-    if sharded:
-        wrapper._hp_optimizer_states_linked = False  # if so, to the state before this one
-        wrapper._lazy_init_hp_params_optimizer_state()
-    elif hasattr(wrapper, "fp16_groups"):  # bf16: the forward pass uses copies of the masters
-        low = (p for group in wrapper.fp16_groups for p in group)
-        high = (p for group in wrapper.fp32_groups for p in group)
-        master_of = {id(a): b for a, b in zip(low, high, strict=True)}
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            continue
-        value = _value(universal, name, "fp32", parameter.shape)
-        parameter.data.copy_(value)
-        if sharded:
-            parameter.set_full_hp_param(value)  # type: ignore[attr-defined]
-        else:
-            master = master_of.get(id(parameter), parameter)
-            master.data.copy_(value)
-        for key in _kept(common):
-            value = _value(universal, name, key, parameter.shape)
-            if sharded:
-                parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
-            else:
-                inner.state[master][key].copy_(value)
-
-
-def _load_stage_3(
-    engine: DeepSpeedEngine,
-    universal: Path,
-    common: dict[str, Any],
-    parameters: dict[str, torch.nn.Parameter],
-) -> None:
-    wrapper, rank = engine.optimizer, engine.global_rank
-    _make_state(wrapper.optimizer, wrapper.fp32_partitioned_groups_flat, common)
-    for name, parameter in parameters.items():
-        shape = parameter.ds_shape  # type: ignore[attr-defined]
-        trained = parameter.requires_grad
-        value = _value(universal, name, "fp32", shape) if trained else common["rest"][name]
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if rank == 0:
-                parameter.data.copy_(value)
-        if not trained:
-            continue
-        for key in (None, *_kept(common)):
-            part, _ = wrapper._get_fp32_opt_state_partition(
-                parameter, release_swap_buffers=False, optim_state_key=key
-            )
-            full = _value(universal, name, key or "fp32", shape).flatten()
-            mine = full[part.numel() * rank :][: part.numel()]
-            part.data.zero_()  # the last rank's may be padded
-            part.data[: mine.numel()].copy_(mine)
+    """Map a file; what is not used of it is not read."""
+    path = universal / "zero" / name / f"{key}.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return (saved["param"] if isinstance(saved, dict) else saved).reshape(shape)

@@ -12,11 +12,12 @@ from torch import nn
 from mae_scale.config.sections import OptimizerConfig
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.deepspeed_config import zero_stage
+from mae_scale.train.deepspeed_state import inner_optimizer, step_without_reads
 from mae_scale.train.ds import (
     DeepSpeedEngine,
     deepspeed,
 )
-from mae_scale.train.optimizers import inner_optimizer, keep_moving_average, make_optimizer
+from mae_scale.train.optimizers import keep_moving_average, make_optimizer
 
 
 def fill_in(
@@ -86,6 +87,7 @@ def build_engine(
         value.data = buffers[name].to(value.device)
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
+        step_without_reads(engine)
     if optim.average_decay is not None:
         keep_moving_average(engine, optim.average_decay)
     return engine

@@ -172,6 +172,7 @@ class Record:
 
     def __init__(
         self,
+        *,
         run_dir: Path,
         step: int,
         total_steps: int,
@@ -193,6 +194,7 @@ class Record:
 
     def add(
         self,
+        *,
         step: int,
         loss: float,
         lr: float,
@@ -228,13 +230,12 @@ class Record:
         self._progress.show(row)
 
     def add_validation(self, step: int, scores: dict[str, float]) -> None:
-        """Write down what the model scored after a step; training rates leave the time out."""
+        """Write down what the model scored after a step."""
         assert self._validations is not None
         epoch = step / self._steps_per_epoch
         self._validations.write({"step": step, "epoch": epoch, **scores, "time": time.time()})
         text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
         log.info("validation after step %d: %s", step, text)
-        self.leave_out()
 
     def add_picture(self, step: int, write: Callable[[Path, str], None]) -> None:
         """Keep a picture of what the model does after a step.

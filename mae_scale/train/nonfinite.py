@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from mae_scale.errors import RunError
+from mae_scale.launch.distributed import gather_to_all
+from mae_scale.train.deepspeed_state import grad_norm, inner_optimizer
 from mae_scale.train.ds import DeepSpeedEngine
+
+if TYPE_CHECKING:
+    from mae_scale.train.step import StepResult
+
+log = logging.getLogger("mae_scale")
 
 
 class StepGuard:
-    """Lets the optimiser change nothing in a step whose loss or gradient is not finite.
+    """Keeps the optimiser from applying a step whose loss or gradient is not finite.
 
-    The decision stays on the device: fused AdamW takes a scalar `found_inf` (the way of torch's
-    GradScaler), and where that is 1 weights, moments and step count stay as they are.
+    The decision is made on the device. Fused AdamW takes a scalar `found_inf`, as torch's
+    GradScaler gives it; where that is 1, weights, moments and step count stay as they are.
 
     Args:
         engine: with a fused AdamW, of any ZeRO stage.
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self._wrapper = engine.optimizer
-        self._inner = getattr(self._wrapper, "optimizer", self._wrapper)
-        self._device = engine.device
+        self._engine, self._device = engine, engine.device
         self._loss_is_finite = torch.ones((), dtype=torch.bool, device=self._device)
-        self._own_norm: torch.Tensor | None = None  # where DeepSpeed computes none: plain AdamW
-        self._inner.register_step_pre_hook(self._before_step)
+        self._own_norm: torch.Tensor | None = None  # where DeepSpeed computes none
+        inner_optimizer(engine).register_step_pre_hook(self._before_step)
 
     def watch(self, loss: torch.Tensor) -> None:
         """Say what the loss of the coming step is: a scalar, the same on all ranks."""
@@ -38,25 +46,79 @@ class StepGuard:
     @property
     def grad_norm(self) -> torch.Tensor:
         """L2 norm of the last step's gradient, over all ranks: a scalar."""
-        norm = self._own_norm
+        norm = grad_norm(self._engine)
         if norm is None:
-            norm = torch.as_tensor(self._wrapper._global_grad_norm, device=self._device)
+            assert self._own_norm is not None, "no step has been taken yet"
+            norm = self._own_norm
         return norm
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._wrapper is self._inner:
+        if grad_norm(self._engine) is None:
             self._own_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = self._loss_is_finite & torch.isfinite(self.grad_norm)
         # On the host under offload.
         optimizer.found_inf = (~finite).to(parameters[0].device, torch.float32)
 
 
+class BadSteps:
+    """Counts the steps that were not applied, and ends a run that has too many in a row.
+
+    Args:
+        total: such steps of the run so far.
+        most: `train.max_bad_steps`.
+        name_of: shard and member of a sample id, for the message.
+    """
+
+    def __init__(self, *, total: int, most: int, name_of: Callable[[int], str]) -> None:
+        self.total = total
+        self._most, self._name_of = most, name_of
+        self._in_row: list[StepResult] = []
+
+    def count(self, result: StepResult) -> None:
+        """Take note of a step, and say so if it was not applied."""
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self._in_row = []
+            return
+        self.total += 1
+        self._in_row.append(result)
+        log.warning(
+            "step %d was not applied: its loss is %g and its gradient norm %g (%d in a row)",
+            *(result.step, result.loss, result.grad_norm, len(self._in_row)),
+        )
+
+    def check(self) -> None:
+        """End the run if the last steps were all bad; all ranks call, and come to the same.
+
+        Raises:
+            RunError: it names the first of these steps, and samples with such a loss.
+        """
+        if len(self._in_row) == self._most:
+            raise RunError(self._message())
+
+    def _message(self) -> str:
+        first = self._in_row[0]
+        own = [
+            self._name_of(int(sample))
+            for loss, samples in zip(first.losses, first.samples, strict=True)
+            if not math.isfinite(loss)
+            for sample in samples[:8]
+        ]
+        names = [name for part in gather_to_all(own[:8]) for name in part]
+        which = f"; samples with such a loss: {', '.join(names[:8])}" if names else ""
+        more = ", ..." if len(names) > 8 else ""
+        return (
+            f"train.max_bad_steps = {self._most} steps in a row could not be applied "
+            f"since their loss or gradient was not finite; the first is step {first.step}{which}"
+            f"{more}. Nothing was saved after it; --replay {first.step} shows where it begins"
+        )
+
+
 @contextmanager
 def first_nonfinite(model: nn.Module) -> Iterator[Callable[[], str | None]]:
     """Watch every module and gradient of a model while it runs a step.
 
-    Gives a function that tells, in words, the first value that was not finite, or None.
+    Yields a function that tells, in words, the first value that was not finite, or None.
     """
     found: list[str] = []
 

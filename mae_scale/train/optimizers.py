@@ -12,6 +12,7 @@ from torch import nn
 from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.sections import OptimizerConfig
 from mae_scale.models.kinds import parameter_kinds
+from mae_scale.train.deepspeed_state import inner_optimizer, masters
 from mae_scale.train.ds import DeepSpeedEngine
 
 EMA = "ema"  # key in the optimiser's state of a parameter
@@ -104,29 +105,6 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimize
     "adamw": lambda groups, optim: torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True),
     "lars": lambda groups, optim: GuardedLars(groups, optim.momentum),
 }
-
-
-def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """PyTorch's optimiser behind DeepSpeed's wrapper, if there is one."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The fp32 tensors of this rank that the optimiser steps on: parameters, or pieces of them."""
-    if engine.zero_optimization_stage() == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [p for group in inner_optimizer(engine).param_groups for p in group["params"]]
-
-
-def master_of(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What the optimiser steps on for a trained parameter under stage 0: itself, or a copy."""
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "fp16_groups"):  # bf16: the forward pass uses copies of the masters
-        for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for own, master in zip(low, high, strict=True):
-                if own is parameter:
-                    return master
-    return parameter
 
 
 def keep_moving_average(engine: DeepSpeedEngine, decay: float) -> None:

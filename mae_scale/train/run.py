@@ -24,17 +24,24 @@ from mae_scale.launch.distributed import be_patient, on_rank0, process_group
 from mae_scale.launch.stopping import catching_signals
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.compiled import compile_blocks
+from mae_scale.planning.gpus import mfu
 from mae_scale.train import checkpoint
+from mae_scale.train.checkpoint import Saver
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
+from mae_scale.train.deepspeed_state import layout
 from mae_scale.train.determinism import deterministic
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.engine import build_engine, fill_in
-from mae_scale.train.loop import Batch, Loop, Pictures, Validation
+from mae_scale.train.evaluation import Pictures, Schedule, Validation
+from mae_scale.train.loop import Loop, replay
+from mae_scale.train.metrics import Record
+from mae_scale.train.nonfinite import BadSteps
 from mae_scale.train.optimizers import optimizer_order
 from mae_scale.train.preflight import ready
-from mae_scale.train.profiling import profiled_steps
+from mae_scale.train.profiling import StepProfiler, profiled_steps
 from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import add_history, note_restart
+from mae_scale.train.step import Batch, Stepper
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -129,7 +136,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
         The exit code: 0 finished, 85 stopped early.
     """
     model, loader = parts.model, parts.loader
-    profiled_steps(config.train)  # else wrong
+    trace = profiled_steps(config.train)  # raises a UserError if they are wrong
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
     )
@@ -139,11 +146,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
     run_dir = Path(config.run_dir)
     total = total_steps(config.train, loader.steps_per_epoch)
 
+    schedule = Schedule(loader.steps_per_epoch, config.train.epochs, total)
+
     def lacks_validation(step: int) -> bool:
         """Whether a signal came before the validation of this step."""
-        due = parts.validation is not None and parts.validation.is_due(
-            step, loader.steps_per_epoch, config.train.epochs
-        )
+        due = parts.validation is not None and parts.validation.is_due(step, schedule)
         return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
 
     writes = config.replay is None
@@ -180,38 +187,28 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
         be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
         if resume is not None:
             watchdog.doing(f"loading {resume.name}")
-            checkpoint.load(engine, resume, order)
+            checkpoint.load(engine, resume, order, watchdog.doing)
 
         facts = {
             "world_size": world.size,
             "zero_stage": zero_stage(ds_config),
             "precision": resolve_precision(config.train.precision, world.device),
         }
-        loop = Loop(
+        stepper = Stepper(
             engine=engine,
-            loss_of=lambda batch, step, micro: parts.loss_of(engine, batch, step, micro),
+            loss_of=parts.loss_of,
             world=world,
             watchdog=watchdog,
             stop=stop,
-            run_dir=run_dir,
             seed=config.seed,
             train=config.train,
             optim=config.optim,
-            checkpoint=config.checkpoint,
             steps_per_epoch=loader.steps_per_epoch,
             accumulation=accumulation_steps(config.train, world.size),
-            commit={**facts, "config_hash": run_hash, "data": parts.shards.fingerprint},
-            flops_per_image=parts.flops_per_image,
-            data_workers=config.data.worker_processes,
-            name_of=loader.name_of,
-            bad_steps=bad_steps,
-            validation=parts.validation,
-            validates_first=validates_first,
-            pictures=parts.pictures,
         )
         if config.replay is not None:
             log.info("going to step %d from step %d, writing nothing", config.replay, step)
-            found = loop.replay(loader.batches(step), step, config.replay)
+            found = replay(stepper, engine, loader.batches(step), step, config.replay)
             log.info("%s", found)
             return 0
         if world.rank == 0:
@@ -225,7 +222,45 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             "starting at" if resume is None else f"going on from {resume.name},",
             *(step, total, config.model.name, len(parts.shards), *facts.values()),
         )
-        step, finished = loop.run(loader.batches(step), step)
+        record = None
+        if world.rank == 0:
+            record = Record(
+                run_dir=run_dir,
+                step=step,
+                total_steps=total,
+                steps_per_epoch=loader.steps_per_epoch,
+                batch=config.train.global_batch_size,
+                log_every=config.train.log_every,
+                workers=config.data.worker_processes,
+                mfu_of=lambda rate: mfu(parts.flops_per_image, rate / world.size, engine.device),
+                validates=parts.validation is not None,
+            )
+        loop = Loop(
+            config=config,
+            schedule=schedule,
+            engine=engine,
+            stepper=stepper,
+            bad_steps=BadSteps(
+                total=bad_steps, most=config.train.max_bad_steps, name_of=loader.name_of
+            ),
+            watchdog=watchdog,
+            stop=stop,
+            saver=Saver(engine, run_dir, world, config.checkpoint),
+            profiler=StepProfiler(trace, run_dir, world.rank, watchdog),
+            record=record,
+            commit={
+                **facts,
+                "config_hash": run_hash,
+                "data": parts.shards.fingerprint,
+                "layout": layout(engine),
+            },
+            world_size=world.size,
+            validation=parts.validation,
+            pictures=parts.pictures,
+            step=step,
+        )
+        finished = loop.run(loader.batches(step), validate_first=validates_first)
+        step = loop.step
         if world.rank == 0:
             add_history(run_dir, "finished" if finished else "stopped", step)
         if finished:

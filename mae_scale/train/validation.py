@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError
-from mae_scale.train.ds import DeepSpeedEngine, deepspeed
-from mae_scale.train.optimizers import EMA, inner_optimizer, master_of
+from mae_scale.train.deepspeed_state import EngineState
+from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.optimizers import EMA
 
 
 @dataclass
@@ -141,33 +142,14 @@ def _filled(
 def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
     """Put the moving average in the place of the trained weights for a while; all ranks call."""
     trained = [p for p in engine.module.parameters() if p.requires_grad]
-    stage = engine.zero_optimization_stage()
-    if stage in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False  # if so, perhaps to older ones
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    before = [p.detach().clone() for p in trained] if stage == 0 else []
+    state, sharded = EngineState(engine), engine.zero_optimization_stage() > 0
+    before = [] if sharded else [state.weight(p) for p in trained]
     for parameter in trained:
-        _set(parameter, _average_of(engine, parameter), stage)
+        state.set_weight(parameter, state.state(parameter, EMA))
     try:
         yield
     finally:
+        # Under ZeRO the weights come back from their masters, which saves a copy of all of them.
         for number, parameter in enumerate(trained):
-            # Under ZeRO the weights are those of the master copies, without which no step works.
-            full = deepspeed.utils.safe_get_full_fp32_param
-            _set(parameter, before[number] if stage == 0 else full(parameter), stage)
-
-
-def _average_of(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole moving average of a parameter."""
-    if engine.zero_optimization_stage() > 0:
-        return deepspeed.utils.safe_get_full_optimizer_state(parameter, EMA)
-    return inner_optimizer(engine).state[master_of(engine, parameter)][EMA]
-
-
-def _set(parameter: torch.nn.Parameter, value: torch.Tensor, stage: int) -> None:
-    if stage == 3:
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if dist.get_rank() == 0:
-                parameter.data.copy_(value.view_as(parameter))
-    else:
-        parameter.data.copy_(value)
+            value = state.weight(parameter) if sharded else before[number]
+            state.set_weight(parameter, value)

@@ -23,6 +23,7 @@ from mae_scale.config.sections import CheckpointConfig, TrainConfig
 from mae_scale.launch.distributed import World, start
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.ds import deepspeed
 from mae_scale.train.engine import build_engine
 from mae_scale.train.optimizers import EMA, optimizer_order
 
@@ -123,7 +124,7 @@ def state_of(engine) -> State:  # type: ignore[no-untyped-def]
         masters = {id(a): b for a, b in zip(low, high, strict=True)}
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
-            with elastic.deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+            with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
                 state[f"frozen {name}"] = p.data.float().clone()
         elif stage == 0:
             master = masters.get(id(p), p)

@@ -74,8 +74,8 @@ def test_a_conversion_killed_anywhere_is_made_again(run: Run) -> None:
     shapes = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
     order = [name for group in shapes for name in group]
     unfinished = folder / "universal.unfinished"
-    last = len(order) * 3 * 2  # about: a fragment and a whole for each
-    for writes in (1, last // 3, last // 2 + 5, 10_000):
+    last = len(order) * 3 + 1
+    for writes in (1, last // 2, last, 10_000):
         killed = writes < 10_000
         assert convert_and_die(folder, order, writes) == (-signal.SIGKILL if killed else 0)
         assert unfinished.exists() is killed and (folder / "universal").exists() is not killed

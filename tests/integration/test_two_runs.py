@@ -2,81 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import Run, free_port
-
-# Trains in the folders of the arguments, one after the other, and hinders a run where it is told.
-SCRIPT = """
-import json, os, signal, sys, threading, time
-from pathlib import Path
-
-import psutil
-
-from mae_scale.tasks.task import main
-from mae_scale.world import World
-
-
-def once_it_trains(run_dir, action):
-    def watch():
-        rows = Path(run_dir) / "metrics.jsonl"
-        while not rows.exists() or len(rows.read_text().splitlines()) < 3:
-            time.sleep(0.02)
-        action()
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def hang():
-    for worker in psutil.Process().children():
-        worker.suspend()
-        print(f"suspended {worker.pid}", flush=True)
-
-
-if __name__ == "__main__":
-    codes = []
-    before = signal.getsignal(signal.SIGTERM)
-    for run in json.loads(sys.argv[1]):
-        action = {"stop": stop, "hang": hang}.get(run["then"])
-        if action and World.from_environment().rank == 0:
-            once_it_trains(run["run_dir"], action)
-        codes.append(main("pretrain", run["arguments"], "pretrain"))
-        assert signal.getsignal(signal.SIGTERM) is before
-    print(f"exit codes: {codes}", flush=True)
-    os._exit(0)  # as the program does
-"""
-
-
-def in_one_process(
-    tmp_path: Path, runs: list[tuple[Run, str]], **environment: str
-) -> subprocess.Popen[str]:
-    """Start the runs, each with what is to happen to it."""
-    script = tmp_path / "two_runs.py"
-    script.write_text(SCRIPT)
-    told = [
-        {"run_dir": str(run.run_dir), "arguments": run.arguments(), "then": then}
-        for run, then in runs
-    ]
-    return subprocess.Popen(
-        [sys.executable, script, json.dumps(told)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+from runs import Run, free_port, in_one_process
 
 
 @pytest.fixture
@@ -90,7 +24,7 @@ def test_a_stop_of_the_first_run_does_not_stop_the_second(short: Run, tmp_path: 
     endless = replace(short, settings={**short.settings, "train.max_steps": 10_000})
     again = replace(short, settings={**short.settings, "train.max_steps": 40, "deepspeed": "zero3"})
     other = replace(short, run_dir=tmp_path / "other")
-    process = in_one_process(tmp_path, [(endless, "stop"), (again, ""), (other, "")])
+    process = in_one_process([(endless, "stop"), (again, ""), (other, "")])
     output, _ = process.communicate(timeout=400)
     assert "exit codes: [85, 0, 0]" in output, output
     assert "stopped by SIGTERM" in output and output.count("finished: ") == 2
@@ -104,7 +38,7 @@ def test_the_second_run_is_watched_as_the_first_was(short: Run, tmp_path: Path) 
         run_dir=tmp_path / "hanging",
         settings={**short.settings, "train.max_steps": 10_000, "train.hang_timeout": 10},
     )
-    process = in_one_process(tmp_path, [(short, ""), (hanging, "hang")])
+    process = in_one_process([(short, ""), (hanging, "hang")])
     output = ""
     assert process.stdout is not None
     for line in process.stdout:  # the suspended worker keeps the pipe open
@@ -120,12 +54,12 @@ def test_the_second_run_is_watched_as_the_first_was(short: Run, tmp_path: Path) 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_meet_twice(short: Run, tmp_path: Path, stage: int) -> None:
-    short.settings |= {"deepspeed": f"zero{stage}"}
+    short.settings |= {"deepspeed": f"zero{stage}", "train.global_batch_size": 8}
     second = replace(short, run_dir=tmp_path / "second")
     port = str(free_port())
     processes = [
         in_one_process(
-            tmp_path, [(short, ""), (second, "")],
+            [(short, ""), (second, "")],
             RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )

@@ -1,0 +1,184 @@
+"""The private state of a DeepSpeed engine: what DeepSpeed 0.19 offers no public way to.
+
+An upgrade of DeepSpeed that changes one of its attributes is mended here. The optimiser that steps
+is PyTorch's; DeepSpeed wraps it. It steps on masters, which are fp32 tensors of this rank:
+
+- stage 0 in fp32: the parameters themselves;
+- stage 0 in bf16: a copy of each parameter;
+- stages 1 and 2: this rank's share of each group, flat, into which DeepSpeed links the parameters;
+- stage 3: this rank's share of each sub-group, flat; a parameter is gathered to be set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from mae_scale.train.ds import DeepSpeedEngine, FP16_UnfusedOptimizer, deepspeed
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
+
+
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """PyTorch's optimiser behind DeepSpeed's wrapper, if there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The fp32 tensors of this rank that the optimiser steps on."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in inner_optimizer(engine).param_groups for p in group["params"]]
+
+
+def grad_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
+    """L2 norm over all ranks of the gradient that is being applied.
+
+    None where DeepSpeed does not compute it: stage 0 in fp32, where it does not wrap the optimiser.
+    """
+    if engine.optimizer is inner_optimizer(engine):
+        return None
+    return torch.as_tensor(engine.optimizer._global_grad_norm, device=engine.device)
+
+
+def step_without_reads(engine: DeepSpeedEngine) -> None:
+    """Make stage 0 in bf16 step without asking the device for anything.
+
+    DeepSpeed's wrapper checks each parameter's gradient for overflow and adds up the norms on the
+    host. Whether a step is applied is decided on the device here (`nonfinite.StepGuard`). Weights
+    and moments are those that DeepSpeed's own step gives, to the bit, and so is what is saved.
+    """
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.__class__ = _UncheckedMasters
+
+
+class _UncheckedMasters(FP16_UnfusedOptimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> bool:
+        """Step on the fp32 masters with the bf16 gradients, and round the masters to bf16."""
+        low = [p for group in self.fp16_groups for p in group]
+        high = [p for group in self.fp32_groups for p in group]
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in low]
+        grads = [torch.empty_like(p) for p in high]
+        torch._foreach_copy_(grads, given)
+        for master, grad in zip(high, grads, strict=True):
+            master.grad = grad
+        self._global_grad_norm = get_total_norm(grads)
+        self._update_scale(False)  # a count in DeepSpeed's state dict
+        self.optimizer.step()
+        for master in high:
+            master.grad = None
+        torch._foreach_copy_(low, high)
+        return False
+
+
+def layout(engine: DeepSpeedEngine) -> str:
+    """A fingerprint of how the parameters are laid out in the optimiser's flat groups.
+
+    Two engines of the same world size, stage and precision can read each other's files only if it
+    is the same: `sub_group_size`, `round_robin_gradients` and the optimiser's groups change it.
+    """
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
+    name_of = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups: Iterable[Iterable[torch.Tensor]]
+    if stage == 3:
+        groups = wrapper.fp16_groups
+    elif stage > 0:
+        groups = wrapper.round_robin_bit16_groups
+    elif hasattr(wrapper, "fp16_groups"):
+        groups = wrapper.fp16_groups
+    else:
+        groups = [group["params"] for group in wrapper.param_groups]
+    content = {
+        "groups": [[name_of[id(parameter)] for parameter in group] for group in groups],
+        "masters": [master.numel() for master in masters(engine)],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+class EngineState:
+    """Reads and sets the whole value of each parameter, at any stage; all ranks call alike.
+
+    Args:
+        engine: between two steps.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine, self._wrapper = engine, engine.optimizer
+        self._inner = inner_optimizer(engine)
+        self._stage = engine.zero_optimization_stage()
+        self._master_of: dict[int, torch.Tensor] = {}
+        if self._stage in (1, 2):
+            self._link()
+        elif self._stage == 0 and hasattr(self._wrapper, "fp16_groups"):
+            low = (p for group in self._wrapper.fp16_groups for p in group)
+            high = (p for group in self._wrapper.fp32_groups for p in group)
+            self._master_of = {id(a): b for a, b in zip(low, high, strict=True)}
+
+    def _link(self) -> None:
+        """Link parameters to the states that there are now; DeepSpeed may hold older ones."""
+        self._wrapper._hp_optimizer_states_linked = False
+        self._wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Stage 0 only."""
+        return self._master_of.get(id(parameter), parameter)
+
+    def make_states(self, keys: Iterable[str], step: float | None) -> None:
+        """Give every master states of zeros under these keys, and a count of steps if any."""
+        for master in masters(self._engine):
+            state = {key: torch.zeros_like(master, requires_grad=False) for key in keys}
+            if step is not None:
+                state["step"] = torch.tensor(step, dtype=torch.float32, device=master.device)
+            self._inner.state[master] = state
+        if self._stage in (1, 2):
+            self._link()
+
+    def weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A copy of what the forward pass uses, or its fp32 master under ZeRO."""
+        if self._stage > 0:
+            return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return parameter.detach().clone()
+
+    def set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set what the forward pass uses, and leave the master. The value counts on rank 0."""
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if self._engine.global_rank == 0:
+                parameter.data.copy_(value.view_as(parameter))
+
+    def set_master(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set what the optimiser steps on, and leave what the forward pass uses."""
+        self._set(parameter, None, value)
+
+    def state(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        """The whole state of a trained parameter under a key, such as `exp_avg`."""
+        if self._stage > 0:
+            return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        return self._inner.state[self._master(parameter)][key]
+
+    def set_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        """Set it; `make_states` has made it."""
+        self._set(parameter, key, value)
+
+    def _set(self, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
+        if self._stage == 0:
+            master = self._master(parameter)
+            (master.data if key is None else self._inner.state[master][key]).copy_(value)
+        elif self._stage < 3:
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+        else:
+            share, _ = self._wrapper._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            mine = value.flatten()[share.numel() * self._engine.global_rank :][: share.numel()]
+            share.data.zero_()  # the last rank's share may be padded
+            share.data[: mine.numel()].copy_(mine)
