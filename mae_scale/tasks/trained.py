@@ -17,6 +17,7 @@ from mae_scale.errors import UserError
 from mae_scale.models.weights import read_weights
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
+from mae_scale.train.loading import load_averages, load_weights
 from mae_scale.train.optimizers import optimizer_order
 
 CLASSES = "classes.json"  # in the run folder of a task that has classes
@@ -30,7 +31,7 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
     """
     if not is_ours(path):
         return read_weights(path)
-    return checkpoint.load_weights(best_checkpoint(path))
+    return load_weights(best_checkpoint(path))
 
 
 def is_ours(path: Path) -> bool:
@@ -108,12 +109,12 @@ class TrainedRun:
             UserError: the run keeps no moving average.
         """
         if not ema:
-            return checkpoint.load_weights(self.folder)
+            return load_weights(self.folder)
         if self.config.optim.average_decay is None:
             raise UserError(f"{self.run_dir} keeps no moving average (optim.ema_decay)")
         with torch.device("meta"):
             model = self.model()
-        averages = checkpoint.load_averages(self.folder, optimizer_order(model, self.config.optim))
+        averages = load_averages(self.folder, optimizer_order(model, self.config.optim))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        state = checkpoint.load_weights(self.folder)
+        state = load_weights(self.folder)
         return state | {name: average.view(shapes[name]) for name, average in averages.items()}

@@ -13,22 +13,17 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import sync_folder, write_atomically
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
-from mae_scale.train import elastic
 from mae_scale.train.checkpoint_writer import BackgroundWriter
-from mae_scale.train.deepspeed_state import layout
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.reading import load_tensors, refuse_code
 
 log = logging.getLogger("mae_scale")
 
@@ -331,83 +326,6 @@ def add_score(folder: Path, score: float) -> None:
     commit = Commit.read(folder)
     commit.score = score
     write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
-
-
-def load(
-    engine: DeepSpeedEngine,
-    folder: Path,
-    order: list[str],
-    doing: Callable[[str], None] = lambda what: None,
-) -> None:
-    """Load a checkpoint into the engine, on all ranks.
-
-    The same world size, ZeRO stage, precision and layout of the optimiser's groups go on bit for
-    bit. A checkpoint with others is read through a neutral form, which all ranks make first.
-
-    Args:
-        order: names of the trained parameters in the order of the optimiser's groups.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
-    """
-    commit = Commit.read(folder)
-    stage = engine.zero_optimization_stage()
-    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
-    saved = (commit.world_size, commit.zero_stage, commit.precision)
-    if saved != (engine.world_size, stage, precision):
-        log.info(
-            "%s was saved by %d processes under ZeRO-%d; converting it for %d under ZeRO-%d",
-            *(folder.name, commit.world_size, commit.zero_stage, engine.world_size, stage),
-        )
-    elif commit.layout not in (None, layout(engine)):
-        log.info(
-            "%s was saved with other groups of the optimiser (sub_group_size or "
-            "round_robin_gradients of the DeepSpeed config); converting it",
-            folder.name,
-        )
-    else:
-        _load_as_it_is(engine, folder)
-        return
-    elastic.load(engine, elastic.convert(folder, commit.zero_stage, order, doing), doing)
-
-
-def _load_as_it_is(engine: DeepSpeedEngine, folder: Path) -> None:
-    on_rank0(lambda: refuse_code(folder))
-    engine.checkpoint_engine = BackgroundWriter(None)  # reads without running pickled code
-    loaded, _ = engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
-    )
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load {folder}")
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the module, in fp32, of a checkpoint of any world size and ZeRO stage.
-
-    Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used. Files are
-    mapped, so that neither moments nor the states of all ranks come into memory.
-
-    Raises:
-        UserError: its files hold something else, or more than tensors.
-    """
-    try:
-        if Commit.read(folder).zero_stage == 3:
-            return elastic.weights_of_stage_3(folder)
-        state = load_tensors(folder / "mp_rank_00_model_states.pt")["module"]
-        return {key: value.float() for key, value in state.items()}
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"checkpoint {folder} does not hold the weights of a run: {what}") from None
-
-
-def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:
-    """The moving averages of the trained parameters of a checkpoint, flat, by name, in fp32.
-
-    All ranks call, and convert the checkpoint unless it was.
-
-    Args:
-        order: names of the trained parameters in the order of the optimiser's groups.
-    """
-    stage = Commit.read(folder).zero_stage
-    return elastic.averages(elastic.convert(folder, stage, order))
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -33,6 +33,7 @@ from mae_scale.train.determinism import deterministic
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.engine import build_engine, fill_in
 from mae_scale.train.evaluation import Pictures, Schedule, Validation
+from mae_scale.train.loading import load_checkpoint
 from mae_scale.train.loop import Loop, replay
 from mae_scale.train.metrics import Record
 from mae_scale.train.nonfinite import BadSteps
@@ -173,7 +174,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
             step, bad_steps = commit.step, commit.bad_steps
         validates_first = on_rank0(lambda: lacks_validation(step))
         if step >= total and writes and not validates_first:
-            log.info("%s is finished: %d of %d steps are done", run_dir, step, total)
+            log.info("%s is finished: %d of %d steps are done", run_dir, step, max(step, total))
             return 0
         if writes:
             on_rank0(lambda: note_restart(run_dir, step))
@@ -187,7 +188,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Par
         be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
         if resume is not None:
             watchdog.doing(f"loading {resume.name}")
-            checkpoint.load(engine, resume, order, watchdog.doing)
+            load_checkpoint(engine, resume, order, watchdog.doing)
 
         facts = {
             "world_size": world.size,

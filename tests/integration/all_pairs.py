@@ -25,6 +25,7 @@ from mae_scale.train import checkpoint, elastic
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.ds import deepspeed
 from mae_scale.train.engine import build_engine
+from mae_scale.train.loading import load_checkpoint
 from mae_scale.train.optimizers import EMA, optimizer_order
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -177,7 +178,7 @@ def compare(folder: Path, world: World, precision: str, tolerance: float) -> Non
                 engine.zero_optimization_stage(),
             ):
                 continue
-            checkpoint.load(engine, step_folder, order)
+            load_checkpoint(engine, step_folder, order)
             state = state_of(engine)
             wrong = [k for k, v in truth["state"].items() if not torch.equal(v, state[k])]
             if wrong:

@@ -25,6 +25,7 @@ from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights
 from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train import checkpoint
 from mae_scale.train.ds import deepspeed
+from mae_scale.train.loading import load_weights
 from mae_scale.train.records import read_metrics
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -170,7 +171,7 @@ def test_sharded_weights_are_those_that_deepspeed_finds(
     trained: dict[str, Path], name: str
 ) -> None:
     folder = checkpoint.find_checkpoint(trained[name])
-    found = checkpoint.load_weights(folder)
+    found = load_weights(folder)
     convert = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
     expected = convert(str(folder.parent), tag=folder.name)
     assert found.keys() == expected.keys()

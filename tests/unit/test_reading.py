@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from mae_scale.errors import UserError
 from mae_scale.files import TRUST
-from mae_scale.train.checkpoint import Commit, damage, load_weights
+from mae_scale.train.checkpoint import Commit, damage
+from mae_scale.train.loading import load_weights
 from mae_scale.train.reading import load_tensors, refuse_code
 from mae_scale.train.records import read_metrics, readable_rows
 

@@ -286,8 +286,12 @@ def test_a_commit_of_another_run_and_an_unfinished_save_do_not_count(tmp_path: P
 
 
 def test_the_last_step_of_a_run_is_always_recorded(tmp_path: Path) -> None:
-    record = Record(tmp_path, 0, 5, 5, 8, 2, 0, mfu_of=lambda rate: None)
+    record = Record(
+        run_dir=tmp_path, step=0, total_steps=5, steps_per_epoch=5, batch=8, log_every=2, workers=0,
+        mfu_of=lambda rate: None,
+    )  # fmt: skip
     for step in range(1, 6):
-        record.add(step, 1.0, 0.1, 2.0, 0, wait=0.0, at=time.monotonic())
+        record.add(step=step, loss=1.0, lr=0.1, grad_norm=2.0, bad_steps=0, wait=0.0,
+                   at=time.monotonic())  # fmt: skip
     record.close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 5]
