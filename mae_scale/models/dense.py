@@ -324,7 +324,7 @@ class DenseEncoder(Encoder):
             [B, D, H / patch_size, W / patch_size] for each.
         """
         size = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-        x = self.patch_embed(images)
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         first = int(self.class_token)
         x = x + resize_grid(self.pos_embed[:, first:], size)
         if self.class_token:

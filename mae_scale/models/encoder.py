@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
@@ -20,74 +20,6 @@ from mae_scale.models.pos_embed import sincos_pos_embed
 
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
-
-
-class PatchProjection(nn.Conv2d):
-    """The projection of patches: a convolution of an image, or a linear map of chosen patches.
-
-    Both are the same, since the stride is the kernel's size. The convolution sums in the order in
-    which other implementations do; the linear map takes any selection of patches.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] -> [B, D, H / p, W / p]; patches [B, K, C * p * p] -> [B, K, D].
-
-        Within a patch the order is (channel, row, column).
-        """
-        if x.ndim == 4:
-            return super().forward(x)
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects those that are asked for.
-
-    Args:
-        img_size, patch_size: sides of the square image and its patches, in pixels.
-        embed_dim: D, channels of an embedded patch.
-
-    Attributes:
-        strict_img_size: whether images of other sizes are refused; set it to False to allow
-            every size that is a multiple of the patch size.
-    """
-
-    strict_img_size: bool = True
-
-    def __init__(self, img_size: int, patch_size: int, embed_dim: int) -> None:
-        super().__init__()
-        grid = img_size // patch_size
-        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.grid_size, self.num_patches = (grid, grid), grid**2
-        self.proj = PatchProjection(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed patches, in the dtype of the weights.
-
-        The pixels of the wanted patches are gathered first, so that nothing is computed of the
-        others.
-
-        Args:
-            images: float [B, 3, H, W].
-            ids: int64 [B, K], numbers of the patches row by row; None: all of them, in order.
-
-        Returns:
-            [B, K, D].
-
-        Raises:
-            ValueError: images of another size than `img_size`, where that is strict.
-        """
-        size = tuple(images.shape[-2:])
-        if self.strict_img_size and size != self.img_size:
-            raise ValueError(f"images must be {self.img_size}, not {size}")
-        dtype = self.proj.weight.dtype
-        if ids is None:
-            return self.proj(images.to(dtype)).flatten(2).transpose(1, 2)
-        b, p = len(images), self.patch_size[0]
-        rows, columns = size[0] // p, size[1] // p
-        patches = images.reshape(b, 3, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        image = torch.arange(b, device=ids.device)[:, None]
-        patches = patches[image, ids // columns, ids % columns]
-        return self.proj(patches.to(dtype).reshape(b, -1, 3 * p * p))
 
 
 class Encoder(nn.Module):
@@ -123,7 +55,7 @@ class Encoder(nn.Module):
         self._offload = False
         self._is_random = drop_path > 0
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         if make_block is None:
@@ -167,7 +99,7 @@ class Encoder(nn.Module):
         elif isinstance(module, nn.LayerNorm | GraphDropPath):
             module.reset_parameters()
         elif module is self.patch_embed.proj:
-            # Drawn as for a Linear, but the bias as for a convolution.
+            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
             module.reset_parameters()
             nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
 
@@ -206,20 +138,10 @@ class Encoder(nn.Module):
         """Whether the inputs of recomputed blocks wait in host memory."""
         return self._offload
 
-    def embed_patches(self, images: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed patches and add their positions.
-
-        Args:
-            images: float [B, 3, H, W], normalised.
-            ids: int64 [B, K], the patches that are wanted; None: all of them, in order.
-
-        Returns:
-            [B, K, D] in the dtype of the weights.
-        """
-        positions = self.pos_embed[:, 1:]
-        if ids is not None:
-            positions = positions[0, ids]
-        return self.patch_embed(images, ids) + positions
+    def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [B, 3, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
+        return x + self.pos_embed[:, 1:]
 
     def prepend_cls_token(self, x: torch.Tensor) -> torch.Tensor:
         """[B, K, D] -> [B, 1 + K, D]."""

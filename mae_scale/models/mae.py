@@ -241,7 +241,8 @@ class MaskedAutoencoderViT(Encoder):
         Returns:
             [B, 1 + K, embed_dim].
         """
-        x = self.embed_patches(images, ids_keep)
+        x = self.embed_patches(images)
+        x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
         return self.norm(self.run_blocks(self.blocks, self.prepend_cls_token(x)))
 
     def forward_encoder_with_mask_tokens(

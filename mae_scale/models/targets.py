@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, layer_norm
+from torch.nn.functional import cross_entropy
 
 from mae_scale.errors import UserError
 from mae_scale.models.numerics import full_fp32
@@ -117,10 +117,8 @@ class Pixels(Target):
         """Make the target of true patches: float32 [B, L, p*p*3], the same shape."""
         if not self._normalises:
             return patches
-        # LayerNorm in one pass, made to divide by sqrt(unbiased variance + 1e-6) as the authors do.
-        n = self.width
-        normed = layer_norm(patches, (n,), eps=1e-6 * (n - 1) / n)
-        return normed.mul_(((n - 1) / n) ** 0.5)
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Give a normalised prediction the true patches' means and deviations, as the authors."""

@@ -1,10 +1,9 @@
 """Floating-point operations of an image, by formula.
 
-Counted are matrix products (attention's and the projection of the visible patches among them), 2
-operations for a multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv
-2204.02311, appendix B). Norms, activations, softmax and the optimiser are not, and neither are
-activations computed again under activation checkpointing: they are a cost of the implementation,
-not of the model.
+Counted are matrix products (attention's among them) and the patch convolution, 2 operations for a
+multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+Norms, activations, softmax and the optimiser are not, and neither are activations computed again
+under activation checkpointing: they are a cost of the implementation, not of the model.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ def blocks_flops(depth: int, tokens: int, width: int, mlp_ratio: int = 4) -> int
     return depth * (linear + attention)
 
 
-def patch_embed_flops(patches: int, patch_size: int, width: int) -> int:
-    """Forward operations of the projection of so many patches."""
-    return 2 * patches * patch_size**2 * 3 * width
+def patch_embed_flops(num_patches: int, patch_size: int, width: int) -> int:
+    """Forward operations of the projection of all patches, kept or not."""
+    return 2 * num_patches * patch_size**2 * 3 * width
 
 
 def forward_flops(model: MaskedAutoencoderViT) -> int:
     """Operations of the forward pass of one image at the model's own mask ratio."""
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
     visible = model.encoder_tokens
-    patch_embed = patch_embed_flops(visible - 1, model.patch_size, embed_dim)
     tokens = 1 + model.num_patches
     encoder = blocks_flops(len(model.blocks), visible, embed_dim)
     decoder_embed = 2 * visible * embed_dim * width
@@ -46,7 +45,7 @@ def training_flops(model: MaskedAutoencoderViT) -> int:
     for that of the input. The images have no gradient, which saves the patch embedding one.
     """
     embed_dim = model.decoder_embed.in_features
-    patch_embed = patch_embed_flops(model.encoder_tokens - 1, model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
     return 3 * forward_flops(model) - patch_embed
 
 

@@ -133,18 +133,18 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
     visible, tokens = model.encoder_tokens, 1 + patches
     outputs = model.decoder_pred.out_features
-    seen = patches if model.mask_tokens_in_encoder else visible - 1
-    pixels = 3 * model.patch_size**2  # of a patch
+    embedded = patches * embed_dim * value
     predicted = tokens * outputs * value
     difference = patches * outputs * FP32  # of prediction and target; the logarithm of softmax
-    replaced = patches if model.mask_tokens_in_encoder else 0  # whether each patch is
+    # The order of the patches, and all of them to take the visible ones from; or which to replace.
+    masked = patches if model.mask_tokens_in_encoder else patches * INT64 + embedded
     # Visible and mask tokens, not yet in order, and that order.
     ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
     ids = patches * INT64 if model.target.needs_tokenizer else 0
     return [
-        Part(  # the pixels of the patches that are seen
-            kept=seen * pixels * value + replaced,
-            passing=2 * seen * embed_dim * value,
+        Part(  # the image
+            kept=_image_bytes(model) * value + masked,
+            passing=2 * embedded,
             gradient=model.patch_embed.proj.weight.numel() * value,
         ),
         *blocks_parts(model, model.blocks, visible, size),
@@ -159,7 +159,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
         ),
         Part(  # the loss: the mask; the target and the square are there beside the difference
             kept=difference + patches * FP32 + ids,
-            passing=2 * difference + predicted + _batch(model, seen == patches and value == FP32),
+            passing=2 * difference + predicted + _batch(model, value == FP32),
         ),
     ]
 

@@ -53,29 +53,6 @@ def stir(model: nn.Module, seed: int = 0) -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_patches_are_embedded_as_by_the_convolution(dtype: torch.dtype):
-    """The same numbers and gradients whether all are projected and some kept, or only those."""
-    model = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8).to(dtype)
-    images = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    ids = torch.rand(3, 64).argsort(dim=1)[:, :16]
-    proj = model.patch_embed.proj
-    whole = torch.nn.functional.conv2d(images.to(dtype), proj.weight, proj.bias, stride=8)
-    tokens = whole.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
-    wanted = tokens.gather(1, ids[..., None].expand(-1, -1, 192))
-    torch.testing.assert_close(model.embed_patches(images), tokens)
-    torch.testing.assert_close(model.embed_patches(images, ids), wanted)
-    direction = torch.randn_like(wanted)
-    expected, found = (
-        torch.autograd.grad(x, [proj.weight, proj.bias], direction)
-        for x in (wanted, model.embed_patches(images, ids))
-    )
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 10 * torch.finfo(dtype).eps * b.norm()
-    with pytest.raises(ValueError, match="must be"):
-        model.embed_patches(images[..., :56])
-
-
 # --- sizes, names, initial values ---------------------------------------------------------------
 
 
