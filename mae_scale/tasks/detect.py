@@ -31,7 +31,7 @@ from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
-from mae_scale.train.run import Parts, train_loader
+from mae_scale.train.run import TrainingSetup, train_loader
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -62,7 +62,7 @@ def flops(model: Detector) -> int:
     return 3 * counter.get_total_flops()
 
 
-def prepare(config: DetectConfig, world: World) -> Parts:
+def prepare(config: DetectConfig, world: World) -> TrainingSetup:
     """Put together what is trained.
 
     Raises:
@@ -80,7 +80,7 @@ def prepare(config: DetectConfig, world: World) -> Parts:
         losses = engine(images, batch["size"], targets_of(batch))
         return torch.stack(list(losses.values())).sum()
 
-    return Parts(
+    return TrainingSetup(
         "detect",
         model,
         shards,

@@ -18,7 +18,7 @@ from mae_scale.randomness import Purpose, hash64
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
-from mae_scale.train.run import Parts, training_data
+from mae_scale.train.run import TrainingSetup, training_data
 from mae_scale.world import World
 
 __all__ = ["build", "flops", "prepare"]
@@ -32,7 +32,7 @@ def build(config: FinetuneConfig, num_classes: int) -> Classifier:
     return model
 
 
-def prepare(config: FinetuneConfig, world: World) -> Parts:
+def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
     """Put together what is trained.
 
     Raises:
@@ -49,7 +49,7 @@ def prepare(config: FinetuneConfig, world: World) -> Parts:
         image, label = target.mix(normalize(batch["image"]), batch["label"], key)
         return F.cross_entropy(engine(image), label)
 
-    return Parts(
+    return TrainingSetup(
         "finetune",
         model,
         shards,

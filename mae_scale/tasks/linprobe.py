@@ -18,7 +18,7 @@ from mae_scale.planning.flops import classifier_training_flops as flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
-from mae_scale.train.run import Parts, training_data
+from mae_scale.train.run import TrainingSetup, training_data
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -52,7 +52,7 @@ def warn_of_small_budget(config: LinprobeConfig, steps_per_epoch: int) -> None:
         )
 
 
-def prepare(config: LinprobeConfig, world: World) -> Parts:
+def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
     """Put together what is trained.
 
     Raises:
@@ -74,7 +74,7 @@ def prepare(config: LinprobeConfig, world: World) -> Parts:
                 statistics /= world.size
         return F.cross_entropy(logits, batch["label"])
 
-    return Parts(
+    return TrainingSetup(
         "linprobe",
         model,
         shards,

@@ -25,7 +25,7 @@ from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
-from mae_scale.train.run import Parts, training_data
+from mae_scale.train.run import TrainingSetup, training_data
 from mae_scale.world import World
 
 __all__ = ["build", "flops", "prepare"]
@@ -38,7 +38,7 @@ def build(config: PretrainConfig, num_classes: int = 0) -> MaskedAutoencoderViT:
     return build_mae(**given(config.model, "tokenizer"))
 
 
-def prepare(config: PretrainConfig, world: World) -> Parts:
+def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
     """Put together what is trained.
 
     Raises:
@@ -55,7 +55,7 @@ def prepare(config: PretrainConfig, world: World) -> Parts:
         loss, _, _ = engine(normalize(image), noise, token_ids=token_ids and token_ids(image))
         return loss
 
-    return Parts(
+    return TrainingSetup(
         "pretrain",
         model,
         shards,

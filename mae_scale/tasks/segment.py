@@ -27,7 +27,7 @@ from mae_scale.tasks.trained import read_any
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
-from mae_scale.train.run import Parts, train_loader
+from mae_scale.train.run import TrainingSetup, train_loader
 from mae_scale.train.segmentation_scores import Sliding, evaluate_segmentation
 from mae_scale.world import World
 
@@ -55,7 +55,7 @@ def flops(model: Segmenter) -> int:
     return 3 * counter.get_total_flops()
 
 
-def prepare(config: SegmentConfig, world: World) -> Parts:
+def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
     """Put together what is trained.
 
     Raises:
@@ -78,7 +78,7 @@ def prepare(config: SegmentConfig, world: World) -> Parts:
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         return engine(normalize_padded(batch["image"], batch["size"]), batch["segmentation"])
 
-    return Parts(
+    return TrainingSetup(
         "segment",
         model,
         shards,

@@ -49,7 +49,7 @@ log = logging.getLogger("mae_scale")
 
 
 @dataclass
-class Parts:
+class TrainingSetup:
     """What a task puts together; making it is where bad input is found."""
 
     task: str
@@ -130,7 +130,7 @@ def train_loader(
     )
 
 
-def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Parts) -> int:
+def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: TrainingSetup) -> int:
     """Train until the end or a signal, from the newest checkpoint if there is one.
 
     Returns:
@@ -281,7 +281,7 @@ def _platform(world: World) -> dict[str, str]:
 
 @contextmanager
 def _initial_weights(
-    parts: Parts, run_dir: Path, watchdog: Watchdog
+    parts: TrainingSetup, run_dir: Path, watchdog: Watchdog
 ) -> Iterator[tuple[dict[str, torch.Tensor], Callable[[], None]]]:
     """Weights to start from, on rank 0, and a function that reads them there; all ranks call.
 
