@@ -89,7 +89,8 @@ def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | 
     """What says that this process has GPUs, in words; None if nothing does.
 
     A CUDA_VISIBLE_DEVICES that names none hides the GPUs of a machine on purpose, but not those
-    that Slurm has given to the job.
+    that Slurm has given to the job. DeepSpeed's launcher sets it to as many numbers as processes
+    are asked for, whether there are GPUs or not; it is no evidence there.
     """
     on_node = env.get("SLURM_GPUS_ON_NODE", "0")
     if on_node not in ("", "0"):
@@ -97,7 +98,7 @@ def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | 
     if env.get("SLURM_JOB_GPUS"):
         return f"SLURM_JOB_GPUS={env['SLURM_JOB_GPUS']}"
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if visible is not None and "CROSS_SIZE" not in env:  # which DeepSpeed's launcher sets
         named = visible not in ("", "-1", "NoDevFiles")
         return f"CUDA_VISIBLE_DEVICES={visible}" if named else None
     return f"there is {device_file}" if device_file.exists() else None

@@ -21,6 +21,7 @@ def val_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(out / name, np.load(out / name)[:241])
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["shards"][-1]["samples"] -= 9
+    manifest["num_samples"] -= 9
     (out / "manifest.json").write_text(json.dumps(manifest))
     return out
 

@@ -31,8 +31,8 @@ def pretrain(run_dir: Path, shards: Path, **settings: Any) -> int:
     [
         ({"data__train": "/nowhere"}, "/nowhere"),
         ({"model__img_size": 30}, "img_size 30 is no multiple of patch_size 8; nearest: 24, 32"),
-        ({"model__mask_ratio": 1.0}, "mask_ratio 1.0 must lie between 0 and 1"),
-        ({"model__mask_ratio": 0}, "mask_ratio 0.0 must lie between 0 and 1"),
+        ({"model__mask_ratio": 1.0}, ""model.mask_ratio": 1.0 is not a number between 0 and 1"),
+        ({"model__mask_ratio": 0}, ""model.mask_ratio": 0 is not a number between 0 and 1"),
         ({"model__name": "mae_vit_bas_patch16"}, "mae_vit_base_patch16"),
         ({"train__global_batch_size": 26}, "is not a multiple of train.micro_batch_size 4"),
         ({"train__global_batch_size": 2500}, "fewer than one global batch"),
@@ -117,7 +117,7 @@ def test_installed_without_the_checkout(tmp_path: Path) -> None:
     subprocess.run([*pip, repository], check=True, capture_output=True)
     code = (
         "import mae_scale, sys; from mae_scale.config.parsing import recipe_names; "
-        "from mae_scale.train.engine import load_deepspeed_config; "
+        "from mae_scale.config.deepspeed import load_deepspeed_config; "
         "load_deepspeed_config('zero3_offload'); print(mae_scale.__file__, recipe_names())"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -307,7 +307,7 @@ def test_too_many_damaged_samples_end_the_run(
 
 def test_only_damaged_samples_end_the_run(damaged: Callable[[list[int]], ShardSet]) -> None:
     loader = train_loader(damaged(list(range(97))), max_bad_fraction=1.0)
-    with pytest.raises(UserError, match=r"9 others .* cannot be decoded, .*verify_shards"):
+    with pytest.raises(UserError, match=r"9 others .* cannot be decoded, .*mae-scale verify"):
         stream(loader, 1)
 
 
