@@ -12,14 +12,14 @@ from pathlib import Path
 TRUST = "MAE_SCALE_TRUST"
 
 
-def host() -> str:
+def host_label() -> str:
     """This machine, as part of a file name."""
     return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 def owner() -> str:
     """This process, as the part of a temporary file's name that tells whose it is."""
-    return f"{host()}-{os.getpid()}"
+    return f"{host_label()}-{os.getpid()}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -38,7 +38,7 @@ from mae_scale.sharding.processes import run_all, shared
 from mae_scale.sharding.tars import Tail, stream_tar
 
 
-class Found(NamedTuple):
+class SampleFile(NamedTuple):
     """A file in a tar: an image's place, a label's text, or only a name."""
 
     key: str  # up to the first dot of the file name, as WebDataset has it
@@ -219,7 +219,7 @@ def split_name(name: str) -> tuple[str, str, str]:
     return folder + slash + first, ".".join(parts), suffix.lower()
 
 
-def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[Found]:
+def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[SampleFile]:
     for member, tar in stream_tar(stream, file):
         base = member.name.rpartition("/")[2]
         if member.isdir() or base.startswith("."):
@@ -227,10 +227,10 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[Found]:
         key, part, suffix = split_name(member.name)
         image, label = suffix in IMAGE_SUFFIXES, suffix in ("cls", "json")
         if not (image or label):
-            yield Found(key, part, suffix)
+            yield SampleFile(key, part, suffix)
         elif not member.isreg() or member.issparse():
             kind = "stored sparse" if member.isreg() else "a link"
-            yield Found(key, part, suffix, problem=f"it is {kind}")
+            yield SampleFile(key, part, suffix, problem=f"it is {kind}")
         else:
             try:
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -242,9 +242,9 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[Found]:
             place = member.offset_data, member.size
             if image:
                 problem = _image_problem(data, job.max_pixels)
-                yield Found(key, part, suffix, *place, crc32(data), problem=problem)
+                yield SampleFile(key, part, suffix, *place, crc32(data), problem=problem)
             else:
-                yield Found(key, part, suffix, *place, content=data)
+                yield SampleFile(key, part, suffix, *place, content=data)
 
 
 def _image_problem(data: bytes, max_pixels: int) -> str:
@@ -263,7 +263,7 @@ def _image_problem(data: bytes, max_pixels: int) -> str:
     return ""
 
 
-def _take_samples(found: Iterable[Found], tar: Indexed, file: str, job: _Job) -> None:
+def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Job) -> None:
     """Images and labels; files that follow each other under one key are one sample."""
     for key, group in groupby(found, lambda f: f.key):
         files = list(group)
@@ -281,8 +281,8 @@ def _take_samples(found: Iterable[Found], tar: Indexed, file: str, job: _Job) ->
 
 
 def _choose(
-    images: list[Found], files: list[Found], image_key: str | None
-) -> tuple[list[Found], str]:
+    images: list[SampleFile], files: list[SampleFile], image_key: str | None
+) -> tuple[list[SampleFile], str]:
     """The images of a sample that count, or why there is none."""
     if image_key is not None:
         wanted = [
@@ -304,7 +304,7 @@ def _choose(
 
 
 def _label(
-    files: list[Found], part: str, where: str, tar: Indexed, keys: Sequence[str]
+    files: list[SampleFile], part: str, where: str, tar: Indexed, keys: Sequence[str]
 ) -> str | None:
     for suffix in ("cls", "json"):
         same = [f for f in files if f.suffix == suffix and f.part in (part, "")]

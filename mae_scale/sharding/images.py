@@ -27,7 +27,7 @@ _TABLES = {0xC4, 0xDB, 0xDD}  # Huffman, quantisation, restart interval
 _COMMENTS = {*range(0xE0, 0xF0), 0xFE}
 
 
-def damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
+def image_damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
     """Why an image cannot be decoded, in a few words, or None where it can.
 
     Can be decoded means that PIL's ``Image.open(…).convert("RGB")`` gives pixels. Decoding each
@@ -40,7 +40,7 @@ def damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
 
 
 def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
-    """`damage` by decoding the whole image."""
+    """`image_damage` by decoding the whole image."""
     if not data:
         return "empty file"
     try:

@@ -227,7 +227,7 @@ def _listed(src: Path, list_file: Path, class_depth: int | None) -> Source:
     entries, missing, labelled = [], [], 0
     for path, label in rows:
         clean = normal_path(path)
-        found = [places[k] for k in _ways(clean, src) if k in places]
+        found = [places[k] for k in _lookup_keys(clean, src) if k in places]
         if not found or found[0] is None:
             missing.append(path)
             continue
@@ -268,7 +268,7 @@ def normal_path(path: str) -> str:
     return path.replace("\\", "/").removeprefix("./").strip("/")
 
 
-def _ways(path: str, src: Path) -> list[str]:
+def _lookup_keys(path: str, src: Path) -> list[str]:
     """The keys under which an image of a list may be found, the most exact first."""
     parts = path.split("/")
     whole = [f"/{'/'.join(parts[i:])}" for i in range(len(parts))]

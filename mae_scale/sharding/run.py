@@ -33,7 +33,7 @@ from mae_scale.data.shards import (
     write_shard_set,
 )
 from mae_scale.errors import STOPPED, UserError
-from mae_scale.files import host, owner, sha256_of, write_atomically
+from mae_scale.files import host_label, owner, sha256_of, write_atomically
 from mae_scale.launch.console import say, size_text, warn
 from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated import AnnotatedSource
@@ -259,7 +259,7 @@ def _start_work(plan: Plan, out: Path) -> None:
 def _remove_unfinished(out: Path) -> None:
     """Remove the temporary files of processes that are gone."""
     for path in [*(out / WORK).glob("*.tmp"), *out.glob(".*.tmp")]:
-        match = re.fullmatch(rf".*\.{host()}-(\d+)\.tmp", path.name)
+        match = re.fullmatch(rf".*\.{host_label()}-(\d+)\.tmp", path.name)
         with suppress(OSError):
             gone = match is not None and not _alive(int(match[1]))
             if gone or time.time() - path.stat().st_mtime > _STALE_SECONDS:

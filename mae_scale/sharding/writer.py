@@ -21,10 +21,10 @@ from isal.isal_zlib import crc32
 
 from mae_scale.data.tar import make_header
 from mae_scale.errors import RunError
-from mae_scale.files import host, owner, sha256_of, write_atomically
+from mae_scale.files import host_label, owner, sha256_of, write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
-from mae_scale.sharding.images import damage, shrink
+from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
 
@@ -60,7 +60,11 @@ def write_shard(shard: int) -> dict[str, Any]:
         if record["samples"]:
             # Waiting until the tar is on the disk would take as long as writing it; after a
             # restart of the machine its checksum tells (see read_record).
-            record |= {"mtime_ns": temporary.stat().st_mtime_ns, "host": host(), "boot": boot()}
+            record |= {
+                "mtime_ns": temporary.stat().st_mtime_ns,
+                "host": host_label(),
+                "boot": boot(),
+            }
             temporary.replace(job.out / name)
         write_atomically(record_path(job.out, job.plan, shard), json.dumps(record).encode())
     except OSError as error:
@@ -178,7 +182,7 @@ def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
     except OSError as error:
         raise ShardingError(f"cannot read {plan.source.title(place)}: {error}") from error
     options = plan.options
-    reason = damage(data, options.max_pixels)
+    reason = image_damage(data, options.max_pixels)
     if reason is None and options.resize_short:
         try:
             data = shrink(data, options.resize_short, options.quality, options.max_pixels)
@@ -202,7 +206,7 @@ def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
         if state.st_size != record["bytes"]:
             return None
         touched = state.st_mtime_ns != record["mtime_ns"]
-        restarted = record["host"] == host() and record["boot"] != boot()
+        restarted = record["host"] == host_label() and record["boot"] != boot()
         if (touched or restarted) and sha256_of(tar) != record["sha256"]:
             return None
     except (OSError, ValueError, KeyError):

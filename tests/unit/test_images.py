@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mae_scale.data.transforms import decode_image, eval_crop
-from mae_scale.sharding.images import damage, decode_error, shrink
+from mae_scale.sharding.images import decode_error, image_damage, shrink
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def encoded(photo: bytes, mode: str, kind: str, **options: object) -> bytes:
 
 
 def test_sound_photographs_pass(photos: list[bytes]) -> None:
-    assert [damage(photo) for photo in photos] == [None] * len(photos)
+    assert [image_damage(photo) for photo in photos] == [None] * len(photos)
 
 
 @pytest.mark.parametrize(
@@ -46,26 +46,26 @@ def test_sound_photographs_pass(photos: list[bytes]) -> None:
     ],
 )
 def test_unusual_images_pass(photos: list[bytes], mode: str, kind: str, options: dict) -> None:
-    assert damage(encoded(photos[0], mode, kind, **options)) is None
+    assert image_damage(encoded(photos[0], mode, kind, **options)) is None
 
 
 def test_trailing_bytes_and_a_missing_end_are_left_to_pil(photos: list[bytes]) -> None:
-    assert damage(photos[0] + b"after the end") is None
+    assert image_damage(photos[0] + b"after the end") is None
     for cut in (2, 20):
-        assert (damage(photos[0][:-cut]) is None) == (decode_error(photos[0][:-cut]) is None)
+        assert (image_damage(photos[0][:-cut]) is None) == (decode_error(photos[0][:-cut]) is None)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9])
 def test_truncated_images_are_damaged(photos: list[bytes], part: float) -> None:
     for photo in photos[:10]:
-        assert damage(photo[: int(len(photo) * part)])
+        assert image_damage(photo[: int(len(photo) * part)])
         png = encoded(photo, "L", "PNG")
-        assert damage(png[: int(len(png) * part)])
+        assert image_damage(png[: int(len(png) * part)])
 
 
 def test_other_files_are_damaged() -> None:
     for data in (b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"<html>no image</html>", bytes(5000)):
-        assert damage(data)
+        assert image_damage(data)
 
 
 def spoiled(data: bytes, dice: random.Random) -> bytes:
@@ -91,7 +91,7 @@ def test_the_quick_check_agrees_with_decoding(photos: list[bytes]) -> None:
     for photo in [*photos, *photos, *progressive, *progressive, *progressive]:
         for data in (spoiled(photo, dice) for _ in range(4)):
             decodes = decode_error(data) is None
-            assert (damage(data) is None) == decodes
+            assert (image_damage(data) is None) == decodes
             seen[decodes] += 1
     assert min(seen.values()) > 50  # both kinds were tried
 
@@ -128,7 +128,9 @@ def bomb(kind: str) -> bytes:
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(kind: str) -> None:
     data = bomb(kind)
     tracemalloc.start()
-    assert "pixels, more than 178,956,970" in str(damage(data)) or "more than" in str(damage(data))
+    assert "pixels, more than 178,956,970" in str(image_damage(data)) or "more than" in str(
+        image_damage(data)
+    )
     with pytest.raises(ValueError, match="pixels"):
         decode_image(data)
     with pytest.raises(ValueError, match="pixels"):
@@ -145,7 +147,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(mode: str) -> None:
     Image.frombytes(mode, (64, 64), values.astype(kind).tobytes()).save(stream, "TIFF")
     pixels = decode_image(stream.getvalue()).numpy()
     assert np.abs(pixels - values / 257).max() <= 0.5
-    assert damage(stream.getvalue()) is None
+    assert image_damage(stream.getvalue()) is None
 
 
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1.0), (0.0, 40_000.5), (float("nan"), 2.0)])
@@ -154,7 +156,7 @@ def test_floats_of_unknown_range_are_named(values: tuple[float, float]) -> None:
     floats = np.full((8, 8), values[0], np.float32)
     floats[0] = values[1]
     Image.fromarray(floats).save(stream, "TIFF")
-    assert "nobody can say what is white" in str(damage(stream.getvalue()))
+    assert "nobody can say what is white" in str(image_damage(stream.getvalue()))
 
 
 def test_a_line_of_pixels_takes_no_memory() -> None:
