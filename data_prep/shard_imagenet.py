@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(*_: object) -> None:
-    """End at once. Until the command takes the signals over nothing is written."""
+    """End at once: nothing is written before the command handles these signals itself."""
     print("stopped; the same command starts again", file=sys.stderr)
     os._exit(STOPPED)
 

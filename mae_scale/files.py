@@ -1,4 +1,4 @@
-"""Files that are either the old or the new, never half of one."""
+"""Atomic writes, checksums and syncing: a file has its old content or its new one, never half."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import re
 import socket
 from pathlib import Path
 
-# Variable that `--trust` sets, for child processes too: pickles may run code when they are read.
+# Environment variable that `--trust` sets, so that child processes see it too: pickles may run
+# code when they are read.
 TRUST = "MAE_SCALE_TRUST"
 
 
 def host_label() -> str:
-    """This machine, as part of a file name."""
+    """Return the name of this machine in a form that fits into a file name."""
     return re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 def owner() -> str:
-    """This process, as the part of a temporary file's name that tells whose it is."""
+    """Return the part of a temporary file's name that says which process writes it."""
     return f"{host_label()}-{os.getpid()}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it, synced to disk before it takes the name."""
+    """Write a file through a temporary one beside it, synced to disk before it is renamed."""
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -38,7 +39,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, by its path from there."""
+    """Return the SHA-256 of each file below a folder, by its path from there."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -47,7 +48,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -56,7 +57,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_tree(folder: Path) -> None:
-    """Put all files below a folder on disk, and their names."""
+    """Sync all files below a folder, and their names, to disk."""
     for path in folder.rglob("*"):
         sync_folder(path) if path.is_dir() else _sync_file(path)
     sync_folder(folder)
@@ -68,7 +69,7 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -53,12 +53,12 @@ def hash64(*keys: IntLike) -> npt.NDArray[np.uint64]:
 
 
 def uniform(*keys: IntLike) -> npt.NDArray[np.float64]:
-    """Uniform float64 in [0, 1) (53 bits) of the broadcast shape of the keys."""
+    """Draw uniform float64 in [0, 1) (53 bits) of the broadcast shape of the keys."""
     return (hash64(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(n: int, *keys: IntLike) -> npt.NDArray[np.int64]:
-    """A permutation of range(n), [n], keyed by scalar keys."""
+    """Return the permutation of range(n), int64 [n], that follows from scalar keys."""
     return np.argsort(hash64(*keys, np.arange(n, dtype=np.uint64)), kind="stable")
 
 
@@ -67,12 +67,12 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int64 (torch shifts arithmetically)."""
+    """Shift int64 to the right logically (torch shifts arithmetically)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def hash64_torch(*keys: int | torch.Tensor) -> torch.Tensor:
-    """`hash64` on a device: int64 tensors whose bits are those of the uint64 values.
+    """Compute `hash64` on a device: int64 tensors whose bits are those of the uint64 values.
 
     At least one key must be an int64 tensor; it sets the device.
     """
@@ -88,13 +88,13 @@ def hash64_torch(*keys: int | torch.Tensor) -> torch.Tensor:
 
 
 def uniform_torch(*keys: int | torch.Tensor) -> torch.Tensor:
-    """Uniform float32 in [0, 1) (24 bits, exact) of the broadcast shape, on the keys' device."""
+    """Draw uniform float32 in [0, 1) (24 bits, exact), broadcast, on the keys' device."""
     return _shift_right(hash64_torch(*keys), 40).to(torch.float32) * 2.0**-24
 
 
 def below_torch(limit: torch.Tensor | int, *keys: int | torch.Tensor) -> torch.Tensor:
-    """Uniform int64 in [0, limit), of the broadcast shape, on the keys' device; limit <= 2**24.
+    """Draw uniform int64 in [0, limit), broadcast, on the keys' device; limit is at most 2**24.
 
-    Integers only, so that no device rounds otherwise.
+    It uses integers only, so that no device rounds differently.
     """
     return (_shift_right(hash64_torch(*keys), 40) * limit) >> 24

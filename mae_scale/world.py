@@ -1,4 +1,4 @@
-"""Who this process is among the others of its run, as the environment tells it."""
+"""The place of this process in its run, and its share of the machine, as the environment says."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mae_scale.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Slurm numbers the steps of srun from 0. Batch scripts and the shells of salloc have numbers from
-# here on, or none.
+# Slurm numbers the steps of srun from 0. The steps of batch scripts and of salloc's shells have
+# this number or a higher one, or none.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 DEVICE = "MAE_SCALE_DEVICE"  # environment variable: cpu, or auto
 GPU_FILE = Path("/dev/nvidia0")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-PORTS = range(12000, 32000)  # below those that Linux gives to outgoing connections
+PORTS = range(12000, 32000)  # below the ports that Linux gives to outgoing connections
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others, as torchrun, deepspeed or srun tell it by the environment."""
+    """Rank of this process and size of its run, as torchrun, deepspeed or srun set them."""
 
     rank: int = 0
     size: int = 1
@@ -37,9 +37,9 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read what torchrun and deepspeed set, else what srun sets; alone where neither is there.
+        """Read what torchrun and deepspeed set, else what srun sets; else the process is alone.
 
-        A process that somebody starts by hand in an allocation, without srun, is alone.
+        A process that somebody starts by hand in an allocation, without srun, is alone too.
         """
         env = os.environ
         if "RANK" not in env and is_slurm_task(env):
@@ -59,9 +59,9 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this rank, or the CPU where there is none or `MAE_SCALE_DEVICE` is cpu.
+        """The GPU of this rank, or the CPU where there is no GPU or `MAE_SCALE_DEVICE` is cpu.
 
-        Where a rank sees a single GPU (Slurm's --gpus-per-task) that one is its own.
+        A rank that sees a single GPU (Slurm's --gpus-per-task) takes that one.
 
         Raises:
             UserError: something says that there are GPUs, but PyTorch cannot use them.
@@ -86,11 +86,11 @@ class World:
 
 
 def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | None:
-    """What says that this process has GPUs, in words; None if nothing does.
+    """Say in words what shows that this process has GPUs; None if nothing does.
 
-    A CUDA_VISIBLE_DEVICES that names none hides the GPUs of a machine on purpose, but not those
-    that Slurm has given to the job. DeepSpeed's launcher sets it to as many numbers as processes
-    are asked for, whether there are GPUs or not; it is no evidence there.
+    A CUDA_VISIBLE_DEVICES that names no GPU hides those of a machine on purpose, but not those
+    that Slurm has given to the job. DeepSpeed's launcher names as many GPUs as processes are asked
+    for, whether there are GPUs or not; the variable is no evidence there.
     """
     on_node = env.get("SLURM_GPUS_ON_NODE", "0")
     if on_node not in ("", "0"):
@@ -105,7 +105,7 @@ def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | 
 
 
 def _why_no_cuda() -> str:
-    """The driver's version, that which PyTorch is built for, and what PyTorch says, in words."""
+    """Describe the driver's version, the CUDA that PyTorch is built for, and PyTorch's error."""
     import torch
 
     try:
@@ -126,24 +126,24 @@ def _why_no_cuda() -> str:
 
 
 def is_slurm_task(env: Mapping[str, str]) -> bool:
-    """Whether srun has started this process."""
+    """Return whether srun has started this process."""
     step = int(env.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP))
     return "SLURM_PROCID" in env and step < FIRST_SPECIAL_STEP
 
 
 def _per_node(counts: str) -> list[int]:
-    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    """Parse Slurm's "2(x3),1" into [2, 2, 2, 1]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def host() -> str:
-    """The machine, by the name that Slurm knows it by."""
+    """Return the name of this machine: Slurm's name for it, or its own outside of Slurm."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def cpus() -> int:
-    """CPUs for this rank: those of its task under srun, else its share of those it may use.
+    """Count the CPUs for this rank: its task's under srun, else its share of those it may use.
 
     Where srun has started a launcher (`srun ... torchrun`), the ranks of the launcher share the
     CPUs of its task.
@@ -159,20 +159,20 @@ def cpus() -> int:
 
 
 def compute_threads() -> int:
-    """Threads for the arithmetic of this rank: the CPUs that its data workers leave, at least 1."""
+    """Count threads for this rank's arithmetic: the CPUs that its data workers leave, at least 1."""
     return max(1, cpus() - data_workers())
 
 
 def data_workers() -> int:
-    """Data-loading processes for this rank: one less than its CPUs, 1 to 16."""
+    """Count the data-loading processes for this rank: one less than its CPUs, 1 to 16."""
     return min(16, max(1, cpus() - 1))
 
 
 def slurm_rendezvous() -> tuple[str, int]:
-    """Address of the first node of this step of srun, and a port that follows from job and step.
+    """Return the address of this srun step's first node, and a port made of job and step.
 
     Raises:
-        UserError: Slurm cannot be asked, as in a container.
+        UserError: scontrol does not answer, as in a container.
     """
     env = os.environ
     try:

@@ -1,10 +1,10 @@
-"""Images with annotations as batches: what varies in training, and what is read for evaluation.
+"""Batches of images with annotations, for training and for evaluation.
 
 Everything random follows from (seed, epoch, sample), as for classification. A batch is a dict of
 tensors without lists, so that it moves to a device as it is:
 
 - "image": uint8 [b, 3, S, S]; "size": int64 [b, 2], height and width of the part that is image;
-  what lies outside is padding (`normalize_padded`). "sample", "epoch" and "label" as always.
+  what lies outside is padding (`normalize_padded`). "sample", "epoch", "label": see `TrainLoader`.
 - detection: "objects": int64 [b], how many each image has; and of all objects of the batch, image
   after image: "boxes": float32 [n, 4], x0, y0, x1, y1 in pixels; "classes": int64 [n], from 0 in
   the order of the category ids; "masks": uint8 [n, S, ceil(S / 8)], one bit a pixel
@@ -47,11 +47,11 @@ class UsableOrder(SampleOrder):
         super().__init__(of_shard.astype(np.int64), seed, lanes, window)
 
     def samples(self, epoch: int, positions: npt.ArrayLike) -> Int64Array:
-        """See `SampleOrder.samples`; global ids, all of samples with an object."""
+        """Return global ids as `SampleOrder.samples` does, all of samples with an object."""
         return self._usable[super().samples(epoch, positions)]
 
     def replacement(self, epoch: int, sample: int, attempt: int) -> int:
-        """See `SampleOrder.replacement`."""
+        """Draw as `SampleOrder.replacement` does, among the samples with an object."""
         return int(self._usable[super().replacement(epoch, sample, attempt)])
 
 
@@ -72,7 +72,7 @@ class AnnotatedTrainDataset(TrainDataset):
         self._transform = transform
 
     def batch(self, key: BatchKey) -> Batch:
-        """The batch of some positions of an epoch."""
+        """Read the batch at some positions of an epoch."""
         samples = self.order.samples(key.epoch, key.positions)
         damaged: dict[int, str] = {}
         targets: dict[int, Targets] = {}
@@ -102,10 +102,10 @@ class AnnotatedTrainDataset(TrainDataset):
 
 
 def read_pair(dataset: TrainDataset | EvalDataset, sample: int) -> tuple[bytearray, bytearray]:
-    """The image file and the annotation file of a sample.
+    """Read the image file and the annotation file of a sample.
 
     Raises:
-        ValueError: one has other bytes than were indexed.
+        ValueError: one of them has other bytes than were indexed.
     """
     image, annotation = dataset.reader.read(sample), dataset.reader.read_annotation(sample)
     if crc32(image.data) != dataset.shards.checksums[sample]:
@@ -116,7 +116,7 @@ def read_pair(dataset: TrainDataset | EvalDataset, sample: int) -> tuple[bytearr
 
 
 def joined(targets: list[Targets]) -> Targets:
-    """The targets of several images as those of a batch."""
+    """Join the targets of several images into those of a batch."""
     return {key: np.concatenate([each[key] for each in targets]) for key in targets[0]}
 
 
@@ -141,7 +141,7 @@ class AnnotatedTrainLoader(TrainLoader):
 
 
 class _DetectionEvalDataset(EvalDataset):
-    """Whole images whose long side is the size, padded; "original" is their size in the file."""
+    """Whole images, the long side resized, padded; "original" is their size in the file."""
 
     def batch(self, key: BatchKey) -> Batch:
         targets: dict[int, Targets] = {}
@@ -159,7 +159,7 @@ class _DetectionEvalDataset(EvalDataset):
 
 
 class _SegmentationEvalDataset(EvalDataset):
-    """One image at a time as it is in the file, with its classes."""
+    """Single images in the size of the file, with the class of each pixel."""
 
     def batch(self, key: BatchKey) -> Batch:
         (sample,) = (int(position) for position in key.positions)
@@ -193,7 +193,7 @@ class DetectionEvalLoader(EvalLoader):
 
 
 class SegmentationEvalLoader(EvalLoader):
-    """Each image once, alone and as it is: "image" [1, 3, H, W], "segmentation" [1, H, W]."""
+    """Each image once, alone, in its own size: "image" [1, 3, H, W], "segmentation" [1, H, W]."""
 
     def _make_dataset(
         self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None

@@ -1,4 +1,4 @@
-"""What varies when a detector or a segmenter is trained, and the geometry of their images.
+"""Random changes of the images of detectors and segmenters, and the geometry of these images.
 
 Everything random follows from (seed, epoch, sample), as for classification.
 """
@@ -27,22 +27,22 @@ from mae_scale.data.transforms import decode_image, normalize
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
 
-Targets = dict[str, npt.NDArray[Any]]  # of one image; first axes are concatenated over a batch
+Targets = dict[str, npt.NDArray[Any]]  # of one image; a batch concatenates the first axes
 
 _PAD_GREY = 128
 _MIN_EXTENT = 1e-5  # pixels; what is left of a box after the crop must be larger
 
 
 class Transform(Protocol):
-    """From the two files of a sample to pixels and targets."""
+    """Function that makes pixels and targets from the two files of a sample."""
 
     def __call__(
         self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
     ) -> tuple[torch.Tensor, Targets]:
-        """Pixels uint8 [3, size, size], and the targets of this image.
+        """Return pixels, uint8 [3, size, size], and the targets of this image.
 
         Args:
-            data, annotation: the files.
+            data, annotation: contents of the image file and of the annotation file.
             size: pixels of a side.
             keys: seed, epoch, sample.
 
@@ -53,13 +53,13 @@ class Transform(Protocol):
 
 
 class DetectionTransform:
-    """Large-scale jitter: resize, crop to the size or pad, flip; both published recipes.
+    """Large-scale jitter: resize, crop or pad to the size, flip; in both published recipes.
 
     Args:
         categories: as the COCO file lists them; classes are numbered in the order of their ids.
         recipe: "li2021" resizes, crops, pads right and bottom with grey (128) and then flips;
             "vitdet" flips first and leaves the padding to come after normalisation.
-        scale: smallest and largest size of the whole image, over that of the crop.
+        scale: smallest and largest ratio of the whole image's size to that of the crop.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DetectionTransform:
             canvas = canvas.flip(-1)
 
         def moved(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-            """Coordinates [k, 2] in the file as ones in the crop, before a flip at the end."""
+            """Move coordinates [k, 2] from the file to the crop, before a flip at the end."""
             if flips and first:
                 x = np.stack([width - x[:, 0], x[:, 1]], axis=1)
             return x * (new_w / width, new_h / height) - (left, top)
@@ -140,13 +140,13 @@ class DetectionTransform:
 
 
 class SegmentationTransform:
-    """ADE20K's: resize, crop that no class fills, flip, change of colours, padding.
+    """ADE20K's recipe: resize, crop that no class fills, flip, change of colours, padding.
 
     Args:
-        scale: smallest and largest factor of the size, of which the short side is at the most one
-            and the long side at the most four.
-        most_of_one: share of the labelled pixels that one class of the crop may have; else it is
-            drawn again, up to ten times.
+        scale: smallest and largest factor f; the resized image has a short side of at most
+            f * size and a long side of at most 4 * f * size pixels.
+        most_of_one: largest share of the labelled pixels that one class may have; a crop in which
+            a class has more is drawn again, up to ten times.
         colors: whether brightness, contrast, saturation and hue change.
     """
 
@@ -192,7 +192,7 @@ class SegmentationTransform:
 
 
 def class_numbers(categories: Any) -> Any:
-    """A function from category ids, int64 [n], to classes from 0 in the order of the ids."""
+    """Return a function from category ids, int64 [n], to classes from 0 in the order of the ids."""
     ids = np.sort(np.array([category["id"] for category in categories], np.int64))
 
     def numbers(found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -205,7 +205,7 @@ def class_numbers(categories: Any) -> Any:
 def decode_pair(
     data: bytearray, annotation: bytearray
 ) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
-    """Image uint8 [3, H, W], and its classes from 0, uint8 [H, W], `IGNORE` where there is none.
+    """Decode an image, uint8 [3, H, W], and its classes from 0, uint8 [H, W], `IGNORE` for none.
 
     Raises:
         ValueError: one of the files is damaged, or they have different sizes.
@@ -219,19 +219,19 @@ def decode_pair(
 
 
 def scaled_size(height: int, width: int, short: float) -> tuple[int, int]:
-    """Height and width where the short side is at the most `short` and the long one four times it.
+    """Return height and width: the short side is at most `short`, the long one at most 4 * `short`.
 
-    The aspect is kept; rounding is that of mmcv.
+    The aspect ratio is kept; rounding is that of mmcv.
     """
     ratio = min(4 * short / max(height, width), short / min(height, width))
     return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
 
 
 def change_colors(image: torch.Tensor, u: list[float]) -> torch.Tensor:
-    """The photometric distortion of ADE20K's recipe; each change comes with probability 1/2.
+    """Apply the photometric distortion of ADE20K's recipe; each change has a probability of 1/2.
 
     Brightness by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, hue by up to 18
-    of 180 (36 degrees); contrast comes before or after the other two.
+    of 180 (36 degrees); contrast comes before or after saturation and hue.
 
     Args:
         image: uint8 [3, H, W].
@@ -261,14 +261,14 @@ def change_colors(image: torch.Tensor, u: list[float]) -> torch.Tensor:
 
 
 def padded(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [3, h, w] in the upper left corner of a grey square [3, size, size]."""
+    """Put uint8 [3, h, w] into the upper left corner of a grey square [3, size, size]."""
     canvas = empty_images(1, size)[0].fill_(_PAD_GREY)
     canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
 
 
 def normalize_padded(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """uint8 [b, 3, S, S] to float32, normalised; 0 outside of `sizes` [b, 2] (height, width)."""
+    """Normalise uint8 [b, 3, S, S] to float32; 0 outside of `sizes` [b, 2] (height, width)."""
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     inside = (rows < sizes[:, :1])[:, None, :, None] & (columns < sizes[:, 1:])[:, None, None, :]
@@ -276,20 +276,20 @@ def normalize_padded(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [n, S, ceil(S / 8)] to bool [n, S, S], on its device."""
+    """Unpack uint8 [n, S, ceil(S / 8)] to bool [n, S, S], on its device."""
     bits = torch.arange(7, -1, -1, device=masks.device, dtype=torch.uint8)
     found = (masks[..., None] >> bits) & 1
     return found.flatten(2)[..., :size].bool()
 
 
 def resize_smooth(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear with antialiasing, which is PIL's."""
+    """Resize uint8 [3, H, W] bilinearly with antialiasing, as PIL does."""
     batch = image[None].contiguous(memory_format=torch.channels_last)
     return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
 
 def resize_plain(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear without antialiasing, which is OpenCV's; uint8 [3, H, W], rounded."""
+    """Resize uint8 [3, H, W] bilinearly without antialiasing, as OpenCV does, and round."""
     found = interpolate(image[None].float(), (height, width), mode="bilinear")[0]
     return found.round_().to(torch.uint8)
 
@@ -308,13 +308,13 @@ def _extent(mask: npt.NDArray[np.uint8]) -> tuple[float, float, float, float] | 
 
 
 def evaluated_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of an image whose long side becomes `size`, rounded as by Detectron2."""
+    """Return height and width when the long side becomes `size`, rounded as by Detectron2."""
     ratio = size / max(height, width)
     return max(1, math.floor(height * ratio + 0.5)), max(1, math.floor(width * ratio + 0.5))
 
 
 def evaluation_input(image: torch.Tensor, size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """An image as a detector is evaluated on it, and its height and width there.
+    """Resize and pad an image for the evaluation of a detector.
 
     Args:
         image: uint8 [3, H, W].

@@ -1,4 +1,4 @@
-"""What the annotation files in shards say: objects of COCO, label maps of ADE20K."""
+"""Reading the annotation files in shards: objects of COCO, label maps of ADE20K."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mae_scale.data.dataset import ShardReader
 from mae_scale.data.shards import ShardSet, read_manifest
 from mae_scale.errors import UserError
 
-IGNORE = 255  # in a label map: the pixel counts for nothing
+IGNORE = 255  # value in a label map: the pixel is not counted
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Objects:
 
 
 def read_record(data: bytes | bytearray) -> dict[str, Any]:
-    """The JSON beside an image of COCO.
+    """Parse the JSON beside an image of COCO.
 
     Raises:
         ValueError: it is damaged.
@@ -45,7 +45,7 @@ def read_record(data: bytes | bytearray) -> dict[str, Any]:
 
 
 def objects_of(record: dict[str, Any]) -> Objects:
-    """The objects of a record that can be trained on."""
+    """Return the objects of a record that can be trained on."""
     kept = [
         annotation
         for annotation in record["annotations"]
@@ -56,7 +56,7 @@ def objects_of(record: dict[str, Any]) -> Objects:
 
 
 def read_label_map(data: bytes | bytearray) -> npt.NDArray[np.uint8]:
-    """The values of a PNG that gives each pixel a class, uint8 [H, W]; a palette is left aside.
+    """Read a PNG that gives each pixel a class, uint8 [H, W]; a palette is ignored.
 
     Raises:
         ValueError: it is no such image.
@@ -64,7 +64,7 @@ def read_label_map(data: bytes | bytearray) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, values = image.mode, np.array(image)
-    except Exception as error:  # PIL raises whatever its decoders meet in a damaged file
+    except Exception as error:  # PIL passes on all errors of its decoders
         raise ValueError(f"cannot be decoded ({error})") from error
     if mode not in ("L", "P"):
         raise ValueError(
@@ -74,10 +74,10 @@ def read_label_map(data: bytes | bytearray) -> npt.NDArray[np.uint8]:
 
 
 def shape_mask(shape: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """0 or 1 for each pixel, uint8 [height, width], as pycocotools rasterises a shape.
+    """Rasterise a shape as pycocotools does: 0 or 1 for each pixel, uint8 [height, width].
 
     Args:
-        shape: polygons, or run lengths of this very size as numbers or as text.
+        shape: polygons, or run lengths of exactly this size as numbers or as text.
     """
     if isinstance(shape, dict):
         packed = shape if isinstance(shape["counts"], str | bytes) else None
@@ -88,10 +88,10 @@ def shape_mask(shape: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
 def box_within(
     polygons: list[npt.NDArray[np.float64]], x0: float, y0: float, x1: float, y1: float
 ) -> tuple[float, float, float, float] | None:
-    """The bounding box of what of some polygons lies in a rectangle, None where nothing does.
+    """Return the bounding box of the part of some polygons in a rectangle; None if it is empty.
 
-    The extremes of the common part are ends of the polygons' edges cut to the rectangle, or corners
-    of the rectangle that lie inside of a polygon.
+    The extremes of that part are ends of the polygons' edges, cut to the rectangle, or corners of
+    the rectangle that lie inside a polygon.
 
     Args:
         polygons: float64 [k, 2] each, x and y.
@@ -130,7 +130,7 @@ def box_within(
 
 
 def _contains(polygon: npt.NDArray[np.float64], point: npt.NDArray[np.float64]) -> bool:
-    """Whether a ray from the point to the right crosses an odd number of edges."""
+    """Return whether a ray from the point to the right crosses an odd number of edges."""
     x, y = point
     start, end = polygon, np.roll(polygon, -1, axis=0)
     over = (start[:, 1] > y) != (end[:, 1] > y)
@@ -140,7 +140,7 @@ def _contains(polygon: npt.NDArray[np.float64], point: npt.NDArray[np.float64]) 
 
 
 def read_records(shards: ShardSet, cache: ShardCache | None = None) -> list[dict[str, Any]]:
-    """The JSON of each sample of COCO shards, in the order of the samples.
+    """Read the JSON of each sample of COCO shards, in the order of the samples.
 
     Raises:
         UserError: one is damaged, or these are no shards of COCO.
@@ -161,9 +161,9 @@ def read_records(shards: ShardSet, cache: ShardCache | None = None) -> list[dict
 
 
 def coco_file(shards: ShardSet) -> dict[str, Any]:
-    """COCO's file of instances, made again from the shards of a folder, as `json.load` gives it.
+    """Make COCO's file of instances again from the shards of a folder, as `json.load` gives it.
 
-    It is equal to the file that the shards were made of, unless images were damaged and left out.
+    It equals the file that the shards were made of, unless images were damaged and left out.
 
     Raises:
         UserError: these are no shards of COCO, or a file in them is damaged.

@@ -1,4 +1,4 @@
-"""What makes a training image vary; all of it follows from (seed, epoch, sample)."""
+"""Random changes of training images; all of them follow from (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Augment:
     Args:
         crop_scale: smallest and largest share of the image's area in a crop.
         hflip: flip half of the images.
-        rand_augment: timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: none.
+        rand_augment: policy in timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: no policy.
         erasing: share of the images in which a rectangle becomes noise.
-        crop: "random" is a RandomResizedCrop; "clipped" one whose first box counts, clipped to the
+        crop: "random" is a RandomResizedCrop; "clipped" takes the first box of one, clipped to the
             image; "fixed" a square of fixed size; "none" the centre, never flipped.
-        color_jitter: s; brightness, contrast and saturation are each multiplied by a factor
-            uniform in 1 - s to 1 + s, in random order; 0: none.
+        color_jitter: strength s: brightness, contrast and saturation are each multiplied by a
+            factor uniform in 1 - s to 1 + s, in random order; 0: no change.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value is not allowed.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class Augment:
         keys: Sequence[tuple[int, int, int]],
         max_pixels: int = MAX_PIXELS,
     ) -> list[torch.Tensor]:
-        """Pixels of an image file, decoded once, for each of the draws.
+        """Make the pixels of an image file, decoded once, for each of the draws.
 
         Args:
             data: the image file.
             size: pixels of a side of the result.
             draws: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
-            keys: of each draw the seed, epoch and sample, for the rest.
+            keys: seed, epoch and sample of each draw, for the other changes.
             max_pixels: a larger image is refused before it is decoded.
 
         Returns:
             uint8 [3, size, size] for each draw.
 
         Raises:
-            ValueError: not an image, a damaged one, or one that is too large.
+            ValueError: the file is no image, or a damaged one, or one that is too large.
         """
         crops = self._crops(data, size, draws, max_pixels)
         return [self._vary(pixels, size, key) for pixels, key in zip(crops, keys, strict=True)]
@@ -117,7 +117,7 @@ class Augment:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             try:
                 image = self._operations_for(size)(image)
-            except ValueError as error:  # which would mean that the image is damaged
+            except ValueError as error:  # a ValueError would mean that the image is damaged
                 raise RuntimeError(f"RandAugment failed: {error}") from error
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if random.random() < self._erasing:
@@ -171,7 +171,7 @@ class Augment:
 
 
 def _jitter(pixels: torch.Tensor, strength: float, keys: tuple[int, int, int]) -> torch.Tensor:
-    """torchvision's changes of brightness, contrast and saturation, by factors from the keys."""
+    """Change brightness, contrast and saturation as torchvision does, by factors from the keys."""
     from torchvision.transforms.v2 import functional
 
     change = (
@@ -186,14 +186,14 @@ def _jitter(pixels: torch.Tensor, strength: float, keys: tuple[int, int, int]) -
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """timm's, which at the highest magnitude keeps 0 bits: black, which newer Pillows refuse."""
+    """Posterize as timm does, whose highest magnitude keeps 0 bits: newer Pillows refuse that."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def _erase(pixels: torch.Tensor, key: int) -> torch.Tensor:
-    """Fill a rectangle with noise; its place comes from Python's generator, as seeded."""
+    """Fill a rectangle with noise; its place comes from Python's generator, which is seeded."""
     from timm.data.random_erasing import RandomErasing
 
     with torch.random.fork_rng(devices=[]):

@@ -24,7 +24,7 @@ from mae_scale.errors import UserError
 
 _TRIES = 5
 _WAIT_S = 1.0  # before the second try; doubles
-_STALL_S = 60.0  # without a byte, and a transfer is given up
+_STALL_S = 60.0  # a transfer that brings no byte for so long is given up
 _CHUNK = 1 << 20
 _ROOM_POLL_S = 0.2
 
@@ -34,12 +34,12 @@ class FetchError(OSError):
 
 
 class ShardCache:
-    """A folder with copies of remote shards; the least recently used goes when it is full.
+    """A folder with copies of remote shards; when it is full, the least recently used is removed.
 
     Args:
         folder: on a local disk; made if it is not there. Runs may share it.
-        max_bytes: that the copies may take together; None for no limit.
-        version: of the dataset (its fingerprint): copies of another version are not used.
+        max_bytes: most bytes that the copies may take together; None: no limit.
+        version: fingerprint of the dataset; copies of another version are not used.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -60,18 +60,18 @@ class ShardCache:
             ) from None
 
     def open(self, url: str, size: int, sha256: str | None = None) -> int:
-        """A descriptor of the local copy of a shard, open for reading; fetches it if need be.
+        """Open the local copy of a shard for reading, and fetch the shard first if need be.
 
-        The descriptor stays good when the copy goes.
+        The descriptor that is returned stays valid when the copy is removed.
 
         Args:
-            url: of the shard, as `open_remote` takes it.
-            size: of the shard in bytes.
-            sha256: of the shard; None takes whatever has that size.
+            url: address of the shard, as `open_remote` takes it.
+            size: bytes of the shard.
+            sha256: SHA-256 of the shard; None accepts any content of that size.
 
         Raises:
             UserError: the shard is larger than the folder may be.
-            FetchError: it could not be fetched after several tries, or is another one.
+            FetchError: it could not be fetched after several tries, or its content is another one.
         """
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(
@@ -97,8 +97,8 @@ class ShardCache:
                 raise
 
     def used(self, descriptor: int) -> None:
-        """Note that a copy is in use, so that it is not the next to go."""
-        with suppress(OSError):  # a copy that somebody else owns
+        """Note that a copy is in use, so that it is not the next to be removed."""
+        with suppress(OSError):  # somebody else may own the copy
             os.utime(descriptor)
 
     def _open_copy(self, path: Path) -> int:
@@ -107,16 +107,16 @@ class ShardCache:
         return descriptor
 
     def _make_room(self, part: Path, size: int) -> None:
-        """Wait until `part` may grow to `size`, and take that room."""
+        """Wait until `part` may grow to `size`, and reserve that room."""
         while True:
             with _locked(self._folder / "room.lock"):
                 if self._max_bytes is None or self._evict(self._max_bytes - size, part):
-                    os.truncate(part, size)  # counts from now on
+                    os.truncate(part, size)  # the bytes count from now on
                     return
-            time.sleep(_ROOM_POLL_S)  # others are fetching; what they have fetched may go
+            time.sleep(_ROOM_POLL_S)  # others are fetching; their copies can be removed later
 
     def _evict(self, limit: int, part: Path) -> bool:
-        """Remove the least recently used until the rest takes no more than `limit`."""
+        """Remove the least recently used copies; return whether the rest takes at most `limit`."""
         used, copies = 0, []
         for path in self._folder.iterdir():
             with suppress(FileNotFoundError):
@@ -136,7 +136,7 @@ class ShardCache:
 
 
 def read_remote(url: str) -> bytes:
-    """The content of a small remote file.
+    """Return the content of a small remote file.
 
     Raises:
         FetchError: it could not be fetched after several tries.
@@ -173,7 +173,7 @@ def _download(url: str, stream: Any, size: int, sha256: str | None) -> None:
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    """What comes from a URL; raises when it fails, stalls, or ends before its time."""
+    """Yield the content of a URL; raise an OSError when the transfer fails or stalls."""
     source = open_remote(url)
     process: subprocess.Popen[bytes] = source.proc
     pipe = source.stream.fileno()
@@ -204,14 +204,14 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of that name; it goes with the process, however that ends."""
+    """Hold the lock of that name; it is freed when the process ends, however that ends."""
     with path.open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def _remove_abandoned(part: Path) -> bool:
-    """Remove what a process that is gone has left of its fetching; False if it is at work."""
+    """Remove the part of a copy that an ended process has left; False if the process is at work."""
     with part.with_suffix(".lock").open("ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

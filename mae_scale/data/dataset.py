@@ -1,7 +1,7 @@
 """Batches of decoded, cropped pixels out of shards, read by offset.
 
-This is what runs in a data worker. It holds no state that matters: a batch follows from the
-positions that it is asked for, whichever worker makes it and whenever.
+This code runs in the data workers. It holds no state that matters: a batch follows from the
+positions that are asked for, whichever worker makes it and whenever.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mae_scale.data.transforms import (
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
 
-_OPEN_SHARDS = 512  # kept open by a worker; the usual limit of a process is 1024 files
+_OPEN_SHARDS = 512  # that a worker keeps open; the usual limit of a process is 1024 files
 Pixels = TypeVar("Pixels")
 _READ_TRIES = 4
 _READ_WAIT_S = 0.5  # before the second try; doubles
@@ -52,10 +52,10 @@ class Member(NamedTuple):
 
 
 class ShardReader:
-    """Reads the image of any sample: one `preadv` of header and data on a kept-open file.
+    """Reader of the images of any samples: one `preadv` of header and data on a file kept open.
 
     Args:
-        shards: to read from.
+        shards: the set to read from.
         cache: stages remote shards; None for local ones.
     """
 
@@ -78,7 +78,7 @@ class ShardReader:
             return
         for shard in set(self._open) - set(shards):
             if os.fstat(self._open[shard]).st_nlink == 0:
-                self._close(shard)  # it has left the cache, and takes room until it is closed
+                self._close(shard)  # removed from the cache, it takes room until it is closed
         with ThreadPoolExecutor(_FETCHES) as pool:
             for shard, descriptor in zip(missing, pool.map(self._open_file, missing), strict=True):
                 self._keep(shard, descriptor)
@@ -86,8 +86,8 @@ class ShardReader:
     def announce(self, samples: npt.NDArray[np.int64]) -> None:
         """Tell the kernel what will be read, so that it reads many places at the same time.
 
-        Copies in the cache have just been written and are left out. What cannot be opened is left
-        to `read`, which says so.
+        Copies in the cache have just been written and are left out. A shard that cannot be opened
+        is left to `read`, which raises the error.
         """
         for sample in samples:
             shard = int(self._shard_of(sample))
@@ -100,7 +100,7 @@ class ShardReader:
                 )
 
     def read(self, sample: int) -> Member:
-        """The image file of a global sample id.
+        """Read the image file of a global sample id.
 
         Raises:
             UserError: the shard is not what was indexed.
@@ -109,7 +109,7 @@ class ShardReader:
         return self._member(sample, "offset", "size")
 
     def read_annotation(self, sample: int) -> Member:
-        """The annotation file of a global sample id, of shards that have them; as `read`."""
+        """Read the annotation file of a global sample id, in shards that have them; see `read`."""
         return self._member(sample, "extra_offset", "extra_size")
 
     def _member(self, sample: int, offset_field: str, size_field: str) -> Member:
@@ -134,7 +134,7 @@ class ShardReader:
         found = read_header(header) if got == BLOCK + size else None
         if found is None:
             raise self._changed(shard, f"no member lies at offset {offset}")
-        # A size that a ustar header cannot hold does not come up: it is an image.
+        # No image is so large that a ustar header cannot hold its size.
         if size != found.size:
             raise self._changed(shard, f"{found.name} is not of the indexed {size} bytes")
         return Member(found.name, data)
@@ -185,24 +185,24 @@ class ShardReader:
 
 
 class BatchKey(NamedTuple):
-    """What the loader asks a worker for."""
+    """Request of the loader to a worker."""
 
-    slot: int  # of `BatchDataset.slots` to put the pixels into
+    slot: int  # number of the entry of `slots` that takes the pixels
     epoch: int
     positions: npt.NDArray[np.int64]  # of the epoch (training), or global sample ids (evaluation)
 
 
 @dataclass
 class Batch:
-    """What a worker answers. The pixels lie in the slot where there is one."""
+    """Answer of a worker. The pixels lie in the slot where there is one."""
 
     images: torch.Tensor | None  # uint8 [b, 3, S, S], or None: in the slot
     slot: int
     labels: npt.NDArray[np.int64]  # [b]
     epochs: npt.NDArray[np.int64]  # [b], see `draw_epochs`
     samples: npt.NDArray[np.int64]  # [b], global ids of what was really used
-    damaged: dict[int, str] = field(default_factory=dict)  # sample id -> what and why, replaced
-    targets: dict[str, npt.NDArray] = field(default_factory=dict)  # more for the batch, by its key
+    damaged: dict[int, str] = field(default_factory=dict)  # replaced: sample id -> name, reason
+    targets: dict[str, npt.NDArray] = field(default_factory=dict)  # further entries, by key
 
 
 class _BatchDataset(torch.utils.data.Dataset):
@@ -231,7 +231,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def _decode(self, sample: int, decode: Callable[[bytearray], Pixels]) -> Pixels:
-        """What `decode` makes of the image of a sample.
+        """Apply `decode` to the image of a sample.
 
         Raises:
             ValueError: it is damaged; the message begins with its name.
@@ -270,10 +270,10 @@ class _BatchDataset(torch.utils.data.Dataset):
 
 
 def draw_epochs(epoch: int, repeats: int, images: int) -> npt.NDArray[np.int64]:
-    """The epoch that the random draws of each image follow from, int64 [images].
+    """Return the epoch from which the random draws of each image follow, int64 [images].
 
-    The first view of a sample has the epoch itself; the k-th one after it has other draws, those
-    of an epoch that is 2^32 k later.
+    The first view of a sample has the epoch itself; the k-th one after it has the draws of an epoch
+    that is 2^32 k later.
     """
     return epoch + ((np.arange(images, dtype=np.int64) % repeats) << 32)
 
@@ -281,7 +281,7 @@ def draw_epochs(epoch: int, repeats: int, images: int) -> npt.NDArray[np.int64]:
 class TrainDataset(_BatchDataset):
     """Augmented crops of samples in training order; damaged ones are replaced.
 
-    A sample that cannot be decoded gives its place to another one, which follows from
+    Another sample takes the place of one that cannot be decoded; which one follows from
     (seed, epoch, sample) alone.
 
     Args:
@@ -365,7 +365,7 @@ class EvalDataset(_BatchDataset):
         self.crop_ratio, self.max_pixels = crop_ratio, max_pixels
 
     def pixels(self, sample: int) -> torch.Tensor:
-        """The crop of a global sample id, uint8 [3, S, S].
+        """Decode and crop the image of a global sample id, uint8 [3, S, S].
 
         Raises:
             ValueError: it is damaged.
@@ -388,6 +388,6 @@ class EvalDataset(_BatchDataset):
 
 
 def empty_images(count: int, size: int) -> torch.Tensor:
-    """uint8 [count, 3, size, size], uninitialised, laid out as the decoder and resize write."""
+    """Return uint8 [count, 3, size, size], uninitialised, laid out as decoder and resize write."""
     shape = (count, 3, size, size)
     return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Which files are images, how large one may be, and how any of them becomes RGB."""
+"""Formats of images: their suffixes, the largest size, the way to RGB, the segments of a JPEG."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TooLarge(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of an image: its suffix says so, and it is not hidden."""
+    """Return whether a file's name is an image's: its suffix says so, and it is not hidden."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Raise `TooLarge` where an image has too many pixels; before memory is taken for them."""
+    """Raise `TooLarge` where an image has too many pixels; call it before memory is taken."""
     if width * height > max_pixels:
         raise TooLarge(
             f"has {width} x {height} = {width * height:,} pixels, more than {max_pixels:,}"
@@ -37,11 +37,11 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image with PIL: its header is read, nothing is decoded.
+    """Open an image with PIL, which reads its header and decodes nothing.
 
     Raises:
         TooLarge: it has too many pixels.
-        Exception: whatever PIL raises on what is no image.
+        Exception: the data are no image; the error is PIL's.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1  # the user allows more than PIL does
@@ -54,13 +54,13 @@ def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.I
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of 8 bits. Gray of 16 bits is scaled; else it is PIL's ``convert("RGB")``.
+    """Convert to RGB of 8 bits: gray of 16 bits is scaled, the rest is PIL's ``convert("RGB")``.
 
     PIL's own conversion would clip 16 bits to white.
 
     Raises:
-        ValueError: integers or floats of 32 bits outside of 0 to 255, of which nobody can say what
-            is white.
+        ValueError: the pixels are integers or floats of 32 bits outside of 0 to 255, so that nobody
+            can say which value is white.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
@@ -85,12 +85,12 @@ class Segment(NamedTuple):
     """A segment of a JPEG's header."""
 
     marker: int
-    start: int  # of its FF
-    end: int  # behind its last byte
+    start: int  # place of its byte FF
+    end: int  # place behind its last byte
 
 
 class Frame(NamedTuple):
-    """What the frame header of a JPEG says."""
+    """Content of a JPEG's frame header."""
 
     at: int  # where it begins in the file
     progressive: bool
@@ -104,7 +104,7 @@ SCAN_MARKER, END_MARKER = 0xDA, 0xD9
 
 
 def jpeg_segments(data: bytes | bytearray, at: int = 2) -> Iterator[Segment]:
-    """The segments that follow each other from byte `at` on; ends where none follows."""
+    """Yield the segments that follow each other from byte `at` on; end where none follows."""
     end = len(data)
     while at + 4 <= end and data[at] == 0xFF:
         marker = data[at + 1]
@@ -116,7 +116,7 @@ def jpeg_segments(data: bytes | bytearray, at: int = 2) -> Iterator[Segment]:
 
 
 def jpeg_frame(data: bytes | bytearray) -> Frame | None:
-    """The frame header of a JPEG that has one before its first scan; None for anything else."""
+    """Return the frame header of a JPEG with one before its first scan; None for anything else."""
     if data[:2] != b"\xff\xd8":
         return None
     for marker, at, _ in jpeg_segments(data):

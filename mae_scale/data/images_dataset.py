@@ -18,7 +18,7 @@ from mae_scale.data.transforms import decode_image
 class ShardDataset(torch.utils.data.Dataset):
     """The images of a shard folder and their labels, by global sample id; map-style.
 
-    Each is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with any
+    Each image is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with any
     start method) work as on a folder of images.
 
     Args:
@@ -45,13 +45,13 @@ class ShardDataset(torch.utils.data.Dataset):
         self.classes = self.shards.classes
         self._transform = transform
         self._cache = shard_cache(self.shards, cache_dir, None)
-        self._reader: tuple[int, ShardReader] | None = None  # and the process that it is of
+        self._reader: tuple[int, ShardReader] | None = None  # with the process it is for
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, sample: int) -> tuple[Any, int]:
-        """Image and label (-1: none).
+        """Return image and label (-1: no label).
 
         Raises:
             IndexError: there is no such sample.

@@ -40,11 +40,11 @@ from mae_scale.errors import RunError, UserError
 
 logger = logging.getLogger("mae_scale")
 
-_PREFETCH = 2  # batches that a worker has under way
+_PREFETCH = 2  # batches that each worker prepares ahead
 
 
 class _Loader:
-    """Runs a dataset over a stream of keys, in this process or in forked workers."""
+    """Iterator of a dataset over a stream of keys, in this process or in forked workers."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class _Loader:
         self._running: tuple[Any, mmap.mmap] | None = None
 
     def _batches(self, keys: Iterable[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        """The batches of (epoch, positions), in order."""
+        """Yield the batches of (epoch, positions), in order."""
         self.close()
         size = self._dataset.img_size
         # One slot more than there are batches under way: a slot comes up again only after the
@@ -78,16 +78,16 @@ class _Loader:
             prefetch_factor=_PREFETCH if self._workers else None,
             worker_init_fn=DataWorker(os.getpid(), stop),
             multiprocessing_context="fork" if self._workers else None,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # the default would draw from the global one
         )
-        # A signal to the whole process group must not meet a worker before it ignores it.
+        # A signal to the whole process group must not reach a worker that does not ignore it yet.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             running = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._running = running, stop
-        # Before torch's own exit handler, which would wait for the workers and not end them.
+        # This runs before torch's own exit handler, which would wait for the workers, not end them.
         atexit.register(self.close)
         try:
             for batch in running:
@@ -121,26 +121,26 @@ class TrainLoader(_Loader):
     micro-batch. A damaged sample is named in the log once and replaced by another one.
 
     Args:
-        shards: of the split.
+        shards: the shards of the split.
         img_size: pixels of a side.
         global_batch_size: samples of a step over all ranks; a multiple of
             `micro_batch_size` x `world_size`.
         micro_batch_size: samples of a batch that this loader yields; None: a rank's whole share.
-        seed, lanes, window: of the order, see `SampleOrder`.
+        seed, lanes, window: arguments of the order, see `SampleOrder`.
         rank, world_size: which part of each step this process reads.
         workers: processes that decode; 0 decodes in this one.
         start_step: the first step to yield, from 0.
         pin_memory: put images into page-locked memory.
         cache_dir, cache_bytes: where remote shards are staged, and how many bytes may lie there.
-        max_bad_fraction: of the dataset's samples that may be damaged before the run ends.
-        augment: what makes an image vary; None is pre-training's crop and flip.
-        repeats: images that a step has of each of its samples, with other crops (repeated
-            augmentation); a divisor of `micro_batch_size`. An epoch is still one pass over the
+        max_bad_fraction: share of the dataset's samples that may be damaged before the run ends.
+        augment: random changes of an image; None: pre-training's crop and flip.
+        repeats: number of images that a step makes of each of its samples, with different crops
+            (repeated augmentation); a divisor of `micro_batch_size`. An epoch is still one pass over the
             samples, so it has `repeats` times as many images and steps.
         max_pixels: a larger image counts as damaged.
 
     Raises:
-        UserError: fewer samples than a batch, or a batch that does not divide.
+        UserError: there are fewer samples than a batch has, or the batch does not divide.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class TrainLoader(_Loader):
             )
         cache = shard_cache(shards, cache_dir, cache_bytes)
         if cache is not None and cache_bytes is not None:
-            # A window of a lane lies in two shards as a rule; all lanes are read at a time.
+            # A window of a lane usually lies in two shards, and all lanes are read at the same time.
             need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
             if cache_bytes < need:
                 logger.warning(
@@ -230,7 +230,7 @@ class TrainLoader(_Loader):
         return TrainDataset(shards, img_size, order, cache, augment)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The stream from `start_step` on, see `batches`."""
+        """Yield the stream from `start_step` on, see `batches`."""
         return self.batches(self._start_step)
 
     def batches(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -244,21 +244,21 @@ class TrainLoader(_Loader):
         Raises:
             UserError: a shard has changed since it was indexed.
             OSError: a shard cannot be read or fetched.
-            RunError: too many damaged samples.
+            RunError: too many samples are damaged.
         """
         for batch in self._batches(self._keys(start_step)):
             self._count_damaged(batch.damaged)
             yield _as_tensors(batch)
 
     def name_of(self, sample: int) -> str:
-        """Shard and member of a sample id, for messages; reads its header."""
+        """Return shard and member of a sample id, for messages; this reads the member's header."""
         shard = int(np.searchsorted(self._shards.starts, sample, side="right")) - 1
         name = self._dataset.reader.read(sample).name
         return f"{shown(self._shards.files[shard]).rpartition('/')[2]}/{name}"
 
     @property
     def bad_samples(self) -> int:
-        """Different damaged samples that this rank has met."""
+        """Number of different damaged samples that this rank has found."""
         return len(self._bad)
 
     def _keys(self, start_step: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -296,7 +296,7 @@ class EvalLoader(_Loader):
     so ranks may have different numbers of batches.
 
     Args:
-        shards: of the split.
+        shards: the shards of the split.
         img_size: pixels of a side.
         batch_size: samples of a batch; the last one of a rank may be smaller.
         rank, world_size: which part this process reads.
@@ -306,8 +306,8 @@ class EvalLoader(_Loader):
         max_pixels: a larger image is an error.
 
     Attributes:
-        img_size, batch_size: as given.
-        most_batches: of any rank.
+        img_size, batch_size: the arguments.
+        most_batches: largest number of batches of any rank.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class EvalLoader(_Loader):
         return EvalDataset(shards, img_size, crop_ratio, cache)
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Return the number of batches of this rank."""
         return -(-len(self._samples) // self._batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -359,7 +359,7 @@ class EvalLoader(_Loader):
 
 
 def _shared_images(batch_size: int, size: int) -> torch.Tensor:
-    """uint8 [batch_size, 3, size, size] (channels_last), in memory that forked processes share."""
+    """Return uint8 [batch_size, 3, size, size] (channels_last) in memory that forks share."""
     memory = mmap.mmap(-1, batch_size * 3 * size * size)
     images = torch.frombuffer(memory, dtype=torch.uint8).view(batch_size, size, size, 3)
     return images.permute(0, 3, 1, 2)
@@ -368,10 +368,10 @@ def _shared_images(batch_size: int, size: int) -> torch.Tensor:
 def shard_cache(
     shards: ShardSet, folder: str | Path | None, max_bytes: int | None
 ) -> ShardCache | None:
-    """Where the remote shards of a set are staged; None if all are local.
+    """Return the cache that stages the remote shards of a set; None if all shards are local.
 
     Raises:
-        UserError: there are some, but no folder for them.
+        UserError: there are remote shards, but no folder for them.
     """
     if not any(is_remote(file) for file in shards.files):
         return None

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what it says, and that it may say nothing else."""
+"""The manifest of a folder of shards: reading it, and checking that it holds nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shard:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a local set.
+    """Read the manifest of a local set.
 
     Raises:
         UserError: it is damaged, or of another version.
@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_bytes(folder: Path) -> bytes:
-    """The content of a manifest; one byte more than `MAX_MANIFEST` where it is too large."""
+    """Read the content of a manifest; one byte more than `MAX_MANIFEST` where it is too large."""
     try:
         with (folder / MANIFEST).open("rb") as stream:
             return stream.read(MAX_MANIFEST + 1)
@@ -49,13 +49,14 @@ def manifest_bytes(folder: Path) -> bytes:
 
 
 def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
-    """The manifest as a dict, each entry of `shards` with the keys of `Shard` and no others.
+    """Parse the manifest to a dict; each entry of `shards` has the keys of `Shard` and no others.
 
-    It may come from anybody, so it is data and nothing else: a tar is a file below the folder, or
-    where it was indexed an absolute path or an address (never a command), and counts are counts.
+    It may come from anybody, so it is treated as data only: a tar is a file below the folder, or in
+    an index of foreign tars an absolute path or an address (never a command), and every count is a
+    whole number.
 
     Raises:
-        UserError: it is damaged, of another version, or names what it may not.
+        UserError: it is damaged, of another version, or names a file that it may not name.
     """
     try:
         if len(content) > MAX_MANIFEST:

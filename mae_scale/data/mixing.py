@@ -1,4 +1,4 @@
-"""Whether the batches of an order hold as many classes as they would if images were mixed."""
+"""A check that the batches of an order hold as many classes as those of mixed images would."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy as np
 from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import ShardSet
 
-_MOST_SAMPLES = 100_000_000  # of larger sets the labels are not counted
-_FEW, _ENOUGH = 0.5, 0.8  # of the classes that a mixed batch would have
+_MOST_SAMPLES = 100_000_000  # the labels of larger sets are not counted
+_FEW, _ENOUGH = 0.5, 0.8  # shares of the classes that a mixed batch would have
 _MOST_LANES = 65_536
 
 
 def sorted_by_class(shards: ShardSet, order: SampleOrder, batch: int) -> str | None:
-    """A warning where the first batch holds few classes, with the number of lanes that mends it.
+    """Return a warning where the first batch holds few classes, with the number of lanes that helps.
 
-    That is so where tars are sorted by class and few places of them are read at a time.
+    This happens where tars are sorted by class and few places of them are read at a time.
 
     Args:
         batch: samples of a step.

@@ -2,8 +2,8 @@
 
 Nothing is stored and nothing is advanced: asking for the last position of an epoch costs what
 asking for the first one costs, so a run goes on anywhere without reading through what it has
-already seen. The order does not know of ranks, workers or accumulation; who reads which position
-is the loader's affair (`mae_scale.data.loader`).
+already seen. The order does not know of ranks, workers or accumulation; the loader decides who
+reads which position (`mae_scale.data.loader`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SampleOrder:
 
     Args:
         shard_samples: int64 [num_shards], the number of samples in each shard.
-        seed: of the run.
+        seed: the seed of the run.
         lanes: pieces of the line. Ranks that divide it read nearly in sequence.
         window: samples shuffled together within a lane.
 
@@ -61,11 +61,11 @@ class SampleOrder:
         self._kept = 0
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples of an epoch."""
         return int(self._starts[-1])
 
     def samples(self, epoch: int, positions: npt.ArrayLike) -> Int64Array:
-        """Global sample ids (manifest order) that stand at `positions` of an epoch.
+        """Return the global sample ids (manifest order) at `positions` of an epoch.
 
         Args:
             epoch: from 0.
@@ -75,7 +75,7 @@ class SampleOrder:
             int64 [n].
 
         Raises:
-            IndexError: a position outside the epoch.
+            IndexError: a position lies outside the epoch.
         """
         p = np.asarray(positions, dtype=np.int64)
         n = len(self)
@@ -99,7 +99,7 @@ class SampleOrder:
         return self._starts[line.shards[i]] + on_line - line.starts[i]
 
     def replacement(self, epoch: int, sample: int, attempt: int) -> int:
-        """The sample id that stands in for a damaged one, the `attempt`-th if that fails too."""
+        """Draw the sample id that replaces a damaged one; `attempt` counts the draws, from 0."""
         key = hash64(Purpose.REPLACEMENT, self.seed, epoch, sample, attempt)
         return int(key % np.uint64(len(self)))
 
@@ -131,11 +131,11 @@ def _cumulative(counts: Int64Array) -> Int64Array:
 def step_positions(
     step: int, steps_per_epoch: int, global_batch_size: int, rank: int, world_size: int
 ) -> tuple[int, Int64Array]:
-    """What one rank reads at one step.
+    """Return the positions that one rank reads at one step.
 
-    Step t takes the `global_batch_size` positions that follow on those of step t - 1; the
-    incomplete batch at the end of an epoch is left out. Of these a rank takes the positions p
-    with p mod `world_size` = `rank`.
+    Step t takes the `global_batch_size` positions behind those of step t - 1; the incomplete batch
+    at the end of an epoch is left out. A rank takes those positions p for which
+    p mod `world_size` = `rank`.
 
     Args:
         step: from 0.

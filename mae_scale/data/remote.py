@@ -1,4 +1,4 @@
-"""Names of files that may lie elsewhere: how they are told apart, joined, shown and opened."""
+"""Names of local and remote files: telling them apart, joining, showing and opening them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SCHEMES = (*ADDRESSES, "pipe", "sftp", "ftps", "scp", "ais", "htgs")
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a shard or folder is named by a URL or a ``pipe:`` command, not by a path."""
+    """Return whether a name is a URL or a ``pipe:`` command, and not a path."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", spec) is not None and not spec.startswith("file:")
 
 
 def scheme_of(spec: str) -> str:
-    """What stands before the colon of a URL or command; empty for a path."""
+    """Return the part of a URL or command before the colon; empty for a path."""
     return spec.partition(":")[0].lower() if is_remote(spec) else ""
 
 
 def join(root: str, name: str) -> str:
-    """The path or URL of a file of the set; absolute names and URLs stand for themselves.
+    """Return the path or URL of a file of the set; absolute names and URLs stay as they are.
 
     In ``pipe:`` commands and URLs, ``{}`` stands for the file name:
     ``pipe:aws s3 cp s3://bucket/train/{} -``.
@@ -39,17 +39,17 @@ def join(root: str, name: str) -> str:
 
 
 def has_secrets(spec: str) -> bool:
-    """Whether a name may hold a secret: every command, and URLs with a password or a query."""
+    """Return whether a name may hold a secret: any command, and URLs with a password or query."""
     if scheme_of(spec) == "pipe":
         return True
     return is_remote(spec) and re.search(r"^[^/]*//[^/]*@|[?#]", spec) is not None
 
 
 def shown(spec: str) -> str:
-    """A name as messages and manifests may show it: without secrets and control characters.
+    """Return a name as messages and manifests may show it, without secrets and control characters.
 
-    Of a command only the program and the name of the tar remain, of a URL neither the password
-    nor what follows the path.
+    A command is reduced to its program and the name of the tar; a URL loses its password and all
+    that follows the path.
     """
     if scheme_of(spec) == "pipe":
         words = [word for word in spec[len("pipe:") :].split() if "=" not in word]
@@ -61,7 +61,7 @@ def shown(spec: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from outside without characters that act on a terminal."""
+    """Escape the characters of a text from outside that act on a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 

@@ -11,7 +11,7 @@ A folder holds
 
 The manifest is written last and atomically: a folder without one is not finished.
 
-Shards with annotations have version 2. In the place of ``<key>.cls`` there is ``<key>.json`` (COCO:
+Shards with annotations have version 2. Instead of ``<key>.cls`` there is ``<key>.json`` (COCO:
 the original annotations of the image) or ``<key>.seg.png`` (ADE20K: the class of each pixel), the
 index says where it lies too (`ANNOTATED_DTYPE`), and the manifest names the task.
 """
@@ -65,12 +65,12 @@ ANNOTATED_DTYPE = np.dtype(
         ("objects", "<i4"),  # that can be trained on: those that are no crowd and have an area
     ]
 )
-_BLOCK = 1 << 20  # entries of the index that are looked at together
+_BLOCK = 1 << 20  # entries of the index that are checked together
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one split, as a loader reads them. Pickles without index and checksums.
+    """The shards of one split, as a loader reads them. A pickle leaves out index and checksums.
 
     A sample's global id is its place in manifest order: ``starts[shard] + i``.
     """
@@ -108,7 +108,7 @@ def _open_array(path: Path, name: str, dtype: np.dtype, expected: int, root: str
         if not path.is_file():  # opening a named pipe would wait for ever
             raise OSError("it is not a file")
         array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy's parser of headers raises whatever it meets
+    except Exception as error:  # numpy's parser of headers raises many kinds of error
         raise UserError(
             f"{root}: {name} cannot be read ({printable(str(error))}); make the shards again"
         ) from None
@@ -121,7 +121,7 @@ def _open_array(path: Path, name: str, dtype: np.dtype, expected: int, root: str
 
 
 def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
-    """Manifest, index and checksums of a remote set; the two are kept under their content."""
+    """Fetch manifest, index and checksums of a remote set; keep the last two under their hash."""
     names = (MANIFEST, INDEX, CHECKSUMS)
     paths = []
     try:
@@ -139,10 +139,10 @@ def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """Where the index is, and where the tars are if they are elsewhere.
+    """Return the place of the index, and that of the tars if they are elsewhere.
 
     ``FOLDER+COMMAND`` (or ``FOLDER+URL``), with ``{}`` for a tar's name, reads the index of
-    FOLDER and the tars through the command, which so is not written into the index.
+    FOLDER and the tars through the command; so the command is not written into the index.
     """
     match = re.fullmatch(rf"(.+?)\+((?:{'|'.join(SCHEMES)}):.+)", spec, re.DOTALL)
     if match is None or is_remote(match[1]):
@@ -245,7 +245,7 @@ def _check_places(
 
 
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
-    """Raise a UserError where a name would be more than a name in a shell command."""
+    """Raise a UserError where a name could act as more than a name in a shell command."""
     for shard in shards:
         name = shard["file"]
         if not is_remote(name) and re.fullmatch(r"[\w./][\w./=+@%,:-]*", name, re.ASCII) is None:
@@ -277,7 +277,7 @@ def write_shard_set(
     made_by: dict[str, Any],
     annotations: dict[str, Any] | None = None,
 ) -> None:
-    """Write what lies beside the tars, the manifest last.
+    """Write the files beside the tars, the manifest last.
 
     Files for timm and open_clip that somebody else has put there stay as they are.
 
@@ -285,13 +285,13 @@ def write_shard_set(
         index: [num_samples] of INDEX_DTYPE, in the order of `shards`; of ANNOTATED_DTYPE where
             there are annotations.
         checksums: uint32 [num_samples], CRC-32 of each image's bytes.
-        made_by: what the writer wants to remember of how the shards came about.
-        annotations: entries of the manifest that say what the annotations are: at least "task".
+        made_by: how the shards were made, for the manifest.
+        annotations: entries of the manifest about the annotations, at least "task".
     """
     total = sum(shard.samples for shard in shards)
     if index.shape != (total,) or checksums.shape != (total,):
         raise ValueError(f"{index.shape}, {checksums.shape} entries for {total} samples")
-    # Written by this program before; the manifest that it belongs to is still there.
+    # These this program has written before: their manifest is still there.
     ours = files_for_others(split, _old_shards(folder)) if (folder / MANIFEST).exists() else {}
     dtype = INDEX_DTYPE if annotations is None else ANNOTATED_DTYPE
     write_atomically(folder / INDEX, _npy(index.astype(dtype, copy=False)))
@@ -317,7 +317,7 @@ def _old_shards(folder: Path) -> list[Shard]:
 
 
 def files_for_others(split: str, shards: Sequence[Shard]) -> dict[str, bytes]:
-    """What timm and open_clip read, by file name."""
+    """Return the files that timm and open_clip read, by name."""
     files = [shard.file for shard in shards]
     samples = [shard.samples for shard in shards]
     info = {
@@ -339,5 +339,5 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def dump(value: Any) -> bytes:
-    """JSON as these files carry it."""
+    """Encode a value as JSON in the form of these files."""
     return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""From the bytes of an image to uint8 pixels of the model's size, and on the device to floats.
+"""Decoding and cropping of images to uint8 pixels of the model's size, and their normalisation.
 
 Pixels stay uint8 until they are on the device: a quarter of the memory traffic of floats, and the
 resize of uint8 tensors is several times as fast. Images are [3, H, W] tensors whose memory is laid
@@ -32,9 +32,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_RATIO = 0.875  # share of the short side that a crop of fixed size covers
-_MAX_ASPECT = 32  # of an image whose short side is resized; of a longer one the middle is taken
+_MAX_ASPECT = 32  # of an image whose short side is resized; a longer one is cut to its middle
 _TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
-TRAIN_UNIFORMS = 2 * _TRIES + 3  # that `train_crop` takes: area and ratio per try, x, y, flip
+TRAIN_UNIFORMS = 2 * _TRIES + 3  # numbers for `train_crop`: area and ratio per try, x, y, flip
 
 
 def decode_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -51,7 +51,7 @@ def decode_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch
         uint8 [3, H, W].
 
     Raises:
-        ValueError: not an image, a damaged one, or one that is too large.
+        ValueError: the file is no image, or a damaged one, or one that is too large.
     """
     if _quick_frame(data, max_pixels) is not None:
         try:
@@ -63,7 +63,7 @@ def decode_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch
             return _from_rows(np.array(to_rgb(image)))
     except TooLarge:
         raise
-    except Exception as error:  # PIL raises whatever its decoders meet in a damaged file
+    except Exception as error:  # PIL passes on all errors of its decoders
         raise ValueError(f"cannot be decoded ({error})") from error
 
 
@@ -72,7 +72,7 @@ def _from_rows(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
 
 
 def _quick_frame(data: bytes | bytearray, max_pixels: int) -> Frame | None:
-    """The frame header of a whole gray or colour JPEG; None for anything else.
+    """Return the frame header of a whole gray or colour JPEG; None for anything else.
 
     A file without an end marker is cut off, and not whole. CMYK is left to PIL, whose conversion
     is the reference.
@@ -95,11 +95,11 @@ def crop_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     clips: bool = False,
 ) -> tuple[int, int, int, int]:
-    """The box of a RandomResizedCrop, distributed as torchvision's, from given uniforms.
+    """Make the box of a RandomResizedCrop, distributed as torchvision's, from given uniforms.
 
-    Up to ten times: an area uniform in `scale` of the image's and an aspect ratio log-uniform in
-    `ratio`; the first box that fits is placed uniformly. Else the largest centred box of an
-    allowed ratio.
+    Up to ten times, an area is drawn uniformly in `scale` of the image's, and an aspect ratio
+    log-uniformly in `ratio`; the first box that fits is placed uniformly. If none fits, the result
+    is the largest centred box of an allowed ratio.
 
     Args:
         u: float64 [TRAIN_UNIFORMS] in [0, 1).
@@ -138,12 +138,12 @@ def train_crop(
     hflip: bool = True,
     clips: bool = False,
 ) -> torch.Tensor:
-    """RandomResizedCrop (antialiased bicubic) and horizontal flip (paper Appendix A.1).
+    """Apply RandomResizedCrop (antialiased bicubic) and horizontal flip (paper Appendix A.1).
 
     Args:
         image: uint8 [3, H, W].
         size: pixels of a side of the result.
-        u: float64 [TRAIN_UNIFORMS] in [0, 1); all that is random.
+        u: float64 [TRAIN_UNIFORMS] in [0, 1); nothing else is random.
         scale: area of the crop as a part of the image's.
         hflip: flip half of the images.
         clips: as for `crop_box`.
@@ -156,7 +156,7 @@ def train_crop(
 
 
 class Scratch:
-    """Memory to decode into that a caller keeps from image to image.
+    """Memory for decoding that a caller keeps from image to image.
 
     Fresh memory for each image would cost a tenth of the time that decoding it takes.
     """
@@ -165,7 +165,7 @@ class Scratch:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def at_least(self, size: int) -> npt.NDArray[np.uint8]:
-        """uint8 [>= size]; what it held before is lost."""
+        """Return uint8 [>= size]; its earlier content is lost."""
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)  # aligned, unlike a bytearray
         return self._memory.numpy()
@@ -181,7 +181,7 @@ def decode_train_crops(
     max_pixels: int = MAX_PIXELS,
     clips: bool = False,
 ) -> list[torch.Tensor]:
-    """`train_crop` of `decode_image` for each draw: the same pixels, decoded once.
+    """Return `train_crop` of `decode_image` for each draw: the same pixels, decoded once.
 
     No row below the lowest crop is decoded.
 
@@ -195,7 +195,7 @@ def decode_train_crops(
         uint8 [3, size, size] for each draw.
 
     Raises:
-        ValueError: not an image, a damaged one, or one that is too large.
+        ValueError: the file is no image, or a damaged one, or one that is too large.
     """
     frame = _quick_frame(data, max_pixels)
     if frame is not None:
@@ -217,8 +217,8 @@ def decode_train_crops(
 def _decode_rows(data: bytearray, frame: Frame, rows: int, scratch: Scratch) -> torch.Tensor:
     """Decode at least the first `rows` rows: uint8 [3, >= rows, W], in `scratch`.
 
-    The decoder is told that the image is no higher than that, and stops there. Two rows more
-    are what it needs to interpolate the colours of the last one.
+    The decoder is told that the image is no higher than that, and stops there. It needs two more
+    rows to interpolate the colours of the last one.
     """
     height = min(rows + 2, frame.height) if not frame.progressive else frame.height
     buffer = scratch.at_least(height * frame.width * 3)
@@ -242,12 +242,12 @@ def _crop(
 def fixed_crop(
     image: torch.Tensor, size: int, u: npt.NDArray[np.float64], hflip: bool = True
 ) -> torch.Tensor:
-    """A square of fixed size somewhere, as large as `eval_crop`'s, and horizontal flip.
+    """Crop a square of fixed size, as large as `eval_crop`'s, at a random place, and flip it.
 
     Args:
         image: uint8 [3, H, W].
         size: pixels of a side of the result.
-        u: float64 [TRAIN_UNIFORMS] in [0, 1); of it the place and the flip.
+        u: float64 [TRAIN_UNIFORMS] in [0, 1); only the numbers for place and flip are used.
         hflip: flip half of the images.
 
     Returns:
@@ -261,7 +261,7 @@ def fixed_crop(
 
 
 def default_crop_ratio(size: int) -> float:
-    """Share of the short side that the official evaluation crops at so many pixels."""
+    """Return the share of the short side that the official evaluation crops at this size."""
     return _CROP_RATIO if size <= 224 else 1.0
 
 
@@ -300,13 +300,13 @@ def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 3, H, W] in 0..255 to float32 with ImageNet's mean and std, on its device."""
+    """Normalise uint8 [..., 3, H, W] to float32 by ImageNet's mean and std, on its device."""
     mean, std = _mean_std(images.device)
     return (images.to(torch.float32) / 255 - mean) / std
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """Back from `normalize`: float32 [..., 3, H, W] in [0, 1] (clipped)."""
+    """Undo `normalize`: return float32 [..., 3, H, W] in [0, 1] (clipped)."""
     mean, std = _mean_std(images.device)
     return (images.to(torch.float32) * std + mean).clamp(0, 1)
 

@@ -17,10 +17,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class DataWorker:
-    """What a worker does first: it ignores the signals that stop a run, and sees to its own end.
+    """Set-up of a worker, which ignores the signals that stop a run and ends by itself.
 
-    It ends with its parent, however that ends, and when the loader is closed: then within
-    seconds, also in the middle of a read that hangs.
+    It ends with its parent, however that ends. When the loader is closed it ends within seconds,
+    even in the middle of a read that hangs.
     """
 
     def __init__(self, parent: int, stop: mmap.mmap) -> None:
@@ -41,7 +41,7 @@ class DataWorker:
 
 
 def _end() -> None:
-    """End this worker and the children of it that fetch a shard."""
+    """End this worker and its children, which fetch shards."""
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(0)
