@@ -159,7 +159,7 @@ def cpus() -> int:
 
 
 def compute_threads() -> int:
-    """Count threads for this rank's arithmetic: the CPUs that its data workers leave, at least 1."""
+    """Count the threads of this rank: the CPUs that its data workers leave, at least 1."""
     return max(1, cpus() - data_workers())
 
 

@@ -18,8 +18,8 @@ from mae_scale.data.transforms import decode_image
 class ShardDataset(torch.utils.data.Dataset):
     """The images of a shard folder and their labels, by global sample id; map-style.
 
-    Each image is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with any
-    start method) work as on a folder of images.
+    Each image is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with
+    any start method) work as on a folder of images.
 
     Args:
         spec: folder with a manifest, or a remote prefix, see `open_shards`.
@@ -45,7 +45,7 @@ class ShardDataset(torch.utils.data.Dataset):
         self.classes = self.shards.classes
         self._transform = transform
         self._cache = shard_cache(self.shards, cache_dir, None)
-        self._reader: tuple[int, ShardReader] | None = None  # with the process it is for
+        self._reader: tuple[int, ShardReader] | None = None  # with its process
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -135,8 +135,8 @@ class TrainLoader(_Loader):
         max_bad_fraction: share of the dataset's samples that may be damaged before the run ends.
         augment: random changes of an image; None: pre-training's crop and flip.
         repeats: number of images that a step makes of each of its samples, with different crops
-            (repeated augmentation); a divisor of `micro_batch_size`. An epoch is still one pass over the
-            samples, so it has `repeats` times as many images and steps.
+            (repeated augmentation); a divisor of `micro_batch_size`. An epoch is one pass over
+            the samples, so it has `repeats` times as many images and steps.
         max_pixels: a larger image counts as damaged.
 
     Raises:
@@ -188,7 +188,7 @@ class TrainLoader(_Loader):
             )
         cache = shard_cache(shards, cache_dir, cache_bytes)
         if cache is not None and cache_bytes is not None:
-            # A window of a lane usually lies in two shards, and all lanes are read at the same time.
+            # A window of a lane usually lies in two shards, and all lanes are read at a time.
             need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
             if cache_bytes < need:
                 logger.warning(

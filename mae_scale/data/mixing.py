@@ -13,7 +13,7 @@ _MOST_LANES = 65_536
 
 
 def sorted_by_class(shards: ShardSet, order: SampleOrder, batch: int) -> str | None:
-    """Return a warning where the first batch holds few classes, with the number of lanes that helps.
+    """Return a warning where the first batch holds few classes, with a number of lanes that helps.
 
     This happens where tars are sorted by class and few places of them are read at a time.
 
