@@ -2,8 +2,8 @@
 """Make WebDataset shards of ADE20K, or of any images with masks in its layout.
 
 SRC is ADEChallengeData2016, with {images,annotations}/{training,validation}. Each sample is
-<name>.jpg with <name>.seg.png, whose values are the original ones: 0 is no class. Stopped at any
-moment, the same command goes on. OUT takes one split.
+<name>.jpg with <name>.seg.png, whose values are the original ones: 0 is no class. After an
+interruption at any moment the same command goes on. OUT takes one split.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make WebDataset shards of COCO, or of any images with a file of instances in COCO's form.
 
-Each sample is <image id>.jpg with <image id>.json, which holds the original annotations. Stopped at
-any moment, the same command goes on. OUT takes one split.
+Each sample is <image id>.jpg with <image id>.json, which holds the original annotations. After an
+interruption at any moment the same command goes on. OUT takes one split.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _IMAGES = {".jpg", ".jpeg", ".png"}
 
 
 def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
-    """The images of a split in the challenge's layout, None where the folder has another one.
+    """List the images of a split in the challenge's layout; None where the folder has another one.
 
     The layout is ``{images,annotations}/{training,validation}``, alone or in a folder
     ``ADEChallengeData2016``, with the classes' names in ``objectInfo150.txt``. Without that file
@@ -28,7 +28,7 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
 
     Raises:
         UserError: the split is missing, an image or a mask has no partner, or a mask has another
-            size than its image or holds what is no class.
+            size than its image or a value that is no class.
     """
     root = next(
         (
@@ -87,7 +87,7 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
 
 
 def _check(number: int) -> tuple[int, int] | str:
-    """The largest value of a mask, or what is wrong with it; in a worker process."""
+    """Return number and largest value of a mask, or what is wrong with it; in a worker process."""
     image, mask = shared()[number]
     try:
         values = read_label_map(Path(mask).read_bytes())
@@ -103,7 +103,7 @@ def _check(number: int) -> tuple[int, int] | str:
 
 
 def _class_names(root: Path) -> list[str] | None:
-    """The names of the classes 1, 2, ...: the last column of the table."""
+    """Read the names of the classes 1, 2, ... from the last column of the table."""
     if not (root / _NAMES).is_file():
         return None
     rows = (root / _NAMES).read_text().strip().splitlines()[1:]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mae_scale.sharding.sources import Source
 
-ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # of the annotation's file, by task
+ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # of the annotation files, by task
 
 
 @dataclass(kw_only=True)
@@ -25,23 +25,23 @@ class AnnotatedSource(Source):
     annotation_sizes: npt.NDArray[np.int64]  # [n], bytes
     objects: npt.NDArray[np.int32]  # [n], see ANNOTATED_DTYPE
     annotations: Sequence[bytes] | Sequence[Path]  # [n], content, or the files that hold it
-    facts: dict[str, Any] = field(default_factory=dict)  # more for the manifest
+    facts: dict[str, Any] = field(default_factory=dict)  # further entries of the manifest
 
     @property
     def ending(self) -> str:
-        """What the names of the annotation files end in, without the first dot."""
+        """Ending of the names of the annotation files, without the first dot."""
         return ENDINGS[self.task]
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the manifest says of the annotations."""
+        """Entries of the manifest about the annotations."""
         return {"task": self.task, **self.facts}
 
     def title(self, i: int) -> str:
         return self.names[i]
 
     def annotation(self, i: int) -> bytes:
-        """The annotation file of an image.
+        """Read the annotation file of an image.
 
         Raises:
             OSError: it cannot be read, or has changed since it was listed.
@@ -55,7 +55,7 @@ class AnnotatedSource(Source):
         return data
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and sizes of images and annotations, and the content of COCO's."""
+        """Return the SHA-256 of all names and sizes, and of the content of COCO's annotations."""
         digest = hashlib.sha256(super().fingerprint().encode())
         digest.update(repr(sorted(self.manifest.items())).encode())
         for i, key in enumerate(self.keys):

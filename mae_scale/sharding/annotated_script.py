@@ -23,12 +23,13 @@ def run(
     places: dict[str, str],
     find: Callable[[argparse.Namespace], tuple[Path, Find]],
 ) -> int:
-    """Parse the arguments, write the shards, and give the exit code.
+    """Parse the arguments, write the shards, and return the exit code.
 
     Args:
-        about: what the script does.
-        places: the names of the paths that say where the source is, and what each is.
-        find: from the arguments to the folder of the images and the function that lists them.
+        about: description of the script for its help.
+        places: names of the path arguments for the source, each with its help.
+        find: function from the arguments to the folder of the images and the function that lists
+            them.
     """
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     for name, text in places.items():

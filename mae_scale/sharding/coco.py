@@ -22,7 +22,7 @@ _NAMED = 3  # missing images that an error names
 
 
 def find_coco(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
-    """The images of a split in COCO's layout, None where the folder has another one.
+    """List the images of a split in COCO's layout; None where the folder has another one.
 
     The layout is ``annotations/instances_<name>.json`` beside a folder ``<name>`` of images, where
     the name begins with the split, such as ``train2017``.
@@ -47,7 +47,7 @@ def find_coco(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None
 
 
 def read_coco(file: Path, folder: Path) -> AnnotatedSource:
-    """The images that a file of COCO instances lists, and what it says of each.
+    """List the images of a file of COCO instances, and its annotations of each.
 
     Args:
         file: COCO's JSON: `images`, `annotations` and `categories`.
@@ -95,12 +95,12 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
         objects[image] += not crowd and not empty
         crowds += crowd
         flat += empty and not crowd
-        # COCO's own boxes reach out by fractions of a pixel; that is not worth a word.
+        # COCO's own boxes reach out by fractions of a pixel; these need no warning.
         cut += min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
 
     order = sorted(range(len(images)), key=lambda i: images[i]["id"])
     records = [_record(images[i], i, annotations, of_image[i]) for i in order]
-    # What json.loads has made takes ten times as much memory as the text.
+    # The objects that json.loads makes take ten times as much memory as the text.
     paths = [images[i]["file_name"] for i in order]
     ids = [images[i]["id"] for i in order]
     empty_images = int((objects == 0).sum())
@@ -188,11 +188,11 @@ def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
 
 
 def image_size(path: str) -> tuple[int, int] | None:
-    """Height and width as the header says; None for what is no image, which is found later."""
+    """Read height and width from the header; None for what is no image, which is found later."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except Exception:  # PIL raises whatever its readers meet in a damaged file
+    except Exception:  # PIL passes on all errors of its readers
         return None
 
 
@@ -242,10 +242,10 @@ def _check_segmentation(where: str, annotation: dict[str, Any], height: int, wid
 def _record(
     image: dict[str, Any], place: int, annotations: list[dict[str, Any]], own: list[int]
 ) -> bytes:
-    """What goes into the shard beside an image.
+    """Encode the record that lies beside an image in the shard.
 
-    `annotations` are as the file has them. `image` and the places in the file's lists are there so
-    that the file can be made again (`data.annotations.coco_file`).
+    Its `annotations` are those of the file. `image` and the places in the file's lists let
+    `data.annotations.coco_file` make the file again.
     """
     record = {
         "image_id": image["id"],

@@ -39,9 +39,9 @@ from mae_scale.sharding.tars import Tail, stream_tar
 
 
 class SampleFile(NamedTuple):
-    """A file in a tar: an image's place, a label's text, or only a name."""
+    """A file in a tar: an image with its place, a label with its text, or only a name."""
 
-    key: str  # up to the first dot of the file name, as WebDataset has it
+    key: str  # up to the first dot of the file name, as in WebDataset
     part: str  # between that and the last dot; empty for most
     suffix: str  # behind the last dot, in lower case
     offset: int = 0
@@ -53,7 +53,7 @@ class SampleFile(NamedTuple):
 
 @dataclass
 class Indexed:
-    """What one tar holds."""
+    """Content of one tar."""
 
     shard: Shard
     images: list[tuple[int, int, int]]  # offset, size, CRC-32
@@ -65,14 +65,14 @@ class Indexed:
 
 @dataclass
 class Report:
-    """What an index holds."""
+    """Counts of a finished index, and how to read it."""
 
     folder: Path
     shards: int
     samples: int
     unlabelled: int
     left_out: int
-    reads_with: str | None = None  # what to give as data.train, where it is not the folder
+    reads_with: str | None = None  # value for data.train, where it is not the folder
 
 
 @dataclass
@@ -96,8 +96,9 @@ def index_shards(
 ) -> Report:
     """Write manifest and index of foreign tars; the tars stay as they are.
 
-    A label is a number, or a name that becomes its place among the sorted names; it is read
-    from ``.cls`` or from ``.json``. Samples without one get NO_LABEL. What is left out is named.
+    A label is read from ``.cls`` or from ``.json``. It is a number, or a name, whose number is its
+    place among the sorted names. Samples without a label get NO_LABEL. A warning names what is left
+    out.
 
     Args:
         specs: folders, tars, URLs or ``pipe:`` commands, with braces expanded (``{000..127}``).
@@ -174,11 +175,11 @@ def _warn_of(tar: Indexed, file: str) -> None:
         )
 
 
-# One tar, read once from front to back, so that remote ones work the same
+# One tar, read once from front to back, so that remote ones work in the same manner
 
 
 class _Counted(Tail):
-    """A stream that hashes and counts what passes."""
+    """A stream that hashes and counts the bytes that are read."""
 
     def __init__(self, stream: IO[bytes], counter: Any, place: int) -> None:
         super().__init__(stream)
@@ -207,7 +208,7 @@ def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Key, part between the first and the last dot, and suffix of a file in a tar.
+    """Split a file's name into key, part between the first and the last dot, and suffix.
 
     A number between the dots belongs to the key: ``v.1.jpg`` is the image of ``v.1``.
     """
@@ -248,7 +249,7 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[SampleFile
 
 
 def _image_problem(data: bytes, max_pixels: int) -> str:
-    """Why an image cannot be taken, by its header; empty: it can."""
+    """Say by an image's header why it cannot be taken; empty if it can."""
     try:
         if not data:
             return "the image is empty"
@@ -258,13 +259,13 @@ def _image_problem(data: bytes, max_pixels: int) -> str:
             open_image(data, max_pixels).close()
     except TooLarge:
         return f"the image has more than {max_pixels:,} pixels"
-    except Exception:  # what is damaged is named by whoever decodes it
+    except Exception:  # damage is reported by the code that decodes the image
         return ""
     return ""
 
 
 def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Job) -> None:
-    """Images and labels; files that follow each other under one key are one sample."""
+    """Collect images and labels; files that follow each other under one key are one sample."""
     for key, group in groupby(found, lambda f: f.key):
         files = list(group)
         images = [f for f in files if f.suffix in IMAGE_SUFFIXES]
@@ -283,7 +284,7 @@ def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Jo
 def _choose(
     images: list[SampleFile], files: list[SampleFile], image_key: str | None
 ) -> tuple[list[SampleFile], str]:
-    """The images of a sample that count, or why there is none."""
+    """Choose the images of a sample that count, or say why there is none."""
     if image_key is not None:
         wanted = [
             f for f in images if image_key in (f.part, f.suffix, f"{f.part}.{f.suffix}".strip("."))

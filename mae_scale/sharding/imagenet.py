@@ -39,7 +39,7 @@ def compare_with_imagenet(source: Source, split: str) -> None:
 
 
 def train_archive(archive: Path, workers: int) -> Source:
-    """The images in ``ILSVRC2012_img_train.tar``, tars of classes inside a tar."""
+    """List the images in ``ILSVRC2012_img_train.tar``, which holds a tar of each class."""
     inner = [m for m in walk_tar(archive) if m.name.endswith(".tar")]
     if not inner:
         raise UserError(f"{archive} holds no tars of classes; is it ImageNet's train archive?")
@@ -60,7 +60,7 @@ def _list_inner(task: tuple[Path, str, int, int]) -> list[Entry]:
 
 
 def val_archive(archive: Path, workers: int) -> Source:
-    """The images in ``ILSVRC2012_img_val.tar``; their labels lie beside it."""
+    """List the images in ``ILSVRC2012_img_val.tar``; their labels lie beside it."""
     wnid_of, classes = val_labels(archive.parent)
     entries = [
         Entry(wnid_of(m.name), base_of(m.name), m.size, m.offset)
@@ -74,7 +74,7 @@ def val_archive(archive: Path, workers: int) -> Source:
 
 
 def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
-    """The wnid of a validation image by its name, and the sorted wnids."""
+    """Return a function from a validation image's name to its wnid, and the sorted wnids."""
     truth = _devkit(folder)
     table = next(
         (p for p in (folder / "LOC_val_solution.csv", folder.parent / "LOC_val_solution.csv")
@@ -114,7 +114,7 @@ def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
 
 
 def kaggle_classes(folder: Path) -> list[str] | None:
-    """The classes in Kaggle's LOC_synset_mapping.txt, if it is there, sorted."""
+    """Read the sorted classes in Kaggle's LOC_synset_mapping.txt; None if it is missing."""
     for path in (folder / "LOC_synset_mapping.txt", folder.parent / "LOC_synset_mapping.txt"):
         if path.is_file():
             return sorted(line.split()[0] for line in path.read_text().splitlines() if line.strip())
@@ -122,7 +122,7 @@ def kaggle_classes(folder: Path) -> list[str] | None:
 
 
 def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:
-    """From the devkit, packed or not: the wnid of each validation image, and the sorted wnids."""
+    """Read each validation image's wnid, and the sorted wnids, from the devkit, packed or not."""
     truth_name, meta_name = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
     packed, unpacked = folder / f"{DEVKIT}.tar.gz", folder / DEVKIT
     if packed.is_file():
@@ -155,10 +155,10 @@ def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:
 
 
 def base_of(name: str) -> str:
-    """The file name at the end of a path."""
+    """Return the file name at the end of a path."""
     return name.rpartition("/")[2]
 
 
 def stem_of(name: str) -> str:
-    """The file name at the end of a path, without its suffix."""
+    """Return the file name at the end of a path, without its suffix."""
     return PurePosixPath(name).stem

@@ -1,4 +1,4 @@
-"""Whether bytes are an image that can be decoded, and shrinking it."""
+"""Checking whether bytes are an image that can be decoded, and shrinking images."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _COMMENTS = {*range(0xE0, 0xF0), 0xFE}
 
 
 def image_damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
-    """Why an image cannot be decoded, in a few words, or None where it can.
+    """Say in a few words why an image cannot be decoded; None if it can.
 
-    Can be decoded means that PIL's ``Image.open(…).convert("RGB")`` gives pixels. Decoding each
-    image would take ten times longer than writing it, so a JPEG whose segments follow each other
-    from its first byte to its end marker, and whose tables libjpeg accepts, is taken for sound;
-    whatever else there is, PIL decodes. An image of more than `max_pixels` is refused by its
-    header, before anything is decoded.
+    An image can be decoded if PIL's ``Image.open(…).convert("RGB")`` gives pixels. Decoding each
+    image would take ten times longer than writing it. So a JPEG counts as sound if its segments
+    follow each other from its first byte to its end marker, and libjpeg accepts its tables; PIL
+    decodes everything else. An image of more than `max_pixels` is refused by its header, before
+    anything is decoded.
     """
     return None if _sound_jpeg(data, max_pixels) else decode_error(data, max_pixels)
 
 
 def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
-    """`image_damage` by decoding the whole image."""
+    """Say the same as `image_damage`, by decoding the whole image."""
     if not data:
         return "empty file"
     try:
@@ -50,7 +50,7 @@ def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
                 to_rgb(image)
     except UnidentifiedImageError:
         return "not an image"
-    except Exception as error:  # PIL's readers raise SyntaxError, struct.error and what not
+    except Exception as error:  # PIL's readers raise SyntaxError, struct.error and others
         return str(error) or type(error).__name__
     return None
 
@@ -89,7 +89,7 @@ def _sound_jpeg(data: bytes, max_pixels: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _tables_decode(small: bytes) -> bool:
-    """Whether libjpeg takes these tables and scan headers, on an 8x8 image without data.
+    """Return whether libjpeg accepts these tables and scan headers, on an 8x8 image without data.
 
     Most images share their tables with many others.
     """
@@ -97,10 +97,10 @@ def _tables_decode(small: bytes) -> bool:
 
 
 def shrink(data: bytes, short_side: int, quality: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """An RGB JPEG whose short side is `short_side` pixels; a smaller image stays as it is.
+    """Make an RGB JPEG whose short side is `short_side` pixels; a smaller image stays as it is.
 
     Raises:
-        Exception: whatever PIL raises on a damaged image.
+        Exception: the image is damaged; the error is PIL's.
     """
     with open_image(data, max_pixels) as image:
         width, height = image.size

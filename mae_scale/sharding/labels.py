@@ -1,4 +1,4 @@
-"""What labels in tars and lists mean: numbers, names, or none."""
+"""The meaning of labels in tars and lists: numbers, names, or none."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
-MOST_CLASSES = 1_000_000  # that labels count from 0; larger numbers are names of classes
+MOST_CLASSES = 1_000_000  # numbers below this count from 0; a larger one is a name
 
 
 def normal(name: str) -> str:
-    """A class name in the form in which accents are one character (NFC).
+    """Return a class name in the form in which accents are one character (NFC).
 
     macOS writes them as two, so that names which look the same would be different classes.
     """
@@ -28,7 +28,7 @@ def normal(name: str) -> str:
 
 
 def label_text(value: Any) -> str | None:
-    """A label in its plain form: a whole number in digits, or a name; None: no label.
+    """Return a label in its plain form: a whole number in digits, or a name; None: no label.
 
     ``7``, ``007`` and ``7.0`` are the same label; -1 and an empty text are none.
     """
@@ -48,7 +48,7 @@ def label_text(value: Any) -> str | None:
 
 
 def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The label in a .json, under the first of the keys that it has; and the keys that it has.
+    """Return the label in a .json, under the first of the keys that has one, and all its keys.
 
     Raises:
         UserError: it is not JSON.
@@ -66,15 +66,15 @@ def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str 
 def number_labels(
     labels: Sequence[str | None], classes: Sequence[str] | None = None
 ) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Labels as int32 [n], and the class names.
+    """Return the labels as int32 [n], and the class names.
 
-    Numbers count from 0, as far as they are usual numbers of classes; names are sorted.
+    Numbers count from 0 if they are below MOST_CLASSES; names are sorted.
 
     Args:
         classes: the names to number by, in this order; by default those of the labels.
 
     Raises:
-        UserError: labels below 0, or some that are not among `classes`.
+        UserError: some labels are below 0, or are not among `classes`.
     """
     known = {label for label in labels if label is not None}
     if classes is not None:
@@ -97,10 +97,10 @@ def number_labels(
 
 
 def number_by(classes: Sequence[str], labels: set[str]) -> dict[str, int]:
-    """The number of each label among given classes: by name, or else by number.
+    """Return the number of each label among given classes: by name, or else by number.
 
     Raises:
-        UserError: the classes lack some.
+        UserError: some labels are not among the classes.
     """
     number = {normal(name): i for i, name in enumerate(classes)}
     if not labels <= number.keys() and all(label.isdigit() for label in labels):

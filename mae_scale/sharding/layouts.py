@@ -1,4 +1,4 @@
-"""Folders of images as people have them: which part is the split, and what the classes are."""
+"""Folders of images in their usual layouts: finding the split, and the classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORDS = {
     "test": "test", "testing": "test", "tst": "test",
     "unlabeled": "other", "unlabelled": "other",
 }  # fmt: skip
-# What else may stand in the name of a split's folder: train.X1, ILSVRC2012_img_train, val_256.
+# Other words in the names of splits' folders: train.X1, ILSVRC2012_img_train, val_256.
 _NEUTRAL = {
     "x", "img", "imgs", "image", "images", "set", "data", "dataset", "split", "part", "imagenet",
     "ilsvrc", "large", "small", "full", "standard", "jpg", "jpeg", "folder", "crop", "cropped",
@@ -39,7 +39,7 @@ _IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "jpg"}
 
 
 def split_word(name: str) -> tuple[str | None, bool]:
-    """The split that a folder's name speaks of, and whether it says nothing else."""
+    """Return the split that a folder's name means, and whether the name says nothing else."""
     tokens = re.findall(r"[a-z]+", name.lower())
     splits = {_WORDS[token] for token in tokens if token in _WORDS}
     if len(splits) != 1:
@@ -51,15 +51,15 @@ def split_word(name: str) -> tuple[str | None, bool]:
 def from_folder(
     src: Path, split: str, class_depth: int | None, list_file: str | Path | None
 ) -> tuple[Source, bool]:
-    """The images of a split in a folder, and whether the folder itself has splits.
+    """List the images of a split in a folder, and say whether the folder itself has splits.
 
     Args:
-        class_depth: how many folders of a path are the class; None: found by looking, and what
-            looks like splits or masks is not taken for classes.
-        list_file: the images to take, with or without labels.
+        class_depth: how many folders of a path are the class; None: this is found by looking, and
+            folders that look like splits or masks are not taken for classes.
+        list_file: list of the images to take, with or without labels.
 
     Raises:
-        UserError: the split is not there, or it is not clear what is.
+        UserError: the split is not there, or it is not clear what the folders are.
     """
     if list_file is not None:
         return _listed(src, Path(list_file), class_depth), True
@@ -79,11 +79,11 @@ def from_folder(
     return _classes_of(src, [src], "image folder", split, None, listing), False
 
 
-# Which folder is the split
+# Finding the split
 
 
 def _tops(listing: Listing) -> dict[str, list[list[str]]]:
-    """The folders at the top that hold images: of each image the folders below."""
+    """Return the top folders that hold images; for each image in them, the folders below."""
     tops: dict[str, list[list[str]]] = {}
     for entry in listing.images:
         first, *rest = entry.name.split("/")
@@ -93,14 +93,14 @@ def _tops(listing: Listing) -> dict[str, list[list[str]]]:
 
 
 def _split_roots(root: Path, listing: Listing, split: str, src: Path) -> list[Path] | None:
-    """The folders of the split, or None where the folders are classes.
+    """Return the folders of the split, or None where the folders are classes.
 
     Raises:
-        UserError: there are splits but not this one, or it cannot be told.
+        UserError: there are splits but not this one, or it is not clear whether there are.
     """
     tops = _tops(listing)
     words = {name: split_word(name) for name in tops}
-    # Folders whose images lie in them directly are classes, but for flat validation images.
+    # Folders that hold their images directly are classes, except for flat validation images.
     deep = {name: any(paths) for name, paths in tops.items()}
     flat_val = {
         name for name in tops
@@ -117,7 +117,7 @@ def _split_roots(root: Path, listing: Listing, split: str, src: Path) -> list[Pa
     if exact and (len(splits) > 1 or not others):
         with_classes = {name for name in exact if deep[name] or name in flat_val}
         if len(splits) == 1 and len(exact) > 1 and not with_classes:
-            return None  # such as classes train and training
+            return None  # classes with names such as train and training
         mine = {name for name in exact if words[name][0] == split}
         if with_classes and mine and not mine & with_classes:
             raise UserError(
@@ -179,7 +179,7 @@ def _refuse_masks(src: Path, listing: Listing) -> None:
 
 
 def _known(src: Path, split: str) -> Source | None:
-    """Tiny ImageNet's validation images, Food-101 and Oxford-IIIT Pets; None: none of them."""
+    """List the images of Tiny ImageNet, Food-101 or Oxford-IIIT Pets; None for anything else."""
     for root in (src, src / "tiny-imagenet-200", src / "food-101"):
         if (table := root / "val" / "val_annotations.txt").is_file():
             if split == "train":
@@ -199,7 +199,7 @@ def _known(src: Path, split: str) -> Source | None:
 
 
 def _labelled(folder: Path, kind: str, class_of: dict[str, str], table: Path) -> Source:
-    """The images of a folder that a table names."""
+    """List the images of a folder that a table names."""
     listing = list_images(folder)
     entries = [
         entry._replace(class_name=class_of[entry.name.rpartition("/")[2]])
@@ -214,7 +214,7 @@ def _labelled(folder: Path, kind: str, class_of: dict[str, str], table: Path) ->
 
 
 def _listed(src: Path, list_file: Path, class_depth: int | None) -> Source:
-    """The images that a list names, with its labels or else those of the folders."""
+    """List the images that a list names, with its labels or else those of the folders."""
     listing = list_images(src)
     rows = read_list(list_file)
     places: dict[str, int | None] = {}
@@ -256,7 +256,7 @@ def _listed(src: Path, list_file: Path, class_depth: int | None) -> Source:
 
 
 def numbered(entries: Sequence[Entry]) -> list[str] | None:
-    """The classes of numbers, which count from 0; None where they are names."""
+    """Return the classes of labels that are numbers, counted from 0; None where they are names."""
     names = {e.class_name for e in entries}
     if all(name.isdigit() for name in names) and max(map(int, names)) < 1_000_000:
         return [str(i) for i in range(max(map(int, names)) + 1)]
@@ -264,18 +264,18 @@ def numbered(entries: Sequence[Entry]) -> list[str] | None:
 
 
 def normal_path(path: str) -> str:
-    """A path of a list as it would be found below the source."""
+    """Return a path of a list in the form that it has below the source."""
     return path.replace("\\", "/").removeprefix("./").strip("/")
 
 
 def _lookup_keys(path: str, src: Path) -> list[str]:
-    """The keys under which an image of a list may be found, the most exact first."""
+    """Return the keys under which an image of a list may be found, the most exact first."""
     parts = path.split("/")
     whole = [f"/{'/'.join(parts[i:])}" for i in range(len(parts))]
     return [*whole, parts[-1]]
 
 
-# What the classes are
+# Finding the classes
 
 
 def _classes_of(
@@ -342,11 +342,12 @@ def _stray_warning(stray: Sequence[str], root: Path) -> list[str]:
 
 
 def class_names(entries: Sequence[Entry], depth: int | None = None) -> tuple[list[str], list[str]]:
-    """The class of each image, from its path, empty for those in no class; and these.
+    """Return each image's class, from its path, empty for none; and the images without a class.
 
-    As in torchvision's ImageFolder the folder at the top is the class. Where most of these hold no
-    images themselves (Places: ``a/abbey``, iNaturalist: ``Aves/1234``) it is the folder that holds
-    the image; a last part that all share (Tiny ImageNet: ``n01443537/images``) is dropped.
+    As in torchvision's ImageFolder, the folder at the top is the class. Where most top folders hold
+    no images themselves (Places: ``a/abbey``, iNaturalist: ``Aves/1234``), the class is the folder
+    that holds the image; a last part that all share (Tiny ImageNet: ``n01443537/images``) is
+    dropped.
     """
     if all("/" not in e.name for e in entries):
         return ["images"] * len(entries), []

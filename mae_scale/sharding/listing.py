@@ -1,4 +1,4 @@
-"""Lists of images: what a source is, and how the images below a folder are found."""
+"""Lists of images: the source as a class, and the search for images below a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mae_scale.data.formats import is_image_name
 from mae_scale.sharding.labels import normal
 
-# Files that lie beside images as a rule and are none.
+# Suffixes of files that usually lie beside images and are none.
 _OTHERS = {
     "txt", "csv", "tsv", "json", "xml", "md", "mat", "html", "db", "ini", "yaml", "yml", "log",
     "pdf", "py", "sh", "npy", "pkl", "parquet", "tar", "gz", "tgz", "zip", "dvc",
@@ -26,7 +26,7 @@ _OTHERS = {
 
 
 class Entry(NamedTuple):
-    """One image as it is listed, before classes have numbers."""
+    """One image in a list, before classes have numbers."""
 
     class_name: str
     name: str  # path in the folder or archive
@@ -47,7 +47,7 @@ class Source:
     sizes: npt.NDArray[np.int64]  # [n], bytes
     offsets: npt.NDArray[np.int64] | None  # [n] into the archive; None: each image is a file
     warnings: list[str] = field(default_factory=list)
-    taken: str = ""  # what was taken, where the source itself does not say which split it is
+    taken: str = ""  # message on what was taken, if the source has no splits
     archives: list[Path] = field(default_factory=list)  # where there are several
     archive_of: npt.NDArray[np.int32] | None = None  # [n], which of them
     _open: dict[int, int] = field(default_factory=dict)  # archive -> descriptor
@@ -56,18 +56,18 @@ class Source:
         return len(self.names)
 
     def file_name(self, i: int) -> str:
-        """The name of an image's file, without folders."""
+        """Return the name of an image's file, without folders."""
         return self.names[i].rpartition("/")[2]
 
     def title(self, i: int) -> str:
-        """How to name an image to a person; the same for every form of the source."""
+        """Return the name of an image for messages; it is the same for every form of the source."""
         return f"{self.classes[self.labels[i]]}/{self.file_name(i)}"
 
     def read(self, i: int) -> bytes:
-        """The bytes of one image.
+        """Read the bytes of one image.
 
         Raises:
-            OSError: it cannot be read, or it is not what was listed.
+            OSError: it cannot be read, or it has changed since it was listed.
         """
         size = int(self.sizes[i])
         if self.offsets is None:
@@ -92,7 +92,7 @@ class Source:
         return self._open[number]
 
     def fingerprint(self) -> str:
-        """SHA-256 over class, file name and size of every image."""
+        """Return the SHA-256 of class, file name and size of every image."""
         lines = [*self.classes]
         lines += [f"{self.title(i)} {size}" for i, size in enumerate(self.sizes.tolist())]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
@@ -101,7 +101,7 @@ class Source:
 def sorted_source(
     kind: str, root: Path, entries: list[Entry], classes: list[str] | None = None
 ) -> Source:
-    """A source of these images; classes are sorted unless they are given."""
+    """Make a source of these images; classes are sorted unless they are given."""
     entries = [entry._replace(class_name=normal(entry.class_name)) for entry in entries]
     if classes is None:
         classes = sorted({entry.class_name for entry in entries})
@@ -122,14 +122,14 @@ def sorted_source(
 
 @dataclass
 class Listing:
-    """What lies below a folder."""
+    """Images and other files below a folder."""
 
     images: list[Entry] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     empty: list[str] = field(default_factory=list)  # folders at the top without an image
 
     def warnings(self, root: Path) -> list[str]:
-        """What was left out, and an example of each kind."""
+        """Say what was left out, with an example of each kind."""
         kinds = Counter(reason for _, reason in self.left_out)
         lines = []
         for reason, count in kinds.items():
@@ -139,7 +139,7 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """All images below `root`; many threads, since a network file system answers slowly."""
+    """List all images below `root`, in many threads, since network file systems answer slowly."""
     listing = Listing()
     with os.scandir(root) as top:
         tops = sorted((i for i in top if not i.name.startswith(".")), key=lambda i: i.name)

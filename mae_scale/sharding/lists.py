@@ -1,4 +1,4 @@
-"""Lists that people keep beside images: of classes, and of images with or without labels."""
+"""Reading lists of classes, and of images with or without labels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HEADERS = {"filename", "file", "name", "image", "path", "image_id", "imageid", 
 
 
 def read_classes(spec: str | Path) -> list[str]:
-    """Names of classes in the order of their numbers.
+    """Read the names of classes in the order of their numbers.
 
     Args:
-        spec: a folder of shards; a JSON list; or a text with a class in the first word of each
-            line (as in ``LOC_synset_mapping.txt``), or in the whole line where words repeat.
+        spec: a folder of shards; a JSON list; or a text with a class in the first word of each line
+            (as in ``LOC_synset_mapping.txt``), or in the whole line where first words repeat.
 
     Raises:
         UserError: it cannot be read, or names a class twice.
@@ -57,7 +57,7 @@ def read_classes(spec: str | Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A small text file in UTF-8.
+    """Read a small text file in UTF-8.
 
     Raises:
         UserError: it cannot be read.
@@ -73,10 +73,10 @@ def read_text(path: Path) -> str:
 
 
 def read_list(path: Path) -> list[tuple[str, str | None]]:
-    """The images of a list: a path a line, with or without a label behind it.
+    """Read the images of a list: each line has a path, with or without a label behind it.
 
-    Path and label are parted by a tab, a comma or blanks; what follows the label is not read. A
-    header such as ``filename,label`` and lines that begin with # are left out.
+    A tab, a comma or blanks separate path and label; what follows the label is not read. A header
+    such as ``filename,label`` and lines that begin with # are left out.
 
     Raises:
         UserError: it cannot be read, or is empty.

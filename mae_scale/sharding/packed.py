@@ -1,7 +1,7 @@
 """Images that are packed or compressed: Hugging Face's parquet files and tar.gz.
 
-They cannot be read by their place, so they are unpacked one after the other into a file beside the
-shards, in bounded memory, and that file is removed with the other traces of sharding.
+They cannot be read by their place. So they are unpacked one after the other into a file beside the
+shards, in bounded memory, and that file is removed with the other temporary files of sharding.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _BATCH = 64  # rows of a parquet file in memory at a time
 
 
 def find_packed(src: Path, split: str) -> list[Path]:
-    """The parquet files or compressed tars of a split in a folder, or in its folder ``data``.
+    """Find the parquet files or compressed tars of a split in a folder, or in its folder ``data``.
 
     Raises:
-        UserError: there are some, but not of this split.
+        UserError: there are such files, but none of this split.
     """
     for folder in (src, src / "data", src / "default"):
         if not folder.is_dir():
@@ -91,7 +91,10 @@ def _spool(data: bytes, spool: IO[bytes]) -> tuple[int, int]:
 
 
 def _from_tar(file: Path, spool: IO[bytes]) -> list[Entry]:
-    """Hugging Face's ImageNet: the class ends the name, as in ILSVRC2012_val_1_n01440764.JPEG."""
+    """Unpack a tar such as Hugging Face's ImageNet.
+
+    The class ends the name, as in ILSVRC2012_val_1_n01440764.JPEG; else it is the folder.
+    """
     entries = []
     try:
         with tarfile.open(file, "r|gz") as tar:
@@ -115,7 +118,7 @@ def _from_tar(file: Path, spool: IO[bytes]) -> list[Entry]:
 
 
 def _from_parquet(file: Path, spool: IO[bytes]) -> tuple[list[Entry], list[str] | None]:
-    """The images of a parquet file, and the names of the classes where the file has them."""
+    """Unpack the images of a parquet file; return its names of classes, too, if it has them."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -161,7 +164,7 @@ def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
-    """The names that Hugging Face's datasets put into the metadata of the schema."""
+    """Read the names that Hugging Face's datasets put into the metadata of the schema."""
     try:
         facts = json.loads((schema.metadata or {})[b"huggingface"])
         names = facts["info"]["features"][label]["names"]

@@ -1,4 +1,4 @@
-"""Where the index of foreign tars goes, and how it names them."""
+"""The folder for the index of foreign tars, and the names of the tars in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mae_scale.errors import UserError
 
 
 def expand(spec: str) -> list[str]:
-    """The tars that a folder, a path, a URL or a command with braces means.
+    """List the tars that a folder, a path, a URL or a command with braces means.
 
     Raises:
-        UserError: there are none, or one does not exist.
+        UserError: there are no tars, or one does not exist.
     """
     from webdataset.shardlists import expand_urls
 
@@ -41,15 +41,15 @@ def expand(spec: str) -> list[str]:
 
 
 def _parent(file: str) -> Path:
-    # Links are not followed: in Hugging Face's cache they lead to a folder that all share.
+    # Links are not followed: in Hugging Face's cache they lead to one folder that all share.
     return Path(os.path.abspath(file)).parent  # noqa: PTH100
 
 
 def index_folder(files: Sequence[str], out: str | Path | None) -> Path:
-    """The folder for the index of these tars.
+    """Choose the folder for the index of these tars.
 
     Raises:
-        UserError: they lie in several and none is given, or it cannot be written.
+        UserError: they lie in several folders and none is given, or it cannot be written.
     """
     if out is not None:
         folder = Path(out)
@@ -68,7 +68,7 @@ def index_folder(files: Sequence[str], out: str | Path | None) -> Path:
 
 
 def check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
-    """Raise a UserError where an index would replace that of something else."""
+    """Raise a UserError where the index would replace that of other tars."""
     if not (folder / MANIFEST).exists():
         if (folder / INDEX).exists() and not _is_ours(folder / INDEX):
             raise UserError(f"{folder} has an {INDEX} of something else; give another with --out")
@@ -91,10 +91,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def hide_commands(files: Sequence[str], folder: Path) -> tuple[str | None, list[str]]:
-    """The names that the manifest gives to the tars, and the command that turns them back.
+    """Return the command that reads the tars by their names, and their names in the manifest.
 
-    Commands and URLs with secrets do not go into a manifest: what differs between them becomes
-    the name, and the user gives the rest when reading.
+    Commands and URLs with secrets do not go into a manifest: the part that differs between them
+    becomes the name, and the user gives the rest when reading. Without secrets there is no command.
     """
     if not any(has_secrets(file) for file in files):
         return None, [_relative(file, folder) for file in files]

@@ -1,4 +1,4 @@
-"""Which image goes into which shard at which place.
+"""The plan of the shards: the shard and the place of each image.
 
 The plan follows from the list of images, the seed and the options alone, so any process can
 write any shard at any time, and the shards are the same.
@@ -26,7 +26,7 @@ from mae_scale.sharding.sources import Source
 
 @dataclass(frozen=True)
 class Options:
-    """What decides about the bytes of the shards, beside the images themselves."""
+    """Everything that decides about the bytes of the shards, apart from the images themselves."""
 
     split: str
     seed: int = 0
@@ -38,7 +38,7 @@ class Options:
 
 
 class Plan:
-    """Which image goes where."""
+    """The shard and the place of each image."""
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source = source
@@ -69,16 +69,16 @@ class Plan:
         return f"{self.options.split}-{shard:06d}.tar"
 
     def images(self, shard: int) -> npt.NDArray[np.int64]:
-        """Places in the source of the images of a shard, in their order in it."""
+        """Return the places in the source of a shard's images, in the order of the shard."""
         return self.order[self.bounds[shard] : self.bounds[shard + 1]]
 
     def bytes(self, shard: int) -> int:
-        """Size of the tar; an estimate where images are resized."""
+        """Return the size of the tar; it is an estimate where images are resized."""
         size = int(self.entry_sizes[self.images(shard)].sum()) + 2 * tarfile.BLOCKSIZE
         return -(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
     def _shrink_ratio(self) -> float:
-        """Bytes after resizing over bytes before, from 200 images."""
+        """Estimate the ratio of bytes after resizing to bytes before, from 200 images."""
         if not self.options.resize_short:
             return 1.0
         before, after = 0, 0
@@ -91,7 +91,7 @@ class Plan:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What two runs must have in common to write into one folder."""
+        """Facts that two runs must have in common to write into one folder."""
         options = self.options
         by_size = options.samples_per_shard is None
         return {
@@ -104,7 +104,7 @@ class Plan:
             "resize_short": options.resize_short,
             "quality": options.quality if options.resize_short else None,
             "source_sha256": self.source.fingerprint(),
-            # Only where it is not what it was when folders had no such key.
+            # Older folders have no such key: it is written only if it is not their value.
             **({"max_pixels": options.max_pixels} if options.max_pixels != MAX_PIXELS else {}),
         }
 
@@ -114,7 +114,7 @@ def _padded(size: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def _keys(source: Source) -> list[str]:
-    """WebDataset keys: file names where these are unique and safe, else numbered ones.
+    """Make WebDataset keys: file names where these are unique and safe, else numbered ones.
 
     A dot would end the key, and ustar has room for 100 bytes.
     """

@@ -1,4 +1,4 @@
-"""Worker processes that end when they should: on an error, on a signal, with their parent."""
+"""Worker processes that always end: on an error, on a signal, with their parent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WorkerKilled(RunError):
 
 
 def shared() -> Any:
-    """What the parent gave to `run_all`, in a worker."""
+    """Return, in a worker, the value that the parent gave to `run_all`."""
     return _shared
 
 
@@ -45,15 +45,15 @@ def run_all(
     total: int = 0,
     unit: str = "images",
 ) -> Generator[Result, None, None]:
-    """Call `function` for each item in forked processes; results as they come, and progress shown.
+    """Call `function` for each item in forked processes; yield results as they come; show progress.
 
-    Leaving early, by an exception such as a signal handler's too, ends the processes at once. That
+    Leaving early, also by an exception such as a signal handler's, ends the processes at once. That
     rules out the pools of the standard library: their threads wait for ever for a lock or for the
     rest of a message when a worker is killed, or a KeyboardInterrupt comes, at the wrong moment.
 
     Args:
-        value: what `shared()` gives in the workers, without being copied.
-        counters: shared array of int64; its sum is what is done of `total`, in `unit`.
+        value: result of `shared()` in the workers; it is not copied.
+        counters: shared array of int64; its sum is the part of `total` that is done, in `unit`.
 
     Raises:
         WorkerKilled: a process ended without an answer.
@@ -93,11 +93,11 @@ def run_all(
 
 @contextmanager
 def _signals_held_back() -> Iterator[Callable[[], None]]:
-    """Run the handlers of signals, which may raise, only when the function given is called.
+    """Run the handlers of signals, which may raise, only when the function that it gives is called.
 
-    An exception anywhere else could leave a process behind that was just being started, for which
-    the interpreter then waits at its end for ever. Blocking signals does not prevent it: another
-    thread, such as one of OpenBLAS, takes them, and the handler still runs in this one.
+    An exception anywhere else could leave behind a process that is just being started, and the
+    interpreter would wait for it for ever at its own end. Blocking signals does not prevent this:
+    another thread, such as one of OpenBLAS, takes them, and the handler still runs in this one.
     """
     arrived: list[signal.Signals] = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""Writing shards: in parallel, the same bytes every time, and going on after any interruption.
+"""Writing shards in parallel, with the same bytes every time, and going on after interruptions.
 
 Until all shards are there the folder has a subfolder ``.sharding`` with the plan, a record of
 each finished shard, and the unfinished ones. A tar gets its name only when it is whole, its record
@@ -70,11 +70,12 @@ def shard(
         workers: writer processes; they don't change the result.
         num_tasks, task_index: write only every `num_tasks`-th shard, from `task_index` on.
         dry_run: say what would be written, and write nothing.
-        find: lists what is in `src`, from folder, split and workers; None: looks what it is.
-        choice: which of the images, and what their classes are; None: all, by looking.
+        find: function of folder, split and workers that lists the images in `src`; None: its
+            layout is found by looking.
+        choice: which images to take, and what their classes are; None: all, by looking.
 
     Returns:
-        Exit code: 0 done, STOPPED by a signal.
+        Exit code: 0 if done, STOPPED after a signal.
 
     Raises:
         UserError: bad input; nothing has been written.
@@ -129,7 +130,7 @@ def _find(src: Path, split: str, workers: int, choice: Choice | None, work: Path
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as SIGINT does; a second signal changes nothing."""
+    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does; ignore a second signal."""
 
     def interrupt(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -145,7 +146,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _remove_unpacked(out: Path) -> None:
-    """Remove what this process has unpacked of its source, and the work folder if it is empty."""
+    """Remove the images that this process has unpacked, and the work folder if it is empty."""
     unpacked = out / WORK / f"unpacked.{owner()}.tmp"
     if unpacked.exists():
         with suppress(OSError):
@@ -205,10 +206,10 @@ def _write_mine(plan: Plan, out: Path, workers: int, mine: range) -> None:
 
 
 def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
-    """The manifest, where the folder is finished.
+    """Return the manifest if the folder is finished, else None.
 
     Raises:
-        UserError: the folder belongs to something else.
+        UserError: the folder belongs to another plan, or holds other tars.
     """
     manifest: dict[str, Any] | None = None
     try:
@@ -239,7 +240,7 @@ def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
 
 
 def _start_work(plan: Plan, out: Path) -> None:
-    """Put the plan down, and remove what runs that are gone have left unfinished."""
+    """Write the plan, and remove what ended runs have left unfinished."""
     work = out / WORK
     work.mkdir(exist_ok=True)
     mine = work / f"plan.{owner()}"
@@ -257,7 +258,7 @@ def _start_work(plan: Plan, out: Path) -> None:
 
 
 def _remove_unfinished(out: Path) -> None:
-    """Remove the temporary files of processes that are gone."""
+    """Remove the temporary files of processes that have ended."""
     for path in [*(out / WORK).glob("*.tmp"), *out.glob(".*.tmp")]:
         match = re.fullmatch(rf".*\.{host_label()}-(\d+)\.tmp", path.name)
         with suppress(OSError):
@@ -306,7 +307,7 @@ def _report(record: dict[str, Any]) -> None:
 
 
 def _finish(plan: Plan, out: Path, records: list[dict[str, Any]]) -> None:
-    """Write the manifest and what else lies beside the tars, then remove the work folder."""
+    """Write the manifest and the other files beside the tars, then remove the work folder."""
     damaged = sorted(item for record in records for item in record["damaged"])
     full = [record for record in records if record["samples"]]
     if not full:
@@ -339,7 +340,7 @@ def _clean(out: Path) -> None:
 
 
 def _finish_again(plan: Plan, out: Path, manifest: dict[str, Any], workers: int) -> None:
-    """The folder is finished: say so, or write again what has been lost since."""
+    """Say that a folder is finished; write shards again that have been lost since."""
     number = {plan.file(i): i for i in range(len(plan))}
     lost = {}
     for entry in manifest["shards"]:

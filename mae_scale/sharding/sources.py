@@ -1,4 +1,4 @@
-"""Where images come from: what people have of ImageNet, or any folder of images.
+"""Sources of images: ImageNet in its usual forms, or any folder of images.
 
 `find_source` looks at a folder and lists the images of one split, without unpacking or copying:
 
@@ -43,11 +43,11 @@ _SPLIT_SALT = 0x5EED  # keeps the split of a folder apart from every other use o
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the images of a source are taken, and what their classes are."""
+    """Choice of the images of a source, and of their classes."""
 
     list_file: str | Path | None = None  # see `read_list`
     classes: Sequence[str] | None = None  # these only, numbered in this order
-    class_depth: int | None = None  # folders of a path that are the class; None: by looking
+    class_depth: int | None = None  # folders of a path that are the class; None: found by looking
     val_share: float | None = None  # of each class, where the source has no splits
     seed: int = 0  # of that split
 
@@ -62,7 +62,7 @@ def find_source(
     """List the images of `split` ("train" or "val") in `src`.
 
     Args:
-        work: folder into which packed sources are unpacked; None: they are refused.
+        work: folder into which packed sources are unpacked; None: these are refused.
 
     Raises:
         UserError: `src` does not exist, lacks the split, holds no images, or cannot be understood.
@@ -103,7 +103,7 @@ def find_source(
 def _look(
     src: Path, split: str, workers: int, choice: Choice, work: Path | None
 ) -> tuple[Source, bool]:
-    """The source, and whether it has splits of its own."""
+    """Find the source, and whether it has splits of its own."""
     archive = src / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file():
         return (train_archive if split == "train" else val_archive)(archive, workers), True
@@ -130,7 +130,7 @@ def _look(
 
 
 def _class_tars(src: Path, split: str) -> list[Path]:
-    """The tars of classes in a folder, or in that of the split; none where there are others."""
+    """Return the tars of classes in a folder, or in that of the split; none if there are others."""
     folders = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name[0] != "."]
     for folder in (src, *(p for p in folders if split_word(p.name) == (split, True))):
         tars = sorted(p for p in folder.glob("*.tar") if p.name[0] != ".")
@@ -177,7 +177,7 @@ def _list_tar(task: tuple[int, str]) -> tuple[int, tuple[list[Entry], str]]:
 
 
 def _take(source: Source, which: np.ndarray, classes: list[str], labels: np.ndarray) -> Source:
-    """The images at some places of a source, with other labels."""
+    """Keep the images at some places of a source, with other labels."""
     order = np.lexsort((which, labels))
     which, labels = which[order], labels[order]
     source.names = [source.names[i] for i in which.tolist()]
@@ -189,7 +189,7 @@ def _take(source: Source, which: np.ndarray, classes: list[str], labels: np.ndar
 
 
 def _part(source: Source, split: str, share: float, seed: int) -> Source:
-    """The train or the val part of each class: by the seed, the same for both."""
+    """Keep the train or the val part of each class; the same seed gives both parts."""
     keep = np.zeros(len(source), bool)
     for label in range(len(source.classes)):
         places = np.flatnonzero(source.labels == label)
@@ -203,11 +203,11 @@ def _part(source: Source, split: str, share: float, seed: int) -> Source:
 
 
 def _with_classes(source: Source, classes: Sequence[str]) -> Source:
-    """The images of some classes, numbered in the order of these."""
+    """Keep the images of some classes, numbered in the order of these."""
     there = {source.classes[label] for label in np.unique(source.labels).tolist()}
     known = there & set(classes)
     if not known:
-        # Labels of a list that are numbers mean places among the classes.
+        # Numbers as labels of a list are places among the classes.
         number = number_by(classes, there)
     else:
         number = {name: i for i, name in enumerate(classes) if name in there}

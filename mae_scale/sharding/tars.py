@@ -1,4 +1,4 @@
-"""Walking through tars, those that can be sought and those that only flow by."""
+"""Walking through tars, by seeking in files and by reading streams from front to back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Member(NamedTuple):
 def walk_tar(
     path: Path, start: int = 0, end: int | None = None, inner: str = "", resync: bool = False
 ) -> Iterator[Member]:
-    """The files of a tar, or of a tar that lies in bytes [start, end) of another, by seeking.
+    """Yield the files of a tar, or of a tar in bytes [start, end) of another, by seeking.
 
     Args:
         inner: name of the tar in the tar, for messages.
@@ -55,13 +55,13 @@ def walk_tar(
 
 
 def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
-    """What is wrong with what follows the last member that was found; None: nothing.
+    """Say what is wrong with the bytes behind the last member that was found; None: nothing.
 
     tarfile takes a damaged header for the end, and stops at the first of several tars.
 
     Args:
-        stream: behind `block`.
-        at: where `block`, the first one that is no member, begins.
+        stream: stream that continues behind `block`.
+        at: byte at which `block`, the first one that is no member, begins.
         left: bytes from there to the end; None: until the stream ends.
     """
     if block.strip(b"\0"):
@@ -81,7 +81,7 @@ def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
 
 
 class Tail:
-    """A stream that remembers the last megabytes that were read of it.
+    """A stream that remembers the last megabytes that were read from it.
 
     Attributes:
         has_end: whether `stream_tar` has found an end marker in it.
@@ -95,7 +95,7 @@ class Tail:
         self.bytes = 0  # read so far
 
     def read(self, size: int = -1) -> bytes:
-        """As the stream itself."""
+        """Read from the stream."""
         data = self._stream.read(size)
         if data:
             self._before, self._last = self._last, data
@@ -104,16 +104,16 @@ class Tail:
         return data
 
     def passed(self, data: bytes) -> None:
-        """Called with all that is read."""
+        """Take note of bytes that have been read; a subclass may count or hash them."""
 
     def since(self, at: int) -> bytes:
-        """What was read from byte `at` on, as far as it is remembered."""
+        """Return the bytes that were read from byte `at` on, as far as they are remembered."""
         kept = self._before + self._last
         return kept[max(0, at - (self.bytes - len(kept))) :]
 
 
 def stream_tar(stream: Tail, file: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The members of a tar that is read from front to back, to its very end.
+    """Yield the members of a tar that is read from front to back, to its very end.
 
     Raises:
         UserError: it is no tar, is compressed, ends too early, or goes on behind its end.
@@ -139,7 +139,7 @@ def stream_tar(stream: Tail, file: str) -> Iterator[tuple[tarfile.TarInfo, tarfi
 
 
 class _Joined:
-    """Some bytes, and then a stream."""
+    """A stream that begins with some bytes and goes on with another stream."""
 
     def __init__(self, first: bytes, then: Tail) -> None:
         self._first, self._then = first, then

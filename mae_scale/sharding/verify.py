@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest says, down to each image."""
+"""Checking shards against their manifest, down to each image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mae_scale.sharding.tars import walk_tar
 
 @dataclass
 class Report:
-    """What was found."""
+    """Counts of a folder of shards, and the problems that were found."""
 
     shards: int
     samples: int
@@ -160,7 +160,7 @@ def _image_problem(data: bytes, length: int, checksum: int, fast: bool) -> str |
 def _annotation_problems(
     shards: ShardSet, sample: int, descriptor: int, names: dict[int, str], image: str
 ) -> list[str]:
-    """What is wrong with the annotation of an image, beginning with its name."""
+    """List what is wrong with the annotation of an image; each line begins with its name."""
     entry = shards.index[sample]
     offset, size = int(entry["extra_offset"]), int(entry["extra_size"])
     name = names.get(offset) or _name_before(descriptor, offset)
@@ -184,7 +184,7 @@ def _same_label(text: bytes, label: int, classes: list[str]) -> bool:
 
 
 def _end_problem(path: Path) -> list[str]:
-    """What is wrong with the end of a tar that somebody else has written."""
+    """List what is wrong with the end of a tar that another program has written."""
     try:
         for _ in walk_tar(path):
             pass
@@ -196,6 +196,6 @@ def _end_problem(path: Path) -> list[str]:
 
 
 def _name_before(descriptor: int, offset: int) -> str:
-    """The name in the header before some data; for shards that cannot be walked."""
+    """Read the name in the header before some data, for shards that cannot be walked."""
     header = read_header(os.pread(descriptor, BLOCK, max(0, offset - BLOCK)))
     return header.name if header else f"the member at byte {offset:,}"

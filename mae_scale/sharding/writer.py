@@ -1,4 +1,4 @@
-"""Writing one shard, all or nothing, and the record that it is finished."""
+"""Writing one shard, whole or not at all, and the record that it is finished."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
 
-WORK = ".sharding"  # subfolder for what is under way
+WORK = ".sharding"  # subfolder for unfinished work
 _THREADS = 2  # of each process, that read ahead
 _PIECE_BYTES = 2_000_000  # of images that a thread takes at a time
 
@@ -39,7 +39,7 @@ class ShardingError(RunError):
 
 @dataclass
 class Job:
-    """What the writer processes share."""
+    """Data that the writer processes share."""
 
     plan: Plan
     out: Path
@@ -59,7 +59,7 @@ def write_shard(shard: int) -> dict[str, Any]:
             record = _fill(job, shard, stream)
         if record["samples"]:
             # Waiting until the tar is on the disk would take as long as writing it; after a
-            # restart of the machine its checksum tells (see read_record).
+            # restart of the machine its checksum shows whether it is (see read_record).
             record |= {
                 "mtime_ns": temporary.stat().st_mtime_ns,
                 "host": host_label(),
@@ -83,7 +83,7 @@ def write_shard(shard: int) -> dict[str, Any]:
 
 @dataclass
 class _Piece:
-    """Some samples that follow each other, as they lie in the tar."""
+    """Some samples that follow each other in the tar."""
 
     parts: list[bytes]  # not joined: copying them would take as long as hashing them
     size: int  # bytes
@@ -121,15 +121,15 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
 
 
 def _moved(entry: tuple[int, ...], at: int) -> tuple[int, ...]:
-    """An entry of the index whose offsets count from elsewhere."""
+    """Return an entry of the index with `at` added to its offsets."""
     moved = (entry[0] + at, *entry[1:3])
     return moved if len(entry) == 3 else (*moved, entry[3] + at, *entry[4:])
 
 
 def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Piece]:
-    """The samples at these places of the source, in order; threads prepare the next ones.
+    """Yield the samples at these places of the source, in order; threads prepare the next ones.
 
-    That hides the latency of network file systems, and shares the work: reading, checksums,
+    This hides the latency of network file systems, and shares the work: reading, checksums,
     hashing, writing and decoding all leave the interpreter to other threads.
     """
     ends = np.cumsum(plan.source.sizes[places]) // _PIECE_BYTES
@@ -176,7 +176,7 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
 
 
 def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
-    """An image's bytes as they go into the shard, or why they don't."""
+    """Return an image's bytes as they go into the shard, and why they cannot, or None."""
     try:
         data = plan.source.read(place)
     except OSError as error:
@@ -186,7 +186,7 @@ def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
     if reason is None and options.resize_short:
         try:
             data = shrink(data, options.resize_short, options.quality, options.max_pixels)
-        except Exception as error:  # what PIL raises on damaged images has no common class
+        except Exception as error:  # PIL's errors for damaged images have no common class
             reason = str(error) or type(error).__name__
     return data, reason
 
@@ -196,7 +196,7 @@ def record_path(out: Path, plan: Plan, shard: int) -> Path:
 
 
 def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
-    """The record of a finished shard, if it has one and the tar is what it says."""
+    """Return the record of a finished shard if it has one and the tar agrees with it, else None."""
     try:
         record = json.loads(record_path(out, plan, shard).read_bytes())
         if record["samples"] == 0:
@@ -215,7 +215,7 @@ def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
 
 
 def boot() -> str:
-    """Another value after each start of the machine; empty where the kernel has none."""
+    """Return an identifier of the machine's last start; empty where the kernel has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
