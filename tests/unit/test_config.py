@@ -347,7 +347,8 @@ def test_a_home_folder_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_names_its_task_and_older_ones_are_found_out() -> None:
-    for name in recipe_names():
+    for name in ("demo", "finetune_demo", "scratch_vit_base", "linprobe_demo", "detect_vit_base",
+                 "segment_vit_base"):  # fmt: skip
         config = read_recipe(name)
         content = yaml.safe_load(as_yaml(config))
         assert next(iter(content)) == "task" and task_of(content).config is type(config)

@@ -18,8 +18,6 @@ from mae_scale.config.deepspeed import DS_CONFIGS, load_deepspeed_config
 from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import World
-from mae_scale.models import build_mae
-from mae_scale.models.compiled import compile_blocks
 from mae_scale.train.checkpoint import Commit, damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.metrics import Meter, MetricsLog, Record
@@ -188,25 +186,6 @@ def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu() -> None:
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert resolve_precision("auto", torch.device("cuda")) == "bf16"
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
-
-
-def test_compiled_blocks_take_one_graph_for_the_encoder_and_one_for_the_decoder() -> None:
-    """However deep they are, and whatever is recomputed."""
-    small = {"img_size": 32, "patch_size": 8, "depth": 4, "decoder_depth": 3}
-    model = build_mae("mae_vit_tiny_patch16", **small)
-    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
-    expected = model(images, noise)[0]
-    keys = list(model.state_dict())
-    compile_blocks(model)
-    assert list(model.state_dict()) == keys
-    graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    for every in ("none", "full"):
-        model.set_activation_checkpointing(every)
-        loss = model(images, noise)[0]
-        loss.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert graphs["unique_graphs"] - before == 2
 
 
 def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:

@@ -78,3 +78,23 @@ def test_paths_are_dropped_at_their_rate_and_scaled() -> None:
     assert float((out[:, 0, 0] == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
     assert torch.equal(out[:, :1, :1].expand_as(out), out)  # whole samples
     assert torch.equal(drop.eval()(out), out)
+
+
+def test_compiled_blocks_take_one_graph_for_the_encoder_and_one_for_the_decoder() -> None:
+    """However deep they are, and whatever is recomputed."""
+    torch._dynamo.reset()
+    small = {"img_size": 32, "patch_size": 8, "depth": 4, "decoder_depth": 3}
+    model = build_mae("mae_vit_tiny_patch16", **small)
+    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+    expected = model(images, noise)[0]
+    keys = list(model.state_dict())
+    compile_blocks(model)
+    assert list(model.state_dict()) == keys
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for every in ("none", "full"):
+        model.set_activation_checkpointing(every)
+        loss = model(images, noise)[0]
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert graphs["unique_graphs"] - before == 2
