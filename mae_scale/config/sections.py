@@ -134,7 +134,7 @@ class TrainConfig:
 class OptimizerConfig:
     """The learning-rate rule; `optimizer` says what applies it."""
 
-    optimizer: ClassVar[Literal["adamw", "lars"]]
+    optimizer: ClassVar[str]
     """Name of the optimiser in `train.optimizers.OPTIMIZERS`."""
     max_zero_stage: ClassVar[int] = 3
     """Highest ZeRO stage under which the optimiser works."""
@@ -230,7 +230,7 @@ class RunConfig:
 class OptimConfig(OptimizerConfig):
     """AdamW and the learning-rate rule (paper Table 8)."""
 
-    optimizer: ClassVar[Literal["adamw", "lars"]] = "adamw"
+    optimizer: ClassVar[str] = "adamw"
 
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
