@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing is known yet", file=sys.stderr)
+        print("stopped; the check is not finished", file=sys.stderr)
         return 130
 
 

@@ -30,7 +30,7 @@ from mae_scale.randomness import Purpose, uniform
 Targets = dict[str, npt.NDArray[Any]]  # of one image; a batch concatenates the first axes
 
 _PAD_GREY = 128
-_MIN_EXTENT = 1e-5  # pixels; what is left of a box after the crop must be larger
+_MIN_EXTENT = 1e-5  # pixels; a box whose part in the crop is no larger is left out
 
 
 class Transform(Protocol):
@@ -69,14 +69,16 @@ class DetectionTransform:
         scale: tuple[float, float] = (0.1, 2.0),
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise UserError(f"augment.scale {list(scale)} must rise from above 0")
+            raise UserError(
+                f"augment.scale {list(scale)} must be two numbers above 0, the smaller first"
+            )
         self._class_of = class_numbers(categories)
         self._recipe, self._scale = recipe, scale
 
     def __call__(
         self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
     ) -> tuple[torch.Tensor, Targets]:
-        """See `Transform`."""
+        """Make pixels and targets, see `Transform`."""
         scale, place, flip = uniform(Purpose.ANNOTATED_AUGMENT, *keys, np.arange(3)).tolist()
         image, objects = decode_image(data), objects_of(read_record(annotation))
         height, width = image.shape[1:]
@@ -157,15 +159,17 @@ class SegmentationTransform:
         colors: bool = True,
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise UserError(f"augment.scale {list(scale)} must rise from above 0")
+            raise UserError(
+                f"augment.scale {list(scale)} must be two numbers above 0, the smaller first"
+            )
         if not 0 < most_of_one <= 1:
-            raise UserError(f"augment.most_of_one {most_of_one} must lie in 0 to 1, not 0")
+            raise UserError(f"augment.most_of_one {most_of_one} must be above 0 and at most 1")
         self._scale, self._most_of_one, self._colors = scale, most_of_one, colors
 
     def __call__(
         self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
     ) -> tuple[torch.Tensor, Targets]:
-        """See `Transform`."""
+        """Make pixels and targets, see `Transform`."""
         u = uniform(Purpose.ANNOTATED_AUGMENT, *keys, np.arange(2 + 2 * 11 + 9)).tolist()
         image, labels = decode_pair(data, annotation)
         low, high = self._scale

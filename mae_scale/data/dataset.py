@@ -36,7 +36,7 @@ from mae_scale.data.transforms import (
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
 
-_OPEN_SHARDS = 512  # that a worker keeps open; the usual limit of a process is 1024 files
+_OPEN_SHARDS = 512  # most that a worker keeps open; a process may usually have 1024 files
 Pixels = TypeVar("Pixels")
 _READ_TRIES = 4
 _READ_WAIT_S = 0.5  # before the second try; doubles
@@ -124,7 +124,7 @@ class ShardReader:
             except FetchError:
                 raise
             except OSError as error:
-                self._close(shard)  # a stale handle does not heal
+                self._close(shard)  # a stale handle never works again
                 if attempt + 1 == _READ_TRIES:
                     file = shown(self._shards.files[shard])
                     raise OSError(
@@ -189,14 +189,14 @@ class BatchKey(NamedTuple):
 
     slot: int  # number of the entry of `slots` that takes the pixels
     epoch: int
-    positions: npt.NDArray[np.int64]  # of the epoch (training), or global sample ids (evaluation)
+    positions: npt.NDArray[np.int64]  # in the epoch (training), or global sample ids (evaluation)
 
 
 @dataclass
 class Batch:
     """Answer of a worker. The pixels lie in the slot where there is one."""
 
-    images: torch.Tensor | None  # uint8 [b, 3, S, S], or None: in the slot
+    images: torch.Tensor | None  # uint8 [b, 3, S, S]; None: they are in the slot
     slot: int
     labels: npt.NDArray[np.int64]  # [b]
     epochs: npt.NDArray[np.int64]  # [b], see `draw_epochs`
@@ -220,8 +220,8 @@ class _BatchDataset(torch.utils.data.Dataset):
         self.slots: Sequence[torch.Tensor] = ()
 
     def __getitem__(self, key: BatchKey) -> Batch | Exception:
-        # An exception travels as a value: the loader raises it as it is, not wrapped in the
-        # worker's traceback.
+        # An exception is returned as a value: so the loader raises it as it is, not wrapped in
+        # the worker's traceback.
         try:
             return self.batch(key)
         except Exception as error:
@@ -343,7 +343,7 @@ class TrainDataset(_BatchDataset):
         return batch
 
     def _uniforms(self, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """float64 [samples, repeats, TRAIN_UNIFORMS]."""
+        """Draw the random numbers of these samples, float64 [samples, repeats, TRAIN_UNIFORMS]."""
         epochs = draw_epochs(epoch, self.repeats, self.repeats)
         draws = np.arange(TRAIN_UNIFORMS)
         keys = self.order.seed, epochs[:, None], samples[:, None, None], draws

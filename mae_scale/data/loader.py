@@ -63,8 +63,8 @@ class _Loader:
         """Yield the batches of (epoch, positions), in order."""
         self.close()
         size = self._dataset.img_size
-        # One slot more than there are batches under way: a slot comes up again only after the
-        # batch in it was handed out and copied.
+        # There is one slot more than batches in preparation: a slot is used again only after its
+        # batch was copied and handed out.
         slots = self._workers * _PREFETCH + 1
         if self._workers:
             self._dataset.slots = [_shared_images(self._batch_size, size) for _ in range(slots)]

@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 ANNOTATED_VERSION = 2
 MAX_MANIFEST = 1 << 26  # bytes; 100,000 shards take a fifth of it
-MAX_BYTES = 1 << 50  # of a tar
+MAX_BYTES = 1 << 50  # largest size of a tar
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 

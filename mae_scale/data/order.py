@@ -84,7 +84,7 @@ class SampleOrder:
         lane, place = p % self.lanes, p // self.lanes
         window, within = place // self.window, place % self.window
 
-        # One permutation for each (lane, window) that the positions touch.
+        # There is one permutation for each (lane, window) that the positions touch.
         within = within.copy()
         touched = np.lexsort((window, lane))
         change = (np.diff(lane[touched]) != 0) | (np.diff(window[touched]) != 0)

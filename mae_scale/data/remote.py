@@ -9,8 +9,8 @@ from typing import Any
 
 from mae_scale.errors import UserError
 
-# What webdataset opens. A manifest may name the first ones; a command (pipe:) runs only where the
-# user has typed it.
+# Schemes that webdataset opens. A manifest may name only those of ADDRESSES; a command (pipe:) runs
+# only if the user has typed it.
 ADDRESSES = ("https", "http", "s3", "gs", "hf")
 SCHEMES = (*ADDRESSES, "pipe", "sftp", "ftps", "scp", "ais", "htgs")
 

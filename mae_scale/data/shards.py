@@ -55,14 +55,14 @@ from mae_scale.files import write_atomically
 INDEX = "index.npy"
 CHECKSUMS = "checksums.npy"
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
-NO_LABEL = -1  # in foreign shards whose samples have no class
+NO_LABEL = -1  # label of samples without a class, in foreign shards
 ANNOTATED_DTYPE = np.dtype(
     [
         *((name, INDEX_DTYPE[name]) for name in ("offset", "size", "label")),
         ("extra_offset", "<i8"),  # the annotation: where it lies, bytes, CRC-32
         ("extra_size", "<i4"),
         ("extra_checksum", "<u4"),
-        ("objects", "<i4"),  # that can be trained on: those that are no crowd and have an area
+        ("objects", "<i4"),  # number that can be trained on: no crowd, and with an area
     ]
 )
 _BLOCK = 1 << 20  # entries of the index that are checked together
@@ -88,8 +88,8 @@ class ShardSet:
     fingerprint: str  # SHA-256 of manifest.json
     index_file: str
     checksums_file: str
-    task: str = "classification"  # or detection, or segmentation: what the samples hold
-    categories: Sequence[dict[str, Any]] = ()  # of detection: as the COCO file lists them
+    task: str = "classification"  # or detection, or segmentation
+    categories: Sequence[dict[str, Any]] = ()  # for detection, as in the COCO file
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -291,7 +291,7 @@ def write_shard_set(
     total = sum(shard.samples for shard in shards)
     if index.shape != (total,) or checksums.shape != (total,):
         raise ValueError(f"{index.shape}, {checksums.shape} entries for {total} samples")
-    # These this program has written before: their manifest is still there.
+    # Files that this program has written before: their manifest is still there.
     ours = files_for_others(split, _old_shards(folder)) if (folder / MANIFEST).exists() else {}
     dtype = INDEX_DTYPE if annotations is None else ANNOTATED_DTYPE
     write_atomically(folder / INDEX, _npy(index.astype(dtype, copy=False)))

@@ -27,13 +27,13 @@ from mae_scale.data.formats import (
     to_rgb,
 )
 
-# Per channel, of pixels in [0, 1] (the official pipeline's values).
+# Mean and std of each channel, for pixels in [0, 1] (values of the official pipeline).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_RATIO = 0.875  # share of the short side that a crop of fixed size covers
-_MAX_ASPECT = 32  # of an image whose short side is resized; a longer one is cut to its middle
-_TRIES = 10  # of RandomResizedCrop, before it falls back to the centre
+_MAX_ASPECT = 32  # limit when resizing by the short side; longer images are cut
+_TRIES = 10  # tries of RandomResizedCrop, before it takes the centre
 TRAIN_UNIFORMS = 2 * _TRIES + 3  # numbers for `train_crop`: area and ratio per try, x, y, flip
 
 

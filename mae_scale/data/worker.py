@@ -12,7 +12,7 @@ import psutil
 
 from mae_scale.launch.parent import when_parent_ends
 
-GRACE_S = 2.0  # for a worker to finish its batch when the loader is closed
+GRACE_S = 2.0  # time for a worker to finish its batch when the loader is closed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -17,8 +17,8 @@ from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 from mae_scale.sharding.annotated import AnnotatedSource
 
-_THREADS = 8  # that read the headers of images
-_NAMED = 3  # missing images that an error names
+_THREADS = 8  # number of threads that read the headers of images
+_NAMED = 3  # number of missing images that an error names
 
 
 def find_coco(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
@@ -218,7 +218,7 @@ def _finite(values: Any) -> bool:
 
 def _check_segmentation(where: str, annotation: dict[str, Any], height: int, width: int) -> None:
     found = annotation.get("segmentation")
-    if isinstance(found, dict):  # run lengths, either as numbers or compressed to text
+    if isinstance(found, dict):  # run lengths, as numbers or compressed to text
         size, counts = found.get("size"), found.get("counts")
         if size != [height, width]:
             raise UserError(

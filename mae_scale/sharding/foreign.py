@@ -58,7 +58,7 @@ class Indexed:
     shard: Shard
     images: list[tuple[int, int, int]]  # offset, size, CRC-32
     labels: list[str | None]
-    left_out: list[tuple[str, str]]  # sample and reason, of each that has no usable image
+    left_out: list[tuple[str, str]]  # sample and reason, for each without a usable image
     json_keys: Counter[str]
     has_end: bool
 
@@ -175,7 +175,7 @@ def _warn_of(tar: Indexed, file: str) -> None:
         )
 
 
-# One tar, read once from front to back, so that remote ones work in the same manner
+# Reading one tar once from front to back, so that remote ones work in the same manner
 
 
 class _Counted(Tail):

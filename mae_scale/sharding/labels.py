@@ -16,7 +16,7 @@ from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
-MOST_CLASSES = 1_000_000  # numbers below this count from 0; a larger one is a name
+MOST_CLASSES = 1_000_000  # numbers count from 0 if all are below this; else they are names
 
 
 def normal(name: str) -> str:

@@ -117,7 +117,7 @@ def _split_roots(root: Path, listing: Listing, split: str, src: Path) -> list[Pa
     if exact and (len(splits) > 1 or not others):
         with_classes = {name for name in exact if deep[name] or name in flat_val}
         if len(splits) == 1 and len(exact) > 1 and not with_classes:
-            return None  # classes with names such as train and training
+            return None  # these are classes with names such as train and training
         mine = {name for name in exact if words[name][0] == split}
         if with_classes and mine and not mine & with_classes:
             raise UserError(
@@ -129,7 +129,7 @@ def _split_roots(root: Path, listing: Listing, split: str, src: Path) -> list[Pa
         return _of_split(root, exact, words, split, src)
     if exact:  # one split's name beside folders of other names
         if all(not deep[name] for name in exact):
-            return None  # a class that is called train
+            return None  # train is the name of a class
         if any(deep[name] for name in others):
             raise _unclear(src, exact)
         return None

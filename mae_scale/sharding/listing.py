@@ -47,9 +47,9 @@ class Source:
     sizes: npt.NDArray[np.int64]  # [n], bytes
     offsets: npt.NDArray[np.int64] | None  # [n] into the archive; None: each image is a file
     warnings: list[str] = field(default_factory=list)
-    taken: str = ""  # message on what was taken, if the source has no splits
-    archives: list[Path] = field(default_factory=list)  # where there are several
-    archive_of: npt.NDArray[np.int32] | None = None  # [n], which of them
+    taken: str = ""  # message about what was taken, where the source alone does not say it
+    archives: list[Path] = field(default_factory=list)  # if there are several
+    archive_of: npt.NDArray[np.int32] | None = None  # [n], number of the archive of each image
     _open: dict[int, int] = field(default_factory=dict)  # archive -> descriptor
 
     def __len__(self) -> int:

@@ -33,8 +33,8 @@ class Options:
     samples_per_shard: int | None = None
     shard_size: int = 256_000_000  # bytes, where samples_per_shard is None
     resize_short: int | None = None  # pixels
-    quality: int = 90  # of resized JPEGs
-    max_pixels: int = MAX_PIXELS  # of an image; a larger one counts as damaged
+    quality: int = 90  # quality of resized JPEGs
+    max_pixels: int = MAX_PIXELS  # a larger image counts as damaged
 
 
 class Plan:
@@ -49,8 +49,8 @@ class Plan:
         if isinstance(source, AnnotatedSource):
             if options.resize_short:
                 raise UserError(
-                    f"resizing would move the pixels that the annotations of {source.root} speak "
-                    "of; leave it out"
+                    f"resizing would move the pixels that the annotations of {source.root} refer "
+                    "to; leave out the resizing"
                 )
             self.entry_sizes += _padded(source.annotation_sizes) - 512
         if options.samples_per_shard:

@@ -246,7 +246,7 @@ def _start_work(plan: Plan, out: Path) -> None:
     mine = work / f"plan.{owner()}"
     write_atomically(mine, dump(plan.record))
     try:
-        os.link(mine, work / "plan.json")  # of several tasks that start at once the first wins
+        os.link(mine, work / "plan.json")  # the first of several tasks wins
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links

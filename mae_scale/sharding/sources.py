@@ -38,7 +38,7 @@ from mae_scale.sharding.tars import walk_tar
 
 __all__ = ["Choice", "Source", "find_source"]
 
-_SPLIT_SALT = 0x5EED  # keeps the split of a folder apart from every other use of the seed
+_SPLIT_SALT = 0x5EED  # separates this use of the seed from all others
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Choice:
     """Choice of the images of a source, and of their classes."""
 
     list_file: str | Path | None = None  # see `read_list`
-    classes: Sequence[str] | None = None  # these only, numbered in this order
+    classes: Sequence[str] | None = None  # only these, numbered in this order
     class_depth: int | None = None  # folders of a path that are the class; None: found by looking
-    val_share: float | None = None  # of each class, where the source has no splits
-    seed: int = 0  # of that split
+    val_share: float | None = None  # part of each class for val, if the source has no splits
+    seed: int = 0  # seed of that split
 
 
 def find_source(

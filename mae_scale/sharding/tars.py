@@ -92,7 +92,7 @@ class Tail:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._before, self._last = b"", b""
-        self.bytes = 0  # read so far
+        self.bytes = 0  # number of bytes read so far
 
     def read(self, size: int = -1) -> bytes:
         """Read from the stream."""

@@ -39,7 +39,7 @@ class Report:
     shards: int
     samples: int
     classes: int
-    problems: list[str]  # each names the shard, and the member where one is damaged
+    problems: list[str]  # each names the shard, and the damaged member if there is one
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Job:
     shards: ShardSet
     own: bool  # written by this program, not indexed
     fast: bool
-    checked: Any  # images done of each shard, shared memory
+    checked: Any  # number of checked images of each shard, in shared memory
 
 
 def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Report:
@@ -61,7 +61,7 @@ def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Repor
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        open_shards(folder)  # says what is wrong
+        open_shards(folder)  # raises an error that says what is wrong
     try:
         shards = open_shards(folder)
     except (UserError, OSError, ValueError) as error:

@@ -29,8 +29,8 @@ from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
 
 WORK = ".sharding"  # subfolder for unfinished work
-_THREADS = 2  # of each process, that read ahead
-_PIECE_BYTES = 2_000_000  # of images that a thread takes at a time
+_THREADS = 2  # number of threads of each process that read ahead
+_PIECE_BYTES = 2_000_000  # bytes of images that a thread takes at a time
 
 
 class ShardingError(RunError):
@@ -43,7 +43,7 @@ class Job:
 
     plan: Plan
     out: Path
-    written: Any  # images done of each shard, shared memory
+    written: Any  # number of finished images of each shard, in shared memory
 
 
 def write_shard(shard: int) -> dict[str, Any]:
