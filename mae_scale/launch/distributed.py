@@ -135,7 +135,7 @@ def process_group(
             raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error
         wrong: UserError | CommonError | None = None
         try:
-            be_patient(hang_timeout)
+            set_collective_timeout(hang_timeout)
             try:
                 _raise_together(problem)
                 yield watchdog
@@ -207,8 +207,11 @@ def _in_one_line(error: Exception) -> Exception:
     return error
 
 
-def be_patient(hang_timeout: float) -> None:
-    """Let collectives of all groups wait longer than the watchdog: it names who is to blame."""
+def set_collective_timeout(hang_timeout: float) -> None:
+    """Give the collectives of all groups a longer time-out than the watchdog has.
+
+    So the watchdog ends the run first, and its message names the rank that is to blame.
+    """
     # Public since torch 2.15 only.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:

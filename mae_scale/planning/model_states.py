@@ -155,7 +155,15 @@ def model_states(
         optimizer = gradients = step = 0
     early = trained > size if stage == 2 else stage == 3
     return ModelStates(
-        weights, gradients, optimizer, bucket, backward, max(0.0, sending), early, step, host
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        bucket=bucket,
+        backward=backward,
+        sending=max(0.0, sending),
+        sends_early=early,
+        step=step,
+        host=host,
     )
 
 

@@ -109,8 +109,8 @@ def _file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def damage(folder: Path, config_hash: str | None = None) -> str | None:
-    """What is wrong with a committed checkpoint, or None if it is intact.
+def checkpoint_damage(folder: Path, config_hash: str | None = None) -> str | None:
+    """Say what is wrong with a committed checkpoint; give None if it is intact.
 
     Args:
         folder: step folder with a COMMITTED.json.
@@ -154,7 +154,7 @@ def newest_intact(
             continue
         if last is not None and _step_of(folder) > last:
             continue
-        wrong = damage(folder, config_hash)
+        wrong = checkpoint_damage(folder, config_hash)
         if wrong is None:
             return folder
         log.warning("checkpoint %s is damaged and passed over: %s", folder, wrong)
@@ -335,7 +335,7 @@ def find_checkpoint(path: Path) -> Path:
         UserError: there is none, or the step folder is damaged.
     """
     if (path / COMMITTED).exists():
-        wrong = damage(path)
+        wrong = checkpoint_damage(path)
         if wrong is not None:
             raise UserError(f"checkpoint {path} is damaged: {wrong}")
         return path

@@ -20,7 +20,7 @@ from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
-from mae_scale.launch.distributed import be_patient, on_rank0, process_group
+from mae_scale.launch.distributed import on_rank0, process_group, set_collective_timeout
 from mae_scale.launch.stopping import catching_signals
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.compiled import compile_blocks
@@ -185,7 +185,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         weights.clear()
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
-        be_patient(config.train.hang_timeout)  # also those groups that DeepSpeed has made
+        # Again, since DeepSpeed has made further groups by now.
+        set_collective_timeout(config.train.hang_timeout)
         if resume is not None:
             watchdog.doing(f"loading {resume.name}")
             load_checkpoint(engine, resume, order, watchdog.doing)

@@ -50,7 +50,7 @@ def health(run: RunView, rows: Rows, state: str, now: float) -> list[str]:
     if rows and (rows[-1].get("loss") is None or rows[-1].get("grad_norm") is None):
         found.append(f"loss or gradient of step {rows[-1]['step']:,} is not finite")
     for saved in run.checkpoints:
-        damage = saved.damage()
+        damage = saved.visible_damage()
         if damage:
             found.append(f"checkpoint {saved.folder.name} is damaged: {damage}")
     if run.uncommitted and state != "running":

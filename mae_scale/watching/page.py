@@ -186,7 +186,7 @@ def _details(run: ReportedRun) -> list[str]:
     saved = [
         [f"{row.commit['step']:,}", _date(row.time), size_text(row.bytes),
          *(row.commit.get(key) for key in ("world_size", "zero_stage", "precision", "score")),
-         row.damage() or ("kept for good" if row.commit.get("milestone") else "")]
+         row.visible_damage() or ("kept for good" if row.commit.get("milestone") else "")]
         for row in view.checkpoints[-ROWS:]
     ]  # fmt: skip
     heads = ["step", "time", "size", "processes", "ZeRO", "precision", "top-1", ""]

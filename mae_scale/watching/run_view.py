@@ -36,7 +36,7 @@ class Saved:
         """Size of its files."""
         return sum(facts["bytes"] for facts in self.commit["files"].values())
 
-    def damage(self) -> str | None:
+    def visible_damage(self) -> str | None:
         """Say what is wrong with the files by their sizes, without reading them; None: nothing."""
         for name, facts in self.commit["files"].items():
             file = self.folder / name

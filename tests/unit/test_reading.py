@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mae_scale.errors import UserError
 from mae_scale.files import TRUST
-from mae_scale.train.checkpoint import Commit, damage
+from mae_scale.train.checkpoint import Commit, checkpoint_damage
 from mae_scale.train.loading import load_weights
 from mae_scale.train.reading import load_tensors, refuse_code
 from mae_scale.train.records import read_metrics, readable_rows
@@ -46,7 +46,7 @@ def committed(folder: Path, content: object, zipped: bool = True) -> Path:
     }
     commit = Commit(3, 24, 1, 0, "fp32", "", "", False, 0, {path.name: facts})
     (step / "COMMITTED.json").write_text(json.dumps(commit.__dict__))
-    assert damage(step) is None
+    assert checkpoint_damage(step) is None
     return step
 
 
@@ -125,7 +125,7 @@ def test_any_commit_is_read_or_damaged(
     path = step / "COMMITTED.json"
     before = json.loads(path.read_text()) if whole else {}
     path.write_text(json.dumps({**before, **changes}))
-    wrong = damage(step)
+    wrong = checkpoint_damage(step)
     assert wrong is None or isinstance(wrong, str)
 
 
@@ -144,4 +144,4 @@ def test_a_commit_names_no_files_elsewhere(tmp_path: Path) -> None:
     path = step / "COMMITTED.json"
     for name in ("../../x", "/etc/passwd", "", "..", "a/b"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "files": {name: {}}}))
-        assert damage(step) is not None
+        assert checkpoint_damage(step) is not None

@@ -18,7 +18,7 @@ from mae_scale.config.deepspeed import DS_CONFIGS, load_deepspeed_config
 from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import World
-from mae_scale.train.checkpoint import Commit, damage, newest_intact
+from mae_scale.train.checkpoint import Commit, checkpoint_damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.metrics import Meter, MetricsLog, Record
 from mae_scale.train.records import read_metrics
@@ -249,16 +249,16 @@ def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
 )
 def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, harm, says: str) -> None:  # type: ignore[no-untyped-def]
     before, newest = committed(tmp_path, 2), committed(tmp_path, 3)
-    assert damage(newest) is None and newest_intact(tmp_path, "ours") == newest
+    assert checkpoint_damage(newest) is None and newest_intact(tmp_path, "ours") == newest
     harm(newest)
     found = next(f for f in (newest, newest.with_name("step-00000009")) if f.exists())
-    assert says in (damage(found) or "")
+    assert says in (checkpoint_damage(found) or "")
     assert newest_intact(tmp_path, "ours") == before
 
 
 def test_a_commit_of_another_run_and_an_unfinished_save_do_not_count(tmp_path: Path) -> None:
     folder = committed(tmp_path, 2)
-    assert damage(folder, "another") == "COMMITTED.json belongs to another run"
+    assert checkpoint_damage(folder, "another") == "COMMITTED.json belongs to another run"
     (tmp_path / "checkpoints" / "step-00000005").mkdir()
     assert newest_intact(tmp_path) == folder
     assert newest_intact(tmp_path, "another") is None
