@@ -1,4 +1,4 @@
-"""What the data tools show a person: lines, sizes, progress."""
+"""Lines, sizes and progress that the data tools show a person."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ VERDICT = "verdict"
 
 @dataclass
 class Peer:
-    """What is known of a rank: its last record, and for how many seconds it has not changed."""
+    """A rank as others know it: its last record, and the seconds for which that has not changed."""
 
     rank: int
     record: dict[str, Any] = field(default_factory=dict)
     silent: float = 0.0
-    """Since the last sign of life."""
+    """Seconds since the last sign of life."""
     still: float = 0.0
-    """Since it last went on to something else."""
+    """Seconds since the rank last went on to something else."""
 
     def update(self, record: dict[str, Any]) -> None:
         """Take in the record of this second. Counted, not measured: a suspended job is no hang."""
@@ -143,11 +143,11 @@ class Watchdog:
         self._record["moves"] += 1  # after it: who has moved does already say what it does
 
     def leave(self) -> None:
-        """From now on the others may end, and the store with rank 0."""
+        """Accept from now on that other ranks end, and that the store ends with rank 0."""
         self._leaving = True
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stop.set()
         for thread in self._threads:
             if thread is not threading.current_thread():

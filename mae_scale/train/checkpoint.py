@@ -35,20 +35,20 @@ class Commit:
     """The content of COMMITTED.json."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
     samples: int
-    """Images seen."""
+    """Number of images seen."""
     world_size: int
     zero_stage: int
     precision: str
     config_hash: str
-    """`config.identity_hash`: a checkpoint of another run is none of ours."""
+    """`config.identity.identity_hash` of the run; a checkpoint with another is not read."""
     data: str
     """Fingerprint of the training shards' manifest."""
     milestone: bool
-    """Kept for good."""
+    """Whether the checkpoint is kept for good."""
     bad_steps: int
-    """Steps so far that were not applied since the loss or gradient was not finite."""
+    """Number of steps that were not applied because the loss or gradient was not finite."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and SHA-256 of each file."""
     score: float | None = None
@@ -58,10 +58,10 @@ class Commit:
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
-        """Read it.
+        """Read the COMMITTED.json of a step folder.
 
         Raises:
-            ValueError: it is no such file.
+            ValueError: the file does not hold a commit.
         """
         try:
             commit = cls(**json.loads((folder / COMMITTED).read_text()))
@@ -143,7 +143,7 @@ def exists(run_dir: Path) -> bool:
 def newest_intact(
     run_dir: Path, config_hash: str | None = None, last: int | None = None
 ) -> Path | None:
-    """The newest committed checkpoint whose files are whole; a warning names damaged ones.
+    """Find the newest committed checkpoint whose files are whole; a warning names damaged ones.
 
     Args:
         config_hash: of the run it must belong to; None accepts any run's.
@@ -297,13 +297,13 @@ def _stays(folder: Path) -> bool:
 
 
 def best_of(run_dir: Path) -> Path | None:
-    """The committed checkpoint with the highest validation score, the first of equal ones."""
+    """Find the committed checkpoint with the highest validation score, the first of equals."""
     scores = _scores(run_dir)
     return max(scores, key=lambda folder: (scores[folder], -_step_of(folder)), default=None)
 
 
 def best_score(run_dir: Path) -> float | None:
-    """The highest validation score of the committed checkpoints."""
+    """Give the highest validation score of the committed checkpoints."""
     return max(_scores(run_dir).values(), default=None)
 
 
@@ -329,7 +329,7 @@ def add_score(folder: Path, score: float) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run folder (its newest intact one) or by a step folder.
+    """Find the checkpoint meant by a run folder (its newest intact one) or by a step folder.
 
     Raises:
         UserError: there is none, or the step folder is damaged.

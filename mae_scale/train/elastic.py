@@ -127,12 +127,12 @@ def _rank_of(path: Path) -> list[int]:
 
 @dataclass
 class _Share:
-    """What one saved rank had of the optimiser's state, mapped into memory."""
+    """The share of the optimiser's state that one saved rank had, mapped into memory."""
 
     groups: dict[str, list[torch.Tensor]]
     """Flat tensors of each group, by the name of the state."""
     places: dict[str, tuple[int, int, int]]
-    """By parameter: the group that its piece is in, where it begins, and its length."""
+    """Group, start and length of the piece of each parameter, by the parameter's name."""
     step: float | None
     """AdamW's count of steps; None of an optimiser that keeps none."""
 

@@ -1,4 +1,4 @@
-"""What a run does now and then besides training: validations and pictures.
+"""Validations and pictures, which a run makes now and then besides training.
 
 Both are the same to the loop: it asks whether one is due, evaluates the model, writes down what
 came out, and leaves the time that it took out of the rates.
@@ -18,19 +18,19 @@ from mae_scale.train.metrics import Record
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is, in steps."""
+    """Length of a run in steps."""
 
     steps_per_epoch: int
     epochs: int
     total_steps: int
-    """After which it is finished; `train.max_steps` may end it before its last epoch."""
+    """Number of steps of the whole run; `train.max_steps` may end it before its last epoch."""
 
 
 class Evaluation(Protocol):
     """Something that a run does now and then with its model."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
-        """Whether it is to be done after so many steps."""
+        """Say whether the evaluation is due when `step` steps are done."""
         ...
 
     def evaluate(
@@ -56,7 +56,7 @@ class Validation:
     """The score whose highest value makes the best checkpoint."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
-        """Whether the model is to be measured after so many steps."""
+        """Say whether the model is to be measured when `step` steps are done."""
         last = step == schedule.epochs * schedule.steps_per_epoch
         return step > 0 and (last or step % (self.every_epochs * schedule.steps_per_epoch) == 0)
 
@@ -81,7 +81,7 @@ class Pictures:
     """All ranks call; rank 0 uses what it gives to write a PNG with a title. None: no picture."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
-        """Whether pictures are to be drawn after so many steps."""
+        """Say whether pictures are to be drawn when `step` steps are done."""
         return step == schedule.total_steps or step % self.every_steps == 0
 
     def evaluate(

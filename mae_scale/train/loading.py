@@ -67,7 +67,7 @@ def _load_as_it_is(engine: DeepSpeedEngine, folder: Path) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the module, in fp32, of a checkpoint of any world size and ZeRO stage.
+    """Read the module's state dict, in fp32, from a checkpoint of any world size and ZeRO stage.
 
     Under ZeRO 0 to 2 in bf16 these are the bf16 weights that the forward pass used. Files are
     mapped, so that neither moments nor the states of all ranks come into memory.
@@ -86,7 +86,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:
-    """The moving averages of the trained parameters of a checkpoint, flat, by name, in fp32.
+    """Read the moving averages of a checkpoint's trained parameters, flat, by name, in fp32.
 
     All ranks call, and convert the checkpoint unless it was.
 

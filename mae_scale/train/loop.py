@@ -41,9 +41,9 @@ class Loop:
     saver: Saver
     profiler: StepProfiler
     record: Record | None
-    """On rank 0."""
+    """The run's record on rank 0; None on other ranks."""
     commit: dict[str, Any]
-    """What COMMITTED.json says of every checkpoint of this start."""
+    """Facts that COMMITTED.json holds for every checkpoint of this start."""
     world_size: int
     validation: Validation | None
     pictures: Pictures | None

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The records of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def ready(
 
 @dataclass
 class _Facts:
-    """What a rank knows of itself."""
+    """Facts that a rank knows about itself."""
 
     host: str
     code: str  # versions, and a hash of the sources

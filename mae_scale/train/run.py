@@ -50,19 +50,19 @@ log = logging.getLogger("mae_scale")
 
 @dataclass
 class TrainingSetup:
-    """What a task puts together; making it is where bad input is found."""
+    """The objects that a task makes for training; bad input is found while they are made."""
 
     task: str
-    """Its name on the command line."""
+    """Name of the task on the command line."""
     model: nn.Module
-    """On the meta device: `train` fills it in. Has `set_activation_checkpointing`."""
+    """Model on the meta device, filled in by `train`; has `set_activation_checkpointing`."""
     shards: ShardSet
-    """To train on."""
+    """Shards to train on."""
     loader: TrainLoader
     loss_of: Callable[[DeepSpeedEngine, Batch, int, int], torch.Tensor]
     """Loss of a micro-batch: engine, batch, steps done, number of the micro-batch in the step."""
     flops_per_image: int
-    """Of a training step."""
+    """Floating-point operations of a training step for each image."""
     weights: Callable[[], dict[str, torch.Tensor]] | None = None
     """Reads what to start from, on rank 0, where there is no checkpoint to go on from."""
     validation: Validation | None = None
@@ -274,7 +274,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
 
 
 def _platform(world: World) -> dict[str, str]:
-    """What the run runs on, for its history."""
+    """Describe, for the history, the hardware and software that the run uses."""
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else "cpu"
     return {"device": device, "torch": torch.__version__, "deepspeed": deepspeed.__version__}

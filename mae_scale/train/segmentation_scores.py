@@ -25,7 +25,7 @@ _WINDOWS = 4  # that go through the model at a time
 
 @dataclass
 class SegmentationScores:
-    """What was counted over all images and ranks."""
+    """Counts over all images and ranks."""
 
     confusion: torch.Tensor
     """int64 [classes, classes], pixels by the label's class and the predicted one."""

@@ -1,4 +1,4 @@
-"""Where rows of a record go. None of these places may end a run when it cannot be written."""
+"""Places to which rows of a record go. A run goes on when one of them cannot be written."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Wishes:
-    """What one rank wishes for, or what all ranks have agreed on."""
+    """The wishes of one rank, or those that all ranks have agreed on."""
 
     stop: bool = False
     """A rank was asked to stop."""
@@ -53,7 +53,7 @@ class StepResult:
     values: torch.Tensor
     """float64 [5] on the host: loss, gradient norm, ranks that wish to stop, save, have written."""
     ready: torch.cuda.Event | None
-    """After it the values are there; None means that they are there at once."""
+    """Event after which the values are there; None means that they are there at once."""
 
     def numbers(self) -> list[float]:
         """Wait for the values."""
@@ -72,7 +72,7 @@ class StepResult:
         return self.numbers()[1]
 
     def agreed(self, world_size: int) -> Wishes:
-        """What the ranks agreed on in this step."""
+        """Give the wishes that the ranks agreed on in this step."""
         _, _, stop, save, written = self.numbers()
         return Wishes(stop=stop > 0, save=save > 0, written=written == world_size)
 

@@ -21,7 +21,7 @@ from mae_scale.train.optimizers import EMA
 
 @dataclass
 class Scores:
-    """What was counted over all ranks, by the label's class."""
+    """Counts over all ranks, by the label's class."""
 
     images: torch.Tensor
     """int64 [classes]."""
@@ -49,7 +49,7 @@ class Scores:
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many classes come before the label's: int64 [B].
+    """Count the classes that come before the label's: int64 [B].
 
     Of equal logits the first class comes first, so that no device or sort decides. Where logits
     are not finite the label comes last.
@@ -127,7 +127,7 @@ def evaluate(
 def _filled(
     batch: dict[str, torch.Tensor] | None, loader: EvalLoader
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of a whole batch, and the labels of those that are real."""
+    """Give the images of a whole batch, and the labels of those that are real."""
     if batch is None:
         size = loader.img_size
         image = torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8)
