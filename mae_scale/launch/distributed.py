@@ -181,10 +181,10 @@ def _raise_together(problem: UserError | None) -> None:
 
 
 def agreed(world: World, error: UserError) -> UserError:
-    """What all ranks end with when this one has found bad input; it may be the only one.
+    """Return the error with which all ranks end when this rank, perhaps alone, has found bad input.
 
-    Where they have not met yet, they meet now: a folder that one node lacks must be named once,
-    not by each rank or by none.
+    Ranks that have no process group yet make one for this: a folder that one node lacks must be
+    named once, not by each rank or by none.
     """
     if world.size == 1 or error.on_all_ranks:
         return error
@@ -196,7 +196,7 @@ def agreed(world: World, error: UserError) -> UserError:
 
 
 def _in_one_line(error: Exception) -> Exception:
-    """A `RunError` in place of what the machine is to blame for, not the program."""
+    """Replace an error by a `RunError` where the machine is to blame and not the program."""
     if isinstance(error, OSError):
         return RunError(str(error))
     writing = ("PytorchStreamWriter", "inline_container.cc", "Parent directory")  # of torch.save

@@ -26,7 +26,7 @@ Library = tuple[type, type]  # COCO and COCOeval
 
 
 def ground_truth(shards: ShardSet, cache: ShardCache | None = None) -> dict[str, Any]:
-    """What COCO's evaluation needs of the official file, made again from the shards.
+    """Make again from the shards the part of the official file that COCO's evaluation needs.
 
     Raises:
         UserError: these are no shards of COCO, or a file in them is damaged.

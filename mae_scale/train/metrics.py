@@ -159,7 +159,7 @@ class Meter:
 
 
 class Record:
-    """What rank 0 writes down and shows of a run.
+    """The rows and lines of a run that rank 0 writes down and shows.
 
     Args:
         run_dir: folder of the run.

@@ -22,7 +22,7 @@ def profiled_steps(train: TrainConfig) -> tuple[int, int] | None:
     """The first and the last step of `train.profile`, counted from 1; None if there are none.
 
     Raises:
-        UserError: it is not START-STOP.
+        UserError: `train.profile` is not START-STOP.
     """
     if train.profile is None:
         return None
@@ -58,7 +58,10 @@ class StepProfiler:
         self._on = False
 
     def before(self, step: int) -> None:
-        """A step begins. The profiler is prepared one earlier, where it can be: that takes time."""
+        """Note that a step begins.
+
+        The profiler is prepared one step before the first where there is one: that takes time.
+        """
         if self._profile is None and step in (self._first - 1, self._first) and step > 0:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -91,7 +94,7 @@ class StepProfiler:
                 temporary.unlink()
 
     def close(self) -> None:
-        """Stop, if it goes on."""
+        """Stop the profiler if it is still running."""
         if self._on and self._profile is not None:
             self._profile.stop_trace()
             self._on = False

@@ -51,12 +51,12 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
 
 
 def keep_config(run_dir: Path, config: Any) -> None:
-    """Make it the folder of a run with this config."""
+    """Write config.yaml, which makes `run_dir` the folder of a run with this config."""
     write_atomically(run_dir / "config.yaml", as_yaml(config))
 
 
 def abandon(run_dir: Path) -> None:
-    """Leave nothing behind of a folder that `open_run` has made and that is no run's yet."""
+    """Remove a folder that `open_run` has made and that belongs to no run yet."""
     if not (run_dir / "config.yaml").exists():
         with suppress(OSError):  # others may have put something there
             (run_dir / ".lock").unlink()

@@ -50,23 +50,23 @@ class SegmentationScores:
 
 @dataclass(frozen=True)
 class Sliding:
-    """How an image is cut into windows, and at which sizes it is looked at."""
+    """The windows into which an image is cut, and the sizes at which it is segmented."""
 
     window: int
     """Side of a window in pixels, which also is the short side of an image at scale 1."""
     stride: int
     """Pixels from one window to the next."""
     scales: Sequence[float] = (1.0,)
-    """Of the short side; one below 1 counts as 1, as in BEiT's code."""
+    """Scales of the short side; a scale below 1 counts as 1, as in BEiT's code."""
     flip: bool = False
-    """Whether the mirror image is looked at as well."""
+    """Whether the mirror image is segmented as well."""
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width at each scale."""
         return [scaled_size(height, width, self.window * max(1.0, scale)) for scale in self.scales]
 
     def calls(self, height: int, width: int) -> int:
-        """How often the model is called for an image."""
+        """Count the calls of the model for an image."""
         each = 0
         for h, w in self.sizes(height, width):
             rows, columns = (len(window_starts(n, self.window, self.stride)) for n in (h, w))

@@ -40,12 +40,12 @@ class StepResult:
     """A step that was handed to the device, and its numbers on their way to the host."""
 
     step: int
-    """Steps done with it."""
+    """Number of steps done, this one included."""
     lr: float
     wait: float
-    """Seconds that it waited for data."""
+    """Seconds for which the step waited for data."""
     at: float
-    """When it was handed over, on the monotonic clock."""
+    """Time at which the step was handed over, on the monotonic clock."""
     losses: torch.Tensor
     """float64 [accumulation], of this rank, on the device."""
     samples: list[torch.Tensor]
