@@ -191,7 +191,7 @@ class Loaded:
 
     model: Classifier
     classes: list[str]
-    """Of its outputs, in order."""
+    """Names of the outputs, in order."""
     crop_ratio: float | None
     step: int | None
 

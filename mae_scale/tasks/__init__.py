@@ -1,1 +1,1 @@
-"""What `mae-scale COMMAND` does, one short file each."""
+"""The tasks that train, one module each, and what they share."""
