@@ -272,7 +272,7 @@ def _corrupted(options: argparse.Namespace) -> dict[str, ShardSet]:
 
 
 def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which outputs of a classifier count on a data set, and which of these each label means.
+    """Find the outputs of a classifier that count on a data set, and the one that each label means.
 
     Classes are matched by name (wnid). Of ImageNet-A and -R, which have 200 of the 1000 classes,
     only those count, as in their authors' protocol. Classes named by the numbers 0 to n - 1, as
@@ -315,7 +315,7 @@ def corruption_errors(top1: dict[str, float]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was found, one line for each set."""
+    """Format the scores, one line for each set."""
     lines = [f"{'set':<24}{'images':>9}{'top-1':>9}{'top-5':>9}{'loss':>10}"]
     for name, row in results["sets"].items():
         lines.append(

@@ -144,7 +144,7 @@ def _segmentation(
 
 
 def table(sets: dict[str, Any], scores: Any) -> str:
-    """What was found, one line for each score of each set."""
+    """Format the scores, one line for each score of each set."""
     lines = []
     for name, row in sets.items():
         lines.append(f"{name}: {row['images']} images")

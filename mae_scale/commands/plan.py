@@ -242,7 +242,7 @@ def _command(
     rest: list[str],
     options: argparse.Namespace,
 ) -> str:
-    """What starts the run: sbatch, or torchrun on this machine."""
+    """Compose the command that starts the run: sbatch, or torchrun on this machine."""
     task = job.config.task
     if options.this_machine:
         start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"

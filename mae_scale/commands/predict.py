@@ -32,7 +32,7 @@ _TABLE_TOP = 5
 
 
 class Seen(NamedTuple):
-    """What a model sees in one image."""
+    """The objects, classes or map that a model sees in one image."""
 
     facts: dict[str, Any]  # for the JSON
     picture: Image.Image

@@ -122,7 +122,7 @@ def _trend(rows: Rows) -> str | None:
 
 
 def _saved(run: RunView, now: float, due: float | None) -> tuple[str, str]:
-    """What is said of the checkpoints; `due` is when the next one comes, in seconds."""
+    """Describe the checkpoints; the next one comes in `due` seconds."""
     if not run.checkpoints:
         return "none yet", ""
     last, size = run.checkpoints[-1], sum(saved.bytes for saved in run.checkpoints)

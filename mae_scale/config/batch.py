@@ -1,4 +1,4 @@
-"""What follows from a config and the number of processes: accumulation, steps, precision."""
+"""Accumulation, steps, rates and precision, as they follow from a config and the processes."""
 
 from __future__ import annotations
 

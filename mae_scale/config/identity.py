@@ -1,4 +1,4 @@
-"""What makes a run the same run: the keys of its config that may not change."""
+"""The identity of a run: the keys of its config that may not change."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """What a run of any task is decided by; each task has a subclass with its own sections."""
+    """The config of a run; each task has a subclass with its own sections."""
 
     has_batch_statistics: ClassVar[bool] = False
     """Whether the model's statistics are those of a micro-batch, so that its size matters."""

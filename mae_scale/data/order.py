@@ -32,7 +32,7 @@ class _Line(NamedTuple):
 
 
 class SampleOrder:
-    """Which sample stands at which position of an epoch.
+    """The sample at each position of an epoch.
 
     An epoch permutes the shards and lays their samples in one line of N. The line is cut into
     `lanes` pieces whose lengths differ by one at most; position p lies in lane p mod `lanes`, so

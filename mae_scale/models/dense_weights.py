@@ -20,7 +20,7 @@ _FRESH = ("rel_pos_", ".attn.rel_pos", ".ls1.", ".ls2.")
 
 
 def fit_to_dense_model(state: StateDict, model: nn.Module, *, new_head: bool = False) -> StateDict:
-    """What of a state dict goes into a detector or a segmenter.
+    """Pick the part of a state dict that goes into a detector or a segmenter.
 
     Args:
         state: as from `read_weights`, or of a model of ours. One of the same task gives all its
@@ -47,7 +47,7 @@ def fit_to_dense_model(state: StateDict, model: nn.Module, *, new_head: bool = F
 
 
 def fit_to_dense(state: StateDict, encoder: DenseEncoder) -> StateDict:
-    """What of a plain ViT's state dict goes into the encoder of a dense task.
+    """Pick the part of a plain ViT's state dict that goes into the encoder of a dense task.
 
     Patches of another size are resampled by the pseudo-inverse of resizing (FlexiViT, timm's).
     Trained position embeddings are resized to the grid for which the encoder stores them; fixed

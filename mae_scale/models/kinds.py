@@ -1,4 +1,4 @@
-"""What kind of thing each parameter is; recipes differ in which kinds have no weight decay."""
+"""Kinds of parameters; recipes differ in which kinds have no weight decay."""
 
 from __future__ import annotations
 

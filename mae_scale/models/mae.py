@@ -155,7 +155,7 @@ class MaskedAutoencoderViT(Encoder):
 
     @property
     def target(self) -> Target:
-        """What the decoder predicts."""
+        """The target that the decoder predicts."""
         return getattr(self, self._target)
 
     @property

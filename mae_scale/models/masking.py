@@ -1,4 +1,4 @@
-"""Which patches are removed (paper section 3, "Masking"; Table 1f), from hashes of their keys."""
+"""Masking (paper section 3, "Masking"; Table 1f): hashes of keys choose the removed patches."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_sampling(sampling: str, num_patches: int, mask_ratio: float) -> None:
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """How many of an image's patches stay visible: `int(L * (1 - mask_ratio))`.
+    """Count the patches of an image that stay visible: `int(L * (1 - mask_ratio))`.
 
     Raises:
         UserError: the ratio is outside (0, 1), or leaves nothing to see or nothing to predict.

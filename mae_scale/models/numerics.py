@@ -1,4 +1,4 @@
-"""How exactly a GPU computes what is fp32."""
+"""The precision in which a GPU computes fp32."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ Targets = list[dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Conventions:
-    """What Detectron2 and torchvision compute differently; the defaults are Detectron2's.
+    """Switches between Detectron2 and torchvision; the defaults are Detectron2's.
 
     `TORCHVISION` has the other values, so that a test can hold the code against torchvision.
     """
 
     box_beta: float = 0.0
-    """Where the smooth L1 loss of boxes turns from a parabola to a line; 0: it is L1."""
+    """Point at which the smooth L1 loss of boxes turns from a parabola to a line; 0: it is L1."""
     fixed_anchor_count: bool = True
     """Whether the losses of the RPN are divided by the anchors that are to be drawn from each
     image, even where fewer could be."""
@@ -277,7 +277,7 @@ class InstanceHeads(RoIHeads):
     def _mask_targets(
         self, masks: torch.Tensor, boxes: torch.Tensor, matched: torch.Tensor, size: int
     ) -> torch.Tensor:
-        """What each box should show of the mask of its object, float32 [N, size, size]."""
+        """Cut the mask of its object to each box: float32 [N, size, size]."""
         rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
         aligned = self._conventions.aligned_masks
         # torchvision takes as many points in a bin as it has pixels here, Detectron2 as well.

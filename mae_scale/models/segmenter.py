@@ -284,6 +284,6 @@ def sliding_logits(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where the windows along a side of `length` pixels begin."""
+    """List the places at which the windows along a side of `length` pixels begin."""
     number = max(0, -(-(length - window) // stride)) + 1
     return [min(i * stride, max(0, length - window)) for i in range(number)]

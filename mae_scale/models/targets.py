@@ -1,4 +1,4 @@
-"""What the decoder is to predict (paper section 3, "Reconstruction target"; Table 1d), in fp32."""
+"""Targets of the decoder (paper section 3, "Reconstruction target"; Table 1d), in fp32."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def masked_mean(per_patch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Target(nn.Module):
-    """What the decoder predicts of each patch. Another target is another subclass in `TARGETS`.
+    """A target: the decoder predicts it for each patch. A new one is a subclass in `TARGETS`.
 
     State-dict keys of a target begin with its name, such as `pca.mean`.
 

@@ -53,7 +53,7 @@ def arguments(name: str, model: Encoder) -> tuple[str, dict[str, Any]]:
 
 
 def to_timm(state: StateDict, name: str, kwargs: dict[str, Any]) -> StateDict:
-    """What of the weights timm's model takes; the decoder of a masked autoencoder stays behind.
+    """Pick the weights that timm's model takes; the decoder of a masked autoencoder is left out.
 
     Args:
         state: with the authors' keys.

@@ -58,7 +58,7 @@ def read_weights(path: Path) -> StateDict:
 
 
 def predicts_normalised_pixels(path: Path) -> bool | None:
-    """What the config.json in a folder of Hugging Face's ViTMAE says; None: nothing."""
+    """Read from a ViTMAE's config.json whether pixels are normalised; None: it does not say."""
     config = path / "config.json"
     if not config.is_file():
         return None
@@ -109,7 +109,7 @@ def _read_file(path: Path) -> StateDict:
 def fit_to_classifier(
     state: StateDict, model: Classifier, *, new_head: bool = False, whole: bool = False
 ) -> StateDict:
-    """What of a state dict goes into a classifier, the position embedding at its resolution.
+    """Pick what goes into a classifier; the position embedding is put to its resolution.
 
     As in the authors' code, weights without a head give encoder weights only, and under mean
     pooling the LayerNorm of pre-training (`norm`) is left out: `fc_norm` starts fresh.
@@ -145,7 +145,7 @@ def fit_to_classifier(
 
 
 def fit_to_mae(state: StateDict, model: MaskedAutoencoderViT, *, whole: bool = False) -> StateDict:
-    """What of a state dict goes into a masked autoencoder, position embeddings at its resolution.
+    """Pick what goes into a masked autoencoder, with position embeddings of its resolution.
 
     A classification head is left out, with its norm: under `fc_norm`, the LayerNorm `norm` starts
     fresh. Weights without a decoder give the encoder only. PCA components are those of other

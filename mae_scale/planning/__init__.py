@@ -1,1 +1,1 @@
-"""What a run needs and gets, by arithmetic: operations, memory, time."""
+"""Arithmetic about a run before it starts: operations, memory, time."""

@@ -1,4 +1,4 @@
-"""What is known of GPUs by their names: peak, memory; and the share of the peak that is used."""
+"""Peak and memory of GPUs by their names, and the share of the peak that a run uses."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ALL_REDUCE_AT_ONCE = 500_000_000  # values that stage 0 sends at once
 
 @dataclass(frozen=True)
 class ParameterStates:
-    """What a run keeps for each of its parameters.
+    """The values that a run keeps for each of its parameters.
 
     Args:
         parameters: of the model, those that are not trained included.
@@ -93,11 +93,11 @@ class ModelStates:
 
     @property
     def held(self) -> float:
-        """What is there between two micro-batches of a step."""
+        """Bytes that are there between two micro-batches of a step."""
         return self.weights + self.gradients + self.optimizer + self.bucket
 
     def peak(self, activations: float) -> float:
-        """What is there at the worst moment of a step.
+        """Compute the bytes that are there at the worst moment of a step.
 
         Args:
             activations: bytes that a micro-batch takes at the most.
@@ -178,7 +178,7 @@ class Traffic:
 
 
 def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
-    """What DeepSpeed 0.19 sends: stages 0 and 1 once in a step, 2 and 3 for each micro-batch.
+    """Compute what DeepSpeed 0.19 sends: stages 0 and 1 once a step, 2 and 3 per micro-batch.
 
     A ring passes on (N - 1) / N of a tensor to gather or to reduce-scatter it, twice that to
     all-reduce it. Stages 1 and 2 all-reduce the gradients, too (DeepSpeed's

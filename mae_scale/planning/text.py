@@ -108,7 +108,7 @@ def _machine(cluster: Cluster) -> str:
 
 
 def _consequences(plan: RunPlan) -> list[str]:
-    """What the chosen setting means, a line for each subject."""
+    """Describe what the chosen setting means, a line for each subject."""
     job, cluster, chosen = plan.job, plan.cluster, plan.chosen
     assert chosen is not None
     rate, lines = chosen.images_per_second, []
@@ -171,7 +171,7 @@ def comparison(plans: list[RunPlan]) -> str:
 
 
 def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
-    """What the numbers rest on."""
+    """List the assumptions behind the numbers."""
     cluster, job = plan.cluster, plan.job
     lines = ["Assumed:"]
     if several:

@@ -88,7 +88,7 @@ def initial_weights(
 
 
 def notes(classes: list[str]) -> dict[str, str]:
-    """What the run folder tells evaluation."""
+    """Give the files of the run folder that evaluation reads."""
     return {CLASSES: json.dumps(classes) + "\n"}
 
 

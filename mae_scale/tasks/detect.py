@@ -115,7 +115,7 @@ def category_names(shards: ShardSet) -> list[str]:
 
 
 def targets_of(batch: Batch) -> Targets:
-    """What `Detector` is trained with: the objects of a batch, image by image."""
+    """Give `Detector` the objects of a batch, image by image."""
     counts, size = batch["objects"].tolist(), batch["image"].shape[-1]
     parts = [batch[key].split(counts) for key in ("boxes", "classes", "masks")]
     return [
@@ -127,7 +127,7 @@ def targets_of(batch: Batch) -> Targets:
 def detect(
     model: Callable[..., Any], images: torch.Tensor, sizes: torch.Tensor, originals: torch.Tensor
 ) -> list[dict[str, torch.Tensor]]:
-    """What a detector finds in images, in the pixels of their files.
+    """Detect objects in images; boxes and masks are in the pixels of the files.
 
     Args:
         model: `Detector`, or an engine around it; not in training mode.

@@ -107,7 +107,7 @@ def open_segmentation(path: str, cache_dir: str | None) -> ShardSet:
 
 
 def sliding_of(config: SegmentConfig) -> Sliding:
-    """How a run looks at whole images."""
+    """Say how a run segments whole images."""
     size = config.model.img_size
     return Sliding(size, config.train.validate_stride or max(1, size * 2 // 3))
 

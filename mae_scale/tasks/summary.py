@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step, so that a wrong setting is seen at once."""
+"""The block in which a run describes itself at its start, so that a wrong setting is seen."""
 
 from __future__ import annotations
 

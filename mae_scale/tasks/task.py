@@ -1,4 +1,4 @@
-"""What a task is: the registry that every other part asks what a run consists of.
+"""The registry of tasks: every other part asks it what a run consists of.
 
 Importing it needs no torch. The part of a task that does is its module, `tasks/NAME.py`, with
 
@@ -55,13 +55,13 @@ class Task:
     """The command that trains it, and the name of its module in `tasks/`."""
     config: type[RunConfig]
     about: str
-    """What it does, for `mae-scale --help`."""
+    """A line for `mae-scale --help`."""
     card: str
-    """What its model is, for a model card."""
+    """A sentence about the model, for a model card."""
     hub_tag: str
-    """Its pipeline tag on the Hugging Face Hub."""
+    """Pipeline tag of the model on the Hugging Face Hub."""
     scores: Mapping[str, str] = field(default_factory=dict)
-    """What a validation measures: label by the name in validation.jsonl."""
+    """Scores of a validation: the label of each by its name in validation.jsonl."""
     best_by: str = ""
     """The score whose highest value makes the best checkpoint."""
     num_classes: int = 0

@@ -40,7 +40,9 @@ def is_ours(path: Path) -> bool:
 
 
 def best_checkpoint(path: Path) -> Path:
-    """Of a run folder the best checkpoint by validation, or else the newest; of a step folder it.
+    """Find the checkpoint to use of a run folder: the best by validation, or else the newest.
+
+    A step folder is itself the checkpoint.
 
     Raises:
         UserError: there is none, or it is damaged.

@@ -1,4 +1,4 @@
-"""What the validations of all tasks share: also the moving average is measured, if there is one."""
+"""The part of validation that all tasks share: the moving average is measured, too."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Saved:
 
 
 class RunView:
-    """What a run folder tells about its run.
+    """The view of a run through its folder.
 
     Attributes:
         folder: as it was given.
