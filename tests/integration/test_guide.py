@@ -230,8 +230,8 @@ def check_other(words: list[str]) -> None:
     for script in scripts:
         assert (REPOSITORY / script).is_file(), words
         text = (REPOSITORY / script).read_text()
-        for command in re.findall(r"mae_scale\.commands\.(\w+)", text):  # which it calls
-            text += (REPOSITORY / "mae_scale" / "commands" / f"{command}.py").read_text()
+        for called in re.findall(r"mae_scale\.(commands\.\w+|sharding\.\w+_script)", text):
+            text += (REPOSITORY / "mae_scale" / f"{called.replace('.', '/')}.py").read_text()
         options = [word.split("=")[0] for word in words if word.startswith("--")]
         for option in options:
             assert f'"{option}"' in text or f"'{option}'" in text, (option, words)
