@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             evaluate_dense.run(trained, options, _named(options.data), world, watchdog.doing)
             return
     if options.multi_scale:
-        raise UserError(f"--multi_scale is for runs of segment; {options.weights} is none")
+        raise UserError(f"--multi_scale: {options.weights} is no run of segment")
     sets = {name: open_shards(spec, options.cache_dir) for name, spec in _named(options.data)}
     corrupted = _corrupted(options)
     if not sets and not corrupted:
