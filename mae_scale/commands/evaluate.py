@@ -1,326 +1,78 @@
-"""`mae-scale evaluate`: accuracy of a classifier, also on the robustness sets of Appendix C.
+"""Measure a trained model on data sets: accuracy, also on the robustness sets of Appendix C.
 
-Runs of detect and segment are evaluated by `evaluate_dense`.
+Detectors get COCO's average precision, segmenters the mean intersection over union.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from mae_scale.commands import evaluate_dense
 from mae_scale.commands.arguments import Parser
-from mae_scale.config.batch import resolve_precision
-from mae_scale.data.loader import EvalLoader
-from mae_scale.data.shards import ShardSet, open_shards
-from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
-from mae_scale.launch.distributed import on_rank0, process_group
-from mae_scale.launch.logs import set_up_logging
-from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.classifier import (
-    Classifier,
-    build_classifier,
-    keep_statistics_in_fp32,
-)
-from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
-from mae_scale.sharding.labels import normal
-from mae_scale.tasks.classification import classes_of
-from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
-from mae_scale.train import checkpoint
-from mae_scale.train.validation import Scores, evaluate
-from mae_scale.world import World, data_workers
+from mae_scale.world import data_workers
 
-log = logging.getLogger("mae_scale")
 
-# Top-1 errors of AlexNet on ImageNet-C, means over the five severities, from the authors' code
-# (github.com/hendrycks/robustness). A corruption's error over AlexNet's is its corruption error.
-ALEXNET_ERRORS = {
-    "gaussian_noise": 0.886428,
-    "shot_noise": 0.894468,
-    "impulse_noise": 0.922640,
-    "defocus_blur": 0.819880,
-    "glass_blur": 0.826268,
-    "motion_blur": 0.785948,
-    "zoom_blur": 0.798360,
-    "snow": 0.866816,
-    "frost": 0.826572,
-    "fog": 0.819324,
-    "brightness": 0.564592,
-    "contrast": 0.853204,
-    "elastic_transform": 0.646056,
-    "pixelate": 0.717840,
-    "jpeg_compression": 0.606500,
-}
-SEVERITIES = (1, 2, 3, 4, 5)
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
+    parser = Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add(
+        "weights",
+        type=Path,
+        help="run folder of finetune, linprobe, detect or segment (its best checkpoint is taken), "
+        "a step folder in one, or fine-tuned weights: a .pth of the authors, a .safetensors, a "
+        "folder of timm or Hugging Face",
+    )
+    add(
+        "data",
+        nargs="*",
+        metavar="NAME=SHARDS",
+        help="shard folders, each with a name for the table (without one, its path)",
+    )
+    add("--imagenet_c", help="folder of <corruption>/<severity>/ shard folders: ImageNet-C")
+    add("--out", type=Path, help="JSON file to write")
+    add("--ema", action="store_true", help="measure the moving average of the weights")
+    add("--model", help="architecture of foreign weights, such as mae_vit_base_patch16")
+    add(
+        "--classes",
+        help="classes of the outputs of foreign weights: shard folder, or JSON list; without it, "
+        "those of the data",
+    )
+    add("--img_size", type=int, help="side of the images in pixels; default: that of the weights")
+    add(
+        "--crop_ratio",
+        type=float,
+        help="share of the short side that the centre crop covers; default: that of the run, or "
+        "0.875 up to 224 pixels and 1.0 above",
+    )
+    add("--batch_size", type=int, default=64, help="images per rank (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=data_workers(),
+        help="data-loading processes per rank (default: one less than its CPUs, 16 at the most)",
+    )
+    add(
+        "--multi_scale",
+        action="store_true",
+        help="for runs of segment: six sizes and their mirror images (ADE20K's test with "
+        "augmentation)",
+    )
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    add("--cache_dir", help="folder into which remote shards are staged")
+    return parser
 
 
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments, evaluate, print the table and write the JSON."""
-    parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument(
-        "weights",
-        type=Path,
-        help="run folder of finetune, linprobe, detect or segment (its best checkpoint), a step "
-        "folder in it, or "
-        "fine-tuned weights: a .pth of the authors, a .safetensors, a folder of timm or Hugging "
-        "Face",
-    )
-    parser.add_argument(
-        "data", nargs="*", metavar="NAME=SHARDS",
-        help="shard folders, each with a name for the table (without one, its path)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--imagenet_c", help="folder of <corruption>/<severity>/ shard folders: ImageNet-C"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--model", help="of foreign weights: mae_vit_base_patch16 or the like")
-    parser.add_argument(
-        "--classes",
-        help="of foreign weights: shard folder, or JSON list, with the classes of their outputs; "
-        "without it, those of the data",
-    )
-    parser.add_argument("--img_size", type=int, help="pixels; default: the weights'")
-    parser.add_argument(
-        "--crop_ratio", type=float,
-        help="share of the short side that the centre crop covers; default: the run's, or 0.875 "
-        "up to 224 pixels and 1.0 above",
-    )  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=64, help="images per rank")
-    parser.add_argument(
-        "--workers", type=int, default=data_workers(),
-        help="data-loading processes per rank, by default one less than its CPUs, 16 at the most",
-    )  # fmt: skip
-    parser.add_argument(
-        "--multi_scale", action="store_true",
-        help="of segment: six sizes and their mirror images (ADE20K's test with augmentation)",
-    )  # fmt: skip
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--cache_dir", help="folder into which remote shards are staged")
-    options = parser.parse_intermixed_args(argv)  # data sets may come after options
+    options = parser(prog).parse_intermixed_args(argv)  # data sets may come after options
+
+    from mae_scale.commands.evaluating import run
+    from mae_scale.launch.distributed import process_group
+    from mae_scale.launch.logs import set_up_logging
+    from mae_scale.world import World
+
     world = World.from_environment()
     set_up_logging(world)
     with process_group(world, hang_timeout=1800.0) as watchdog:
         run(options, world, watchdog)
     return 0
-
-
-def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
-    """Evaluate on all sets; rank 0 prints and writes.
-
-    Raises:
-        UserError: weights, data or options that do not fit each other.
-    """
-    for name in ("batch_size", "workers"):
-        least = 1 if name == "batch_size" else 0
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
-    if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
-        raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
-    if is_ours(options.weights):
-        trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
-        if trained.task.name in evaluate_dense.TASKS:
-            evaluate_dense.run(trained, options, _named(options.data), world, watchdog.doing)
-            return
-    if options.multi_scale:
-        raise UserError(f"--multi_scale: {options.weights} is no run of segment")
-    sets = {name: open_shards(spec, options.cache_dir) for name, spec in _named(options.data)}
-    corrupted = _corrupted(options)
-    if not sets and not corrupted:
-        raise UserError("nothing to evaluate on: give NAME=SHARDS or --imagenet_c FOLDER")
-    loaded = load(options, next(iter([*sets.values(), *corrupted.values()])))
-    outputs = {name: outputs_of(shards, loaded.classes) for name, shards in sets.items()}
-    outputs |= {name: outputs_of(shards, loaded.classes) for name, shards in corrupted.items()}
-    model = loaded.model.eval().to(world.device)
-    if resolve_precision(options.precision, world.device) == "bf16":
-        model = model.bfloat16()
-        keep_statistics_in_fp32(model)
-
-    def scores_on(name: str, shards: ShardSet) -> Scores:
-        loader = EvalLoader(
-            shards,
-            img_size=model.patch_embed.img_size[0],
-            batch_size=options.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            workers=options.workers,
-            crop_ratio=loaded.crop_ratio if options.crop_ratio is None else options.crop_ratio,
-            pin_memory=world.device.type == "cuda",
-            cache_dir=options.cache_dir,
-        )
-        columns, label_of = outputs[name]
-        found = evaluate(
-            lambda images: model(images)[:, columns.to(world.device)],
-            loader,
-            classes=len(columns),
-            device=world.device,
-            doing=watchdog.doing,
-            what=f"evaluating {name}",
-            label_of=label_of,
-        )
-        assert found is not None  # nothing stops it
-        return found
-
-    results: dict[str, Any] = {"weights": str(options.weights), "step": loaded.step, "sets": {}}
-    for name, shards in sets.items():
-        scores = scores_on(name, shards)
-        names = [loaded.classes[i] for i in outputs[name][0].tolist()]
-        per_class = dict(zip(names, scores.per_class(), strict=True))
-        results["sets"][name] = {"shards": shards.root, **scores.row(), "per_class": per_class}
-        log.info("%s: %s", name, scores.row())
-    if corrupted:
-        top1 = {name: scores_on(name, shards).row()["top1"] for name, shards in corrupted.items()}
-        results["imagenet_c"] = corruption_errors(top1)
-    if world.rank == 0:
-        if options.out is not None:
-            write_atomically(options.out, json.dumps(results, indent=1) + "\n")
-        print(table(results))
-
-
-@dataclass
-class Loaded:
-    """A classifier and what is known of it."""
-
-    model: Classifier
-    classes: list[str]
-    """Names of the outputs, in order."""
-    crop_ratio: float | None
-    step: int | None
-
-
-def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
-    """The classifier that the options name, in fp32 on the CPU.
-
-    Raises:
-        UserError: there is none, or it does not fit.
-    """
-    if is_ours(options.weights):
-        return _load_ours(options)
-    if options.ema:
-        raise UserError(f"--ema: {options.weights} is no run folder, which a moving average is in")
-    if options.model is None:
-        raise UserError(f"{options.weights} is no run folder; say what it is: --model NAME")
-    state = read_weights(options.weights)
-    classes = data.classes
-    if options.classes is not None:
-        path = Path(options.classes)
-        try:
-            own = path.is_file()
-            classes = json.loads(path.read_text()) if own else open_shards(options.classes).classes
-        except ValueError as error:
-            raise UserError(f"--classes {path} is not JSON: {error}") from None
-    head = [value for key, value in state.items() if key.startswith("head.")]
-    if head and len(head[-1]) != len(classes):
-        raise UserError(
-            f"weights: the head has {len(head[-1])} outputs, but there are {len(classes)} classes; "
-            "name those of the head with --classes"
-        )
-    sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
-    if options.img_size is not None:
-        sizes["img_size"] = options.img_size
-    pool = "mean" if "fc_norm.weight" in state else "token"
-    kinds = {"head.0.running_mean": "probe", "head.fc1.weight": "mlp"}
-    kind = next((kinds[key] for key in kinds if key in state), "linear")
-    model = build_classifier(options.model, len(classes), pool=pool, head=kind, **sizes)
-    model.load_state_dict(fit_to_classifier(state, model, whole=True))
-    return Loaded(model, classes, None, None)
-
-
-def _load_ours(options: argparse.Namespace) -> Loaded:
-    trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
-    if not trained.classes:
-        raise UserError(f"{trained.run_dir} is no run of finetune or linprobe: it has no classes")
-    model = trained.model(options.img_size)
-    model.load_state_dict(fit_to_classifier(trained.weights(options.ema), model, whole=True))
-    same_size = options.img_size in (None, trained.config.model.img_size)
-    crop_ratio = getattr(trained.config.model, "crop_ratio", None) if same_size else None
-    step = checkpoint.Commit.read(trained.folder).step
-    return Loaded(model, trained.classes, crop_ratio, step)
-
-
-def _named(specs: Sequence[str]) -> list[tuple[str, str]]:
-    named = []
-    for spec in specs:
-        name, equals, folder = spec.partition("=")
-        named.append((name, folder) if equals else (spec, spec))
-    names = [name for name, _ in named]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two data sets have the name {name}")
-    return named
-
-
-def _corrupted(options: argparse.Namespace) -> dict[str, ShardSet]:
-    """The 75 sets of ImageNet-C by <corruption>/<severity>."""
-    if options.imagenet_c is None:
-        return {}
-    return {
-        f"{corruption}/{severity}": open_shards(
-            f"{options.imagenet_c}/{corruption}/{severity}", options.cache_dir
-        )
-        for corruption in ALEXNET_ERRORS
-        for severity in SEVERITIES
-    }
-
-
-def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the outputs of a classifier that count on a data set, and the one that each label means.
-
-    Classes are matched by name (wnid). Of ImageNet-A and -R, which have 200 of the 1000 classes,
-    only those count, as in their authors' protocol. Classes named by the numbers 0 to n - 1, as
-    those of ImageNet-V2 are, mean the outputs of these numbers.
-
-    Returns:
-        columns: int64 [k], numbers of the outputs.
-        label_of: int64 [labels of the set], place among these.
-
-    Raises:
-        UserError: the set has classes that the classifier does not have.
-    """
-    names = [normal(name) for name in classes_of(shards)]
-    numbers = {normal(name): number for number, name in enumerate(classes)}
-    if not set(names) <= numbers.keys() and sorted(names) == sorted(map(str, range(len(classes)))):
-        numbers = {str(number): number for number in range(len(classes))}
-    unknown = [name for name in names if name not in numbers]
-    if unknown:
-        raise UserError(
-            f"{shards.root} has {len(unknown)} of {len(names)} classes that the classifier does "
-            f"not have: {', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''}; it has "
-            f"{len(classes)}: {', '.join(classes[:4])}, ..."
-        )
-    columns = sorted(numbers[name] for name in names)
-    place = {column: i for i, column in enumerate(columns)}
-    return torch.tensor(columns), torch.tensor([place[numbers[name]] for name in names])
-
-
-def corruption_errors(top1: dict[str, float]) -> dict[str, Any]:
-    """Corruption errors and their mean, in percent, from top-1 by <corruption>/<severity>.
-
-    A corruption's error is the sum of the top-1 errors over the severities, over AlexNet's sum
-    (Hendrycks & Dietterich, arXiv 1903.12261).
-    """
-    errors = {}
-    for corruption, alexnet in ALEXNET_ERRORS.items():
-        own = [100 - top1[f"{corruption}/{severity}"] for severity in SEVERITIES]
-        errors[corruption] = sum(own) / len(own) / alexnet
-    return {"top1": top1, "ce": errors, "mce": sum(errors.values()) / len(errors)}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Format the scores, one line for each set."""
-    lines = [f"{'set':<24}{'images':>9}{'top-1':>9}{'top-5':>9}{'loss':>10}"]
-    for name, row in results["sets"].items():
-        lines.append(
-            f"{name:<24}{row['images']:>9}{row['top1']:>9.2f}{row['top5']:>9.2f}{row['loss']:>10.4f}"
-        )
-    if "imagenet_c" in results:
-        lines.append(f"ImageNet-C: mean corruption error {results['imagenet_c']['mce']:.1f} %")
-    return "\n".join(lines)

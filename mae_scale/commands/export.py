@@ -1,326 +1,43 @@
-"""`mae-scale export`: the weights of a run for the authors' code, timm or Hugging Face."""
+"""Write the weights of a run for the authors' code, timm or Hugging Face."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.commands.model_card import MARK, model_card
-from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD, default_crop_ratio
-from mae_scale.errors import RunError, UserError
-from mae_scale.files import owner, sync_folder, sync_tree
-from mae_scale.launch.logs import set_up_logging
-from mae_scale.models import hugging_face, timm_form
-from mae_scale.models.classifier import ProbeHead
-from mae_scale.models.dense_weights import BACKBONE
-from mae_scale.models.hugging_face import StateDict
-from mae_scale.tasks.trained import TrainedRun, best_checkpoint
-from mae_scale.world import World
 
-log = logging.getLogger("mae_scale")
+FORMATS = ("official", "timm", "huggingface")
 
-CARD, SAFETENSORS, PTH = "README.md", "model.safetensors", "model.pth"
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # that OUT may be
+
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
+    parser = Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add(
+        "run",
+        type=Path,
+        help="run folder (its checkpoint with the best validation, or the newest one where "
+        "nothing was validated), or a step-… folder in it",
+    )
+    add(
+        "out",
+        type=Path,
+        help="folder to make; or a file: ending in .pth with --to official, in .safetensors with "
+        "--to timm",
+    )
+    add("--to", choices=FORMATS, required=True, help="whose form the weights get")
+    add("--ema", action="store_true", help="export the moving average of the weights")
+    return parser
 
 
 def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and export."""
-    parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument(
-        "run",
-        type=Path,
-        help="run folder of pretrain, finetune or linprobe (its checkpoint with the best "
-        "validation, or the newest one where nothing was validated), or a step-… folder in it",
-    )
-    parser.add_argument(
-        "out",
-        type=Path,
-        help="folder to make; or, with official, a file ending in .pth, with timm in .safetensors",
-    )
-    parser.add_argument("--to", choices=list(FORMATS), required=True, help="whose form")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    options = parser.parse_args(argv)
+    options = parser(prog).parse_args(argv)
+
+    from mae_scale.commands.exporting import export
+    from mae_scale.launch.logs import set_up_logging
+    from mae_scale.world import World
+
     set_up_logging(World())
     export(options.run, options.to, options.out, options.ema)
     return 0
-
-
-def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
-    """Write the weights of a run, and a model card, into a new folder or file.
-
-    The GPUs that trained them are not needed, and of the checkpoint's files only weights come into
-    memory, once.
-
-    Args:
-        run: run folder, or a step folder in it.
-        to: official, timm or huggingface.
-        out: folder, or a file where one is enough (`SINGLE_FILE`), with the card beside it; made
-            whole or not at all. An earlier export is replaced.
-        ema: the moving average of the weights.
-
-    Raises:
-        UserError: no checkpoint, a place that holds something else, or a form that cannot hold
-            this model.
-        RunError: it cannot be written.
-    """
-    check_place(out, to)
-    trained = TrainedRun.read(best_checkpoint(run))
-    with torch.device("meta"):
-        model = trained.model()
-    form = FORMATS[to](trained, model, lambda: _weights(trained, model, ema))
-    single = out.suffix == SINGLE_FILE.get(to)
-    lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
-    places = {"FOLDER": str(out), "FILE": str(out if single else out / form.weights)}
-    code = re.sub("FOLDER|FILE", lambda found: places[found[0]], "\n".join(lines).strip())
-    card = model_card(trained, ema, to, form.library, code)
-    try:
-        if single:
-            _write_file(out, form, card)
-        else:
-            _write_folder(out, form, card)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written: {error}") from None
-    size = sum(value.nbytes for value in form.state.values())
-    log.info("wrote %s: %s of %s, %.1f MB", out, to, trained.folder, size / 1e6)
-
-
-def check_place(out: Path, to: str) -> None:
-    """Raise a UserError where `out` cannot be made, or holds anything but an earlier export."""
-    endings = (*SINGLE_FILE.values(), ".pt", ".bin")
-    wanted = SINGLE_FILE.get(to)
-    if out.suffix in endings and out.suffix != wanted:
-        may = f"a folder or a file ending in {wanted}" if wanted else "a folder"
-        raise UserError(f"{out}: --to {to} writes {may}")
-    for parent in out.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{out} cannot be made: {parent} is no folder")
-    if out.suffix == wanted:
-        card = out.with_suffix(".md")
-        if out.is_dir() or ((out.exists() or card.exists()) and not _is_card(card)):
-            raise UserError(f"{out} or {card} exists and is no earlier export; use another name")
-        return
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out} is a file; --to {to} writes a folder")
-    names = {path.name for path in out.iterdir()}
-    ours = names <= {CARD, SAFETENSORS, PTH, CONFIG, PREPROCESSOR} and _is_card(out / CARD)
-    if names and not ours:
-        raise UserError(
-            f"{out} is a folder that holds something else than an earlier export; use an empty or "
-            "new one"
-        )
-
-
-def _is_card(path: Path) -> bool:
-    return path.is_file() and MARK in path.read_text(errors="replace")
-
-
-def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDict:
-    """All weights by the authors' keys, in the order of the model; fp32, but for counters.
-
-    Raises:
-        UserError: they are not those of the model that the run's config describes.
-    """
-    expected = model.state_dict()
-    state = trained.weights(ema)
-    if state.keys() != expected.keys():
-        key = min(state.keys() ^ expected.keys())
-        raise UserError(f"{trained.folder} does not fit the config of its run: see {key}")
-    return {key: state[key].to(value.dtype) for key, value in expected.items()}
-
-
-@dataclass
-class Form:
-    """The files of an export."""
-
-    state: StateDict
-    weights: str
-    """Name of the file of the weights in a folder."""
-    files: dict[str, Any]
-    """Contents of the JSON files beside the weights, by name."""
-    library: str
-    """Library that loads the weights, as the Hub names it."""
-    code: str
-    """Lines of Python that load the weights from FOLDER, or from FILE in it."""
-
-
-def official(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """Everything under the authors' keys; of a detector or segmenter the encoder alone."""
-    code = """
-import torch
-
-state = torch.load("FILE", weights_only=True)["model"]  # keys of facebookresearch/mae
-"""
-    state = weights()
-    inner = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
-    return Form(inner or state, PTH, {}, "pytorch", code)
-
-
-def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """The encoder of a masked autoencoder, or a classifier whose head is one linear layer.
-
-    Raises:
-        UserError: another head.
-    """
-    _check_encoder(model, "timm")
-    _check_head(model, "timm")
-    name, kwargs = timm_form.arguments(trained.config.model.name, model)
-    state = timm_form.to_timm(_folded(weights(), model), name, kwargs)
-    code = f"""
-import timm
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True)
-model = timm.create_model({_call(name, kwargs)}, checkpoint_path="FILE")
-"""
-    size = model.patch_embed.img_size[0]
-    preprocessing = {
-        "interpolation": "bicubic",
-        "crop_pct": _crop_ratio(trained, size),
-        "crop_mode": "center",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-    }
-    config = timm_form.config(name, kwargs, model, trained.classes, preprocessing)
-    return Form(state, SAFETENSORS, {CONFIG: config}, "timm", code)
-
-
-def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """A ViTMAEForPreTraining, or a ViTForImageClassification whose head is one linear layer.
-
-    Raises:
-        UserError: they cannot hold this model.
-    """
-    _check_encoder(model, "huggingface")
-    if not trained.classes:
-        names = ["ViTMAEForPreTraining", "ViTMAEModel"]
-        config = hugging_face.mae_config(model)
-    else:
-        _check_head(model, "huggingface")
-        names = ["ViTForImageClassification"]
-        config = hugging_face.classifier_config(model, trained.classes)
-    state = hugging_face.to_hugging_face(_folded(weights(), model))
-    size = model.patch_embed.img_size[0]
-    preprocessor = {
-        "image_processor_type": "BitImageProcessor",  # which resizes the short side, and crops
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": int(size / _crop_ratio(trained, size))},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
-    }
-    loads = "\n".join(f'model = {name}.from_pretrained("FOLDER")' for name in names)
-    code = f"""
-from transformers import AutoImageProcessor, {", ".join(names)}
-
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-{loads}
-"""
-    files = {CONFIG: config, PREPROCESSOR: preprocessor}
-    return Form(state, SAFETENSORS, files, "transformers", code)
-
-
-FORMATS: dict[str, Callable[[TrainedRun, Any, Callable[[], StateDict]], Form]] = {
-    "official": official,
-    "timm": timm,
-    "huggingface": huggingface,
-}
-
-
-def _check_encoder(model: Any, to: str) -> None:
-    """Raise a UserError for an encoder that the models of others cannot be."""
-    if hasattr(model, "backbone"):
-        raise UserError(
-            f"--to {to}: its models have no windows and no relative positions, which the encoder "
-            "of this one has; --to official writes the encoder"
-        )
-
-
-def _check_head(model: Any, to: str) -> None:
-    if "head.fc1.weight" in model.state_dict():
-        raise UserError(
-            f"--to {to}: its classifiers end in one linear layer, this one in an MLP (model.head "
-            "mlp); use --to official"
-        )
-
-
-def _folded(state: StateDict, model: Any) -> StateDict:
-    if isinstance(getattr(model, "head", None), ProbeHead):
-        return timm_form.fold_probe(state, model.head[0].eps)
-    return state
-
-
-def _crop_ratio(trained: TrainedRun, size: int) -> float:
-    return getattr(trained.config.model, "crop_ratio", None) or default_crop_ratio(size)
-
-
-def _call(name: str, kwargs: dict[str, Any]) -> str:
-    return ", ".join([f'"{name}"', *(f"{k}={json.dumps(v)}" for k, v in kwargs.items())])
-
-
-def _save(form: Form, path: Path, mode: int) -> None:
-    if path.suffix == ".pth":
-        try:
-            torch.save({"model": form.state}, path)
-        except RuntimeError:  # its message is about positions in a zip file
-            raise OSError("torch.save failed; is there room on the disk?") from None
-    else:
-        save_file(form.state, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors leaves the file to its owner alone
-
-
-def _write_folder(out: Path, form: Form, card: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(out) as new:
-        new.mkdir()
-        (new / CARD).write_text(card)
-        _save(form, new / form.weights, mode=(new / CARD).stat().st_mode)
-        for name, content in form.files.items():
-            (new / name).write_text(json.dumps(content, indent=2) + "\n")
-        sync_tree(new)
-        with _unfinished(out, "old") as old:
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
-    sync_folder(out.parent)
-
-
-def _write_file(out: Path, form: Form, card: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(out) as new:
-        new.mkdir()
-        (new / CARD).write_text(card)
-        _save(form, new / out.name, mode=(new / CARD).stat().st_mode)
-        sync_tree(new)
-        (new / CARD).replace(out.with_suffix(".md"))
-        (new / out.name).replace(out)
-    sync_folder(out.parent)
-
-
-@contextmanager
-def _unfinished(out: Path, what: str = "new") -> Iterator[Path]:
-    """Give a path beside `out`, and remove what is left there in the end."""
-    path = out.with_name(f".{out.name}.{owner()}.{what}")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

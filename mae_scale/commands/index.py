@@ -10,12 +10,10 @@ import os
 
 from mae_scale.commands.arguments import Parser
 from mae_scale.data.formats import MAX_PIXELS
-from mae_scale.sharding.foreign import index_shards
-from mae_scale.sharding.lists import read_classes
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, index, and say what the index holds."""
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add(
@@ -45,7 +43,16 @@ def main(argv: list[str], prog: str) -> int:
         default=min(16, len(os.sched_getaffinity(0))),
         help="processes (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments, index, and say what the index holds."""
+    args = parser(prog).parse_args(argv)
+
+    from mae_scale.sharding.foreign import index_shards
+    from mae_scale.sharding.lists import read_classes
+
     report = index_shards(
         args.tars,
         args.out,

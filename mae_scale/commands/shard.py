@@ -14,7 +14,7 @@ import signal
 import sys
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.errors import STOPPED, RunError
+from mae_scale.errors import STOPPED, RunError, UserError
 
 
 def size(text: str) -> int:
@@ -54,12 +54,8 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
 
 
-def parse(argv: list[str], prog: str) -> argparse.Namespace:
-    """The arguments.
-
-    Raises:
-        UserError: they do not fit each other.
-    """
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("src", metavar="SRC", help="folder of archives, class folders, tars or parquet files")
@@ -115,13 +111,22 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="say what would be written, and free space")
     add("--num-tasks", type=positive, default=1, help="split the shards over a Slurm array")
     add("--task-index", type=int, default=0, help="this task, from 0")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str], prog: str) -> argparse.Namespace:
+    """Parse the arguments.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    args = parser(prog).parse_args(argv)
     if args.quality is not None and args.resize_short is None:
-        parser.error("--quality has an effect only with --resize-short")
+        raise UserError("--quality has an effect only with --resize-short")
     if args.quality is not None and args.quality > 95:
-        parser.error(f"--quality {args.quality} is above 95")
+        raise UserError(f"--quality {args.quality} is above 95")
     if not 0 <= args.task_index < args.num_tasks:
-        parser.error(
+        raise UserError(
             f"--task-index {args.task_index} is outside 0 to {args.num_tasks - 1} (--num-tasks)"
         )
     return args

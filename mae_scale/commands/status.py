@@ -1,4 +1,4 @@
-"""`mae-scale status`: how a run is doing, on one screen, read from its folder alone."""
+"""Show how runs are doing, on one screen, read from their folders alone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ BAR = 40  # characters
 COLOURS = {"running": 32, "finished": 32, "failed": 31, "!": 33}
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Print the status of each run, once or again and again."""
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--watch", type=float, metavar="SECONDS", help="print again every so many seconds"
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Print the status of each run, once or again and again."""
+    options = parser(prog).parse_args(argv)
     if options.watch is not None and not 0.1 <= options.watch <= 86400:
         raise UserError(f"--watch {options.watch:g} must lie in 0.1 to 86400 seconds")
     terminal = sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""`mae-scale sweep`: a table of runs, such as the paper's ablations, beside what the paper reports.
+"""Run a table of experiments, such as the paper's ablations, beside what the paper reports.
 
 A sweep is a YAML file:
 
@@ -51,8 +51,8 @@ STEPS = ("pretrain", *COLUMNS)  # tasks of a row, in the order of their work
 SWEEPS = RECIPES / "sweeps"
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Run what is missing, print the table, and give the exit code: 0 done, 85 stopped early."""
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     names = ", ".join(sorted(path.stem for path in SWEEPS.glob("*.yaml")))
     parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +70,12 @@ def main(argv: list[str], prog: str) -> int:
         "not needed under srun",
     )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Run what is missing, print the table, and give the exit code: 0 done, 85 stopped early."""
+    options = parser(prog).parse_args(argv)
     world = World.from_environment()
     if world.size > 1 and not is_slurm_task(os.environ):
         raise UserError(

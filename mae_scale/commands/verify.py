@@ -9,12 +9,10 @@ import os
 import sys
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.data.remote import printable
-from mae_scale.sharding.verify import verify
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, verify, and print what was found."""
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("out", metavar="OUT", help="folder of shards")
     parser.add_argument("--fast", action="store_true", help="don't decode the images")
@@ -24,7 +22,16 @@ def main(argv: list[str], prog: str) -> int:
         default=min(16, len(os.sched_getaffinity(0))),
         help="processes (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments, verify, and print what was found."""
+    args = parser(prog).parse_args(argv)
+
+    from mae_scale.data.remote import printable
+    from mae_scale.sharding.verify import verify
+
     report = verify(args.out, fast=args.fast, workers=args.workers)
     for problem in report.problems:
         print(printable(problem), file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by a pattern of the
 # device's name; the first that is found counts. Only those on which the tables that others keep of
@@ -50,12 +52,14 @@ def mfu(
     """Model FLOPs utilisation, 0 to 1, against the bf16 peak whatever the run's precision is.
 
     Args:
-        flops_per_image: of a training step, as by `models.flops.training_flops`.
+        flops_per_image: of a training step, as by `planning.flops.training_flops`.
         images_per_second_per_gpu: trained.
         device: of this rank.
 
     Returns:
         None on a CPU and on a GPU whose peak is not known.
     """
+    import torch
+
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return peak and flops_per_image * images_per_second_per_gpu / peak

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_scale.cli import main
-from mae_scale.commands.reconstruct import load_mae
+from mae_scale.commands.reconstructing import load_mae
 from mae_scale.commands.sweep import SWEEPS, table
 from mae_scale.config.parsing import recipe_names
 from mae_scale.launch.stopping import STOPPED

@@ -11,7 +11,7 @@ from PIL import Image
 from runs import Run
 
 from mae_scale.cli import main
-from mae_scale.commands.reconstruct import load_mae
+from mae_scale.commands.reconstructing import load_mae
 from mae_scale.train.checkpoint import find_checkpoint
 
 

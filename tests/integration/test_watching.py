@@ -16,7 +16,7 @@ from runs import Run, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_scale.cli import main
-from mae_scale.commands.reconstruct import load_mae
+from mae_scale.commands.reconstructing import load_mae
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.loader import shard_cache
 from mae_scale.data.shards import open_shards

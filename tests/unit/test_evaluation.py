@@ -9,7 +9,7 @@ import pytest
 import torch
 from make_shards import make_shards
 
-from mae_scale.commands.evaluate import ALEXNET_ERRORS, corruption_errors, outputs_of
+from mae_scale.commands.evaluating import ALEXNET_ERRORS, corruption_errors, outputs_of
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.tasks.classification import classes_of, matched

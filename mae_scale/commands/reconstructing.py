@@ -1,0 +1,140 @@
+"""Reconstruction: a picture of what a pre-trained model makes of masked images."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, is_image_name
+from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
+from mae_scale.errors import UserError
+from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models.weights import (
+    fit_to_mae,
+    predicts_normalised_pixels,
+    read_weights,
+    sizes_of,
+)
+from mae_scale.tasks.figures import save_reconstruction_grid
+from mae_scale.tasks.trained import TrainedRun, is_ours
+from mae_scale.train import checkpoint
+
+log = logging.getLogger("mae_scale")
+
+
+def reconstruct(
+    weights: Path,
+    images: list[Path],
+    out: Path,
+    most: int,
+    mask_ratio: float | None,
+    seed: int,
+    model: str | None = None,
+    norm_pix_loss: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
+
+    Raises:
+        UserError: no weights, no images, an image that cannot be decoded, a bad mask ratio.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
+    if most < 1:
+        raise UserError(f"--most {most} must be at least 1")
+    files = _evenly(_find_images(images), most)
+    if is_ours(weights):
+        if model is not None or norm_pix_loss is not None:
+            raise UserError(
+                f"--model and --norm_pix_loss are of foreign weights; {weights} is a run"
+            )
+        folder = checkpoint.find_checkpoint(weights)
+        mae = load_mae(folder)
+        source = f"{weights} at step {checkpoint.Commit.read(folder).step}"
+    else:
+        mae, source = load_foreign(weights, model, norm_pix_loss), str(weights)
+    size = mae.patch_embed.img_size[0]
+    pixels = torch.stack([_read(file, size, max_pixels) for file in files])
+    number = torch.arange(len(files))
+    noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
+    inputs = normalize(pixels)
+    reconstruction, mask = mae.reconstruct(inputs, noise, mask_ratio)
+    ratio = mae.mask_ratio if mask_ratio is None else mask_ratio
+    save_reconstruction_grid(
+        out,
+        denormalize(inputs),
+        mask,
+        denormalize(reconstruction),
+        title=f"{source}: {ratio:.0%} masked",
+        captions=[file.name for file in files],
+    )
+    log.info("wrote %s: %d images", out, len(files))
+
+
+def load_mae(folder: Path) -> MaskedAutoencoderViT:
+    """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
+    trained = TrainedRun.read(folder)
+    model = trained.model()
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise UserError(f"{trained.run_dir} is a run of {trained.task.name}, which has no decoder")
+    model.load_state_dict(trained.weights())
+    return model.eval()
+
+
+def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> MaskedAutoencoderViT:
+    """The model of weights from elsewhere, its sizes as the weights show them.
+
+    Raises:
+        UserError: they do not fit, have no decoder, or it is not said what they are.
+    """
+    if not path.exists():
+        raise UserError(f"there is no run folder, step folder or file of weights {path}")
+    if name is None:
+        raise UserError(
+            f"{path} is neither a run folder nor a committed checkpoint of one; of weights from "
+            "elsewhere say what they are: --model NAME"
+        )
+    state = read_weights(path)
+    normalised = predicts_normalised_pixels(path)
+    if norm_pix_loss is not None:
+        normalised = norm_pix_loss == "true"
+    if normalised is None:
+        raise UserError(
+            f"{path} does not say whether it predicts normalised pixels, and published weights "
+            "exist in both kinds; add --norm_pix_loss true or --norm_pix_loss false"
+        )
+    model = build_mae(name, **{**sizes_of(state), "norm_pix_loss": normalised})
+    model.load_state_dict(fit_to_mae(state, model, whole=True))
+    return model.eval()
+
+
+def _find_images(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if is_image_name(p.name))
+            if not found:
+                raise UserError(f"{path} holds no images (.{', .'.join(IMAGE_SUFFIXES)})")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"there is no image or folder {path}")
+    return files
+
+
+def _evenly(files: list[Path], most: int) -> list[Path]:
+    """At most so many of them, spread over the whole list."""
+    if len(files) <= most:
+        return files
+    return [files[i * len(files) // most] for i in range(most)]
+
+
+def _read(file: Path, size: int, max_pixels: int) -> torch.Tensor:
+    """The centre of an image as uint8 [3, size, size], its short side resized to fit."""
+    try:
+        return eval_crop(decode_image(file.read_bytes(), max_pixels), size, crop_ratio=1.0)
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from None

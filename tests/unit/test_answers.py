@@ -1,0 +1,62 @@
+"""Help texts and mistyped options are answered before anything slow is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mae_scale.cli import COMMANDS, main
+from mae_scale.tasks.task import TASKS
+
+SLOW = ("torch", "timm", "deepspeed", "matplotlib", "torchvision")
+PROGRAM = f"""
+import contextlib, io, sys
+from mae_scale.cli import main
+try:
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+slow = [name for name in {SLOW} if name in sys.modules]
+print(code, *slow)
+"""
+
+
+def answer(*arguments: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("command", [*TASKS, *COMMANDS])
+def test_help_imports_nothing_slow(command: str) -> None:
+    assert answer(command, "--help")[0] == "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["pretrian"], "did you mean 'pretrain'?"),
+        (["pretrain", "--train.epoch", "3"], "did you mean 'train.epochs'?"),
+        (["plan", "--gpus", "8", "--gpu", "A1000"], "did you mean 'A1"),
+        (["plan", "--gpus", "8", "--train.epoch", "3"], "did you mean 'train.epochs'?"),
+        (["plan", "--gpus", "8", "--config", "pretrain_vit_bas"], "did you mean 'pretrain_vit_"),
+        (["evaluate", "run", "--img_sise", "3"], "--img_sise"),
+        (["export", "run", "out", "--to", "tim"], "--to"),
+        (["reconstruct", "run"], "images"),
+    ],
+)
+def test_a_typo_is_answered_before_slow_imports(arguments: list[str], says: str) -> None:
+    code, error = answer(*arguments)
+    assert code == "2"
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_nothing_to_do_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in [*TASKS, *COMMANDS])
