@@ -17,8 +17,8 @@ from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.task import main as train
 from mae_scale.world import World
 
-# What each command of `mae_scale.commands` does. Its module, which has a `main(argv, prog) -> exit
-# code`, is imported when it is called: --help and a mistyped key must not wait for torch.
+# What each command does. Its module in `commands` has `parser(prog)` and `main(argv, prog) -> exit
+# code`. It imports torch and the like only after parsing: --help and typing errors must not wait.
 COMMANDS = {
     "shard": "make shards of ImageNet, or of any images",
     "index": "make WebDataset tars of others usable as they are",
