@@ -9,7 +9,6 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.sections import OptimizerConfig
 from mae_scale.models.kinds import parameter_kinds
 from mae_scale.train.deepspeed_state import inner_optimizer, masters
@@ -51,15 +50,8 @@ def optimizer_order(model: nn.Module, optim: OptimizerConfig) -> list[str]:
     return [name_of[id(parameter)] for group in groups for parameter in group["params"]]
 
 
-def make_optimizer(
-    model: nn.Module, optim: OptimizerConfig, zero_stage: int
-) -> torch.optim.Optimizer:
-    """Make the optimiser of a run; the loop sets the learning rate at each step.
-
-    Raises:
-        UserError: it does not work under this ZeRO stage.
-    """
-    check_stage(optim, zero_stage)
+def make_optimizer(model: nn.Module, optim: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make the optimiser of a run; the loop sets the learning rate at each step."""
     return OPTIMIZERS[optim.optimizer](optimizer_groups(model, optim), optim)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
+from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.identity import identity_hash
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
@@ -72,11 +73,17 @@ class TrainingSetup:
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """The filled-in DeepSpeed config of a run."""
+    """The filled-in DeepSpeed config of a run.
+
+    Raises:
+        UserError: the config does not fit the run, or the run's optimiser.
+    """
     precision = resolve_precision(config.train.precision, world.device)
-    return fill_deepspeed_config(
+    filled = fill_deepspeed_config(
         config.deepspeed, config.train, world, precision, fp32_weights=config.fp32_weights
     )
+    check_stage(config.optim, zero_stage(filled))
+    return filled
 
 
 def training_data(

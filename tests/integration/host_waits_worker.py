@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_scale.config.sections import FinetuneOptimConfig, TrainConfig
+from mae_scale.config.classification import FinetuneOptimConfig
+from mae_scale.config.sections import TrainConfig
 from mae_scale.launch.distributed import process_group
 from mae_scale.launch.stopping import StopRequest
 from mae_scale.models import build_classifier

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,8 +240,26 @@ def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undistu
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
+BUG = """
+from mae_scale import cli
+from mae_scale.train.loop import Loop
+def run(self, batches, **options):
+    next(batches)
+    raise ZeroDivisionError("a bug")
+Loop.run = run
+cli.entry()
+"""
+
+
 def test_a_bug_leaves_its_traceback_and_exit_code_1(run: Run) -> None:
     """Not the abort of an interpreter that ends under gloo's threads."""
+    command = [sys.executable, "-c", BUG, run.task, *run.arguments()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_a_damaged_file_of_a_checkpoint_gets_one_line(run: Run) -> None:
+    """Its checksum fits, as that of a file which somebody has made."""
     run.settings = {"train.max_steps": 3}
     run.finish()
     step = run.run_dir / "checkpoints" / "step-00000003"
@@ -250,7 +269,9 @@ def test_a_bug_leaves_its_traceback_and_exit_code_1(run: Run) -> None:
     commit["files"]["mp_rank_00_model_states.pt"] = facts
     (step / "COMMITTED.json").write_text(json.dumps(commit))
     run.settings = {}
-    assert "Traceback" in run.finish(1)
+    output = run.finish(2)
+    assert "mp_rank_00_model_states.pt cannot be read as a checkpoint's file" in output
+    assert "Traceback" not in output
 
 
 def test_a_launcher_that_is_ended_ends_its_ranks(run: Run, undisturbed: Run) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mae_scale.config.classification import FinetuneOptimConfig, LarsConfig
+from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.sections import OptimConfig
 from mae_scale.errors import UserError
 from mae_scale.models import build_classifier, build_mae
@@ -71,7 +72,7 @@ def lars_step(p: torch.Tensor, g: torch.Tensor, buffer: torch.Tensor, lr: float)
 def test_lars_adapts_matrices_only() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(6, 4)
-    optimizer = make_optimizer(layer, LarsConfig(), zero_stage=0)
+    optimizer = make_optimizer(layer, LarsConfig())
     assert isinstance(optimizer, GuardedLars)
     values = {n: p.detach().clone() for n, p in layer.named_parameters()}
     buffers = {n: torch.zeros_like(p) for n, p in values.items()}
@@ -90,7 +91,7 @@ def test_lars_adapts_matrices_only() -> None:
 
 def test_lars_does_not_apply_a_step_that_is_not_finite() -> None:
     layer = torch.nn.Linear(6, 4)
-    optimizer = make_optimizer(layer, LarsConfig(), zero_stage=0)
+    optimizer = make_optimizer(layer, LarsConfig())
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1.0
     for found_inf in (0.0, 1.0):
         before = {n: p.detach().clone() for n, p in layer.named_parameters()}
@@ -108,13 +109,13 @@ def test_lars_does_not_apply_a_step_that_is_not_finite() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lars_under_a_zero_stage_that_breaks_its_norms(stage: int) -> None:
     with pytest.raises(UserError, match=rf"ZeRO-{stage} .* norms of whole matrices; use zero0"):
-        make_optimizer(torch.nn.Linear(2, 2), LarsConfig(), zero_stage=stage)
+        check_stage(LarsConfig(), stage)
 
 
 def test_lars_adds_the_decay_to_the_gradient_before_its_norm() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 3)
-    optimizer = make_optimizer(layer, LarsConfig(weight_decay=0.3), zero_stage=0)
+    optimizer = make_optimizer(layer, LarsConfig(weight_decay=0.3))
     optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"] = 0.5
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     gradient = torch.randn(3, 5)
