@@ -68,9 +68,9 @@ def build_engine(
 
     The learning rate is set by the loop at each step.
     """
-    optimizer = make_optimizer(model, optim)
+    stage, optimizer = zero_stage(deepspeed_config), make_optimizer(model, optim)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    if zero_stage(deepspeed_config) == 3:
+    if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and
         # nothing of DeepSpeed's happens inside of a compiled block.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

@@ -134,7 +134,9 @@ def _filled(
         return image, torch.zeros(0, dtype=torch.int64)
     image, missing = batch["image"], loader.batch_size - len(batch["label"])
     if missing:
-        image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
+        # In the layout of the loader's images: another one rounds otherwise in the convolution.
+        black = image.new_zeros(missing, *image.shape[1:])
+        image = torch.cat([image, black.to(memory_format=torch.channels_last)])
     return image, batch["label"]
 
 
