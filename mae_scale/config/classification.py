@@ -67,6 +67,9 @@ class FinetuneTrainConfig(TrainConfig):
     tune_blocks: AtLeast0 | None = None
     """Last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last block's
     MLP), 1, 2, ...; null: everything."""
+    class_weights: Literal["balanced"] | list[AtLeast0] | None = None
+    """Weight of each class in the loss: a list in the order of the labels, or balanced, by which
+    each class counts as much as the others however many images it has; null: all 1."""
     validate_epochs: From1 = changeable(1)
     """Epochs between two validations on data.val; the last epoch has one, too."""
 

@@ -53,11 +53,17 @@ class PretrainAugmentConfig:
 
 @dataclass
 class PretrainTrainConfig(TrainConfig):
-    """Length, batch, precision, memory, pictures."""
+    """Length, batch, precision, memory, pictures, probes."""
 
     reconstruct_every: From1 | None = changeable(5000)
     """Optimiser steps between two pictures of what becomes of the same eight images, those of
     data.val if it is given; the last step has one, too; null: none."""
+    probe_every: From1 | None = changeable(None)
+    """Optimiser steps between two probes, of which the last step has one, too: each image of
+    data.val is classified by its nearest neighbours there, by the encoder's features. null: none.
+    Training goes on as it would have without."""
+    probe_pool: Literal["mean", "token"] = changeable("token")
+    """Features of a probe: the mean of the patches', or the class token's."""
 
 
 @dataclass

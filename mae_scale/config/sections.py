@@ -102,6 +102,9 @@ class TrainConfig:
     """Epochs of the whole schedule; the learning rate follows it."""
     max_steps: From1 | None = changeable(None)
     """Ends the run after this many optimiser steps, without changing the learning rate."""
+    max_hours: Above0 | None = changeable(None)
+    """Hours after which this start of the run saves and exits with 85, as on SIGTERM; the same
+    command goes on. null: no limit."""
     global_batch_size: From1 = 4096
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: From1 = changeable(64)
@@ -146,6 +149,9 @@ class OptimizerConfig:
     """Epochs of linear warm-up from 0."""
     weight_decay: AtLeast0 = 0.05
     """Decoupled weight decay of matrices; biases and norms have none."""
+    clip_grad: Above0 | None = None
+    """Largest L2 norm of the gradient over all parameters; a longer one is scaled down to it.
+    null: no clipping, as in MAE's recipes."""
 
     @property
     def warmup(self) -> str:

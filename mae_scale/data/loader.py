@@ -307,6 +307,7 @@ class EvalLoader(_Loader):
 
     Attributes:
         img_size, batch_size: the arguments.
+        num_samples: of the set, over all ranks.
         most_batches: largest number of batches of any rank.
     """
 
@@ -333,7 +334,7 @@ class EvalLoader(_Loader):
         super().__init__(dataset, batch_size, workers, pin_memory)
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
-        self.img_size, self.batch_size = img_size, batch_size
+        self.img_size, self.batch_size, self.num_samples = img_size, batch_size, n
         self.most_batches = math.ceil(math.ceil(n / world_size) / batch_size)
 
     def _make_dataset(

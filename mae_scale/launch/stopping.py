@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,7 @@ from mae_scale.launch.parent import when_parent_ends
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LAUNCHER_ENDED = "the end of the launcher"
+TIME_IS_UP = "train.max_hours"
 GRACE_S = 10
 
 
@@ -28,13 +30,24 @@ class StopRequest:
     """
 
     def __init__(self, reason: str | None = None) -> None:
-        self.reason = reason
-        """The name of the first signal or `LAUNCHER_ENDED`; None while nobody has asked."""
+        self._reason = reason
+        self._ends_at: float | None = None  # on the monotonic clock
+
+    @property
+    def reason(self) -> str | None:
+        """The first signal, `LAUNCHER_ENDED` or `TIME_IS_UP`; None while nothing asks to stop."""
+        if self._reason is None and self._ends_at is not None and time.monotonic() > self._ends_at:
+            self._reason = TIME_IS_UP
+        return self._reason
 
     def set(self, reason: str) -> None:
         """Ask the run to stop. The first reason is kept."""
-        if self.reason is None:
-            self.reason = reason
+        if self._reason is None:
+            self._reason = reason
+
+    def after(self, hours: float) -> None:
+        """Ask the run to stop when so many hours have passed from now on."""
+        self._ends_at = time.monotonic() + hours * 3600
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take a signal; this is the handler that `signal.signal` is given."""

@@ -9,7 +9,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 from mae_scale.errors import UserError
-from mae_scale.models.encoder import Encoder, layer_norm
+from mae_scale.models.encoder import Encoder, Pool, layer_norm
 from mae_scale.models.mae import architecture
 
 Head = Literal["linear", "mlp", "probe"]
@@ -83,7 +83,7 @@ class Classifier(Encoder):
         depth: int = 24,
         num_heads: int = 16,
         drop_path: float = 0.0,
-        pool: Literal["mean", "token"] = "mean",
+        pool: Pool = "mean",
         head: Head = "linear",
     ) -> None:
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
@@ -132,9 +132,12 @@ class Classifier(Encoder):
         Returns:
             logits, float32 [B, num_classes]: the loss is to be computed in fp32.
         """
+        return self.head(self.features(images)).float()
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [B, 3, H, W], normalised -> [B, embed_dim], what the head classifies."""
         x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
-        x = self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == "mean" else self.norm(x)[:, 0]
-        return self.head(x).float()
+        return self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == "mean" else self.norm(x)[:, 0]
 
     def layer_of(self, name: str) -> int:
         """Number of the layer that a parameter belongs to, for layer-wise decay (Table 9).

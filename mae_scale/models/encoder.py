@@ -18,6 +18,8 @@ from mae_scale.errors import UserError
 from mae_scale.models.compiled import GraphDropPath
 from mae_scale.models.pos_embed import sincos_pos_embed
 
+Pool = Literal["mean", "token"]  # what describes an image: the mean of its patches, or a token
+
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
 

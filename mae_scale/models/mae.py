@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from mae_scale.errors import UserError, did_you_mean
-from mae_scale.models.encoder import Encoder, check_transformer, layer_norm, transformer_block
+from mae_scale.models.encoder import (
+    Encoder,
+    Pool,
+    check_transformer,
+    layer_norm,
+    transformer_block,
+)
 from mae_scale.models.masking import (
     Sampling,
     check_sampling,
@@ -186,11 +192,14 @@ class MaskedAutoencoderViT(Encoder):
     def forward(
         self,
         images: torch.Tensor,
-        noise: torch.Tensor,
+        noise: torch.Tensor | None = None,
         mask_ratio: float | None = None,
         token_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mask, encode, decode, compare.
+        pool: Pool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Mask, encode, decode, compare; or, where `pool` is given, return `features`.
+
+        DeepSpeed gathers sharded weights in `forward` only, which is why both go through it.
 
         Args:
             images: float [B, 3, H, W], normalised; cast to the weights' dtype for the encoder
@@ -199,6 +208,7 @@ class MaskedAutoencoderViT(Encoder):
                 values stay.
             mask_ratio: for this call, instead of the model's own.
             token_ids: int64 [B, L], the tokenizer's, where these are the target.
+            pool: as for `features`.
 
         Returns:
             loss: float32 scalar.
@@ -206,10 +216,11 @@ class MaskedAutoencoderViT(Encoder):
                 (normalised by patch under `norm_pix_loss`), PCA coefficients, or logits of ids.
             mask: float32 [B, L], 0 kept, 1 removed.
         """
-        if noise.shape != (len(images), self.num_patches):
-            raise ValueError(
-                f"noise must be {[len(images), self.num_patches]}, not {list(noise.shape)}"
-            )
+        if pool is not None:
+            return self.features(images, pool)
+        if noise is None or noise.shape != (len(images), self.num_patches):
+            found = None if noise is None else list(noise.shape)
+            raise ValueError(f"noise must be {[len(images), self.num_patches]}, not {found}")
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, mask, ids_restore = random_masking(noise, ratio)
         if self.mask_tokens_in_encoder:
@@ -219,6 +230,20 @@ class MaskedAutoencoderViT(Encoder):
         else:
             pred = self.forward_decoder(self.forward_encoder(images, ids_keep), ids_restore)
         return self.loss(images, pred, mask, token_ids), pred, mask
+
+    def features(self, images: torch.Tensor, pool: Pool) -> torch.Tensor:
+        """Describe whole images, of which nothing is masked, by the encoder's last LayerNorm.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            pool: "token", what it gives for the class token, or "mean", its mean over the patches.
+
+        Returns:
+            float32 [B, embed_dim].
+        """
+        x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
+        x = self.norm(x)
+        return (x[:, 0] if pool == "token" else x[:, 1:].mean(dim=1)).float()
 
     def loss(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
+from mae_scale.config.sections import RunConfig
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
@@ -92,6 +93,25 @@ def notes(classes: list[str]) -> dict[str, str]:
     return {CLASSES: json.dumps(classes) + "\n"}
 
 
+def eval_loader(
+    config: RunConfig, world: World, shards: ShardSet, crop_ratio: float | None = None
+) -> EvalLoader:
+    """Make the loader of this rank's part of data.val, as the sections of a config say."""
+    return EvalLoader(
+        shards,
+        img_size=config.model.img_size,
+        batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.worker_processes,
+        crop_ratio=crop_ratio,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        max_pixels=config.data.max_pixels,
+    )
+
+
 def validation(
     config: FinetuneConfig | LinprobeConfig, world: World, train: ShardSet
 ) -> Validation | None:
@@ -104,19 +124,7 @@ def validation(
         return None
     shards = open_shards(config.data.val, config.data.cache_dir)
     label_of = matched(shards, train.classes)
-    loader = EvalLoader(
-        shards,
-        img_size=config.model.img_size,
-        batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
-        crop_ratio=config.model.crop_ratio,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_pixels=config.data.max_pixels,
-    )
+    loader = eval_loader(config, world, shards, config.model.crop_ratio)
 
     def scores(
         engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from timm.data import Mixup
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from mae_scale.config.classification import AugmentConfig, FinetuneConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
+from mae_scale.data.shards import ShardSet
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier, build_classifier
@@ -43,11 +46,14 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
     with torch.device("meta"):  # no weights yet
         model = build(config, len(classes))
     target = Targets(config.augment, len(classes), config.train.micro_batch_size)
+    weight = class_weights(config.train.class_weights, shards)
+    if weight is not None:
+        weight = weight.to(world.device)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         key = int(hash64(Purpose.MIX, config.seed, step, world.rank, micro))
         image, label = target.mix(normalize(batch["image"]), batch["label"], key)
-        return F.cross_entropy(engine(image), label)
+        return F.cross_entropy(engine(image), label, weight)
 
     return TrainingSetup(
         "finetune",
@@ -60,6 +66,32 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
         validation=validation(config, world, shards),
         notes=notes(classes),
     )
+
+
+def class_weights(
+    asked: Literal["balanced"] | list[float] | None, shards: ShardSet
+) -> torch.Tensor | None:
+    """The weight of each class in the loss, float32 [classes]; None: all 1.
+
+    Under "balanced" it is the mean number of images of a class over its own number, so that the
+    mean over all images is 1. A class without images gets 0.
+
+    Raises:
+        UserError: a list of another length than the classes, or of nothing but 0.
+    """
+    if asked is None:
+        return None
+    classes = len(shards.classes)
+    if asked == "balanced":
+        counts = np.bincount(shards.index["label"], minlength=classes)
+        mean = len(shards) / np.count_nonzero(counts)
+        return torch.tensor([mean / n if n else 0.0 for n in counts], dtype=torch.float32)
+    if len(asked) != classes or not any(asked):
+        raise UserError(
+            f"train.class_weights has {len(asked)} values; expected one for each of the {classes} "
+            f"classes of {shards.root}, not all of them 0"
+        )
+    return torch.tensor(asked, dtype=torch.float32)
 
 
 class Targets:

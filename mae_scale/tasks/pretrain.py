@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -13,19 +13,26 @@ import torch
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
+from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
+from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.targets import patchify
 from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.models.weights import fit_to_mae
 from mae_scale.planning.flops import training_flops as flops
+from mae_scale.tasks.classification import classes_of, eval_loader
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.evaluation import Validation
+from mae_scale.train.features import features_of
+from mae_scale.train.knn import knn_scores
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import TrainingSetup, training_data
+from mae_scale.train.validation import Stopped
 from mae_scale.world import World
 
 __all__ = ["build", "flops", "prepare"]
@@ -63,8 +70,47 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
         loss_of,
         flops(model),
         weights=initial_weights(config, model),
+        validation=probe(config, world),
         pictures=reconstructions(config, shards) if model.target.is_image else None,
     )
+
+
+def probe(config: PretrainConfig, world: World) -> Validation | None:
+    """Classify the images of data.val by their neighbours there, every `train.probe_every` steps.
+
+    Nothing random is drawn for it, so that the run goes on as it would have without.
+
+    Raises:
+        UserError: data.val is not given, is no shard folder, or has no classes.
+    """
+    if config.train.probe_every is None:
+        return None
+    if config.data.val is None:
+        raise UserError("train.probe_every needs data.val: labelled shards, whose images it probes")
+    shards = open_shards(config.data.val, config.data.cache_dir)
+    classes, labels = classes_of(shards), torch.tensor(shards.index["label"].astype("int64"))
+    loader = eval_loader(config, world, shards)
+
+    def scores(
+        engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        # The compiled blocks are for training: images without a mask would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
+        try:
+            with eager:
+                bank = features_of(
+                    lambda images: engine.module(images, pool=config.train.probe_pool),
+                    loader,
+                    world.device,
+                    doing=watchdog.doing,
+                    what="probing",
+                    stop=stop,
+                )
+        except Stopped:
+            return None
+        return knn_scores(bank, labels, None, labels, len(classes))
+
+    return Validation(None, scores, None, every_steps=config.train.probe_every)
 
 
 def tokenizer(

@@ -31,6 +31,7 @@ log = logging.getLogger("mae_scale")
 
 AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
 CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
+NEIGHBOURS = {"knn_top1": "kNN top-1, %", "knn_top5": "kNN top-5, %"}
 DETECTION = {
     f"{what}_{score}": f"{what} {label}"
     for what in ("box", "mask")
@@ -63,7 +64,7 @@ class Task:
     scores: Mapping[str, str] = field(default_factory=dict)
     """Scores of a validation: the label of each by its name in validation.jsonl."""
     best_by: str = ""
-    """The score whose highest value makes the best checkpoint."""
+    """The score whose highest value makes the best checkpoint (of pre-training, the newest is)."""
     num_classes: int = 0
     """Classes where no data set says how many: those of the paper's."""
     is_planned: bool = True
@@ -94,6 +95,8 @@ TASKS = {
             "train a masked autoencoder on shards",
             "Masked autoencoder, pre-trained",
             "image-feature-extraction",
+            NEIGHBOURS,
+            "knn_top1",
         ),
         Task(
             "finetune",

@@ -75,7 +75,7 @@ def fill_deepspeed_config(
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "the accumulation that follows from it"),
-        "gradient_clipping": (0.0, "the recipe's gradient clipping"),
+        "gradient_clipping": (0.0, "optim.clip_grad, which does without DeepSpeed's"),
         "bf16.enabled": (bf16_weights, f"train.precision {precision}{_FP32 * fp32_weights}"),
         "communication_data_type": (train.grad_reduce, "train.grad_reduce"),
         "data_types.grad_accum_dtype": ("fp32", "the sum of gradients, which is fp32"),

@@ -48,17 +48,23 @@ class Evaluation(Protocol):
 class Validation:
     """Measures the model on a data set."""
 
-    every_epochs: int
-    """The last epoch counts, too."""
+    every_epochs: int | None
+    """The last epoch counts, too; None: `every_steps` decides."""
     run: Callable[[DeepSpeedEngine, Watchdog, Callable[[], bool]], dict[str, float] | None]
     """Gives scores, the same on all ranks; None where the function it is given has said stop."""
-    best_by: str
-    """The score whose highest value makes the best checkpoint."""
+    best_by: str | None
+    """The score whose highest value makes the best checkpoint; None: the newest stays the best."""
+    every_steps: int | None = None
+    """Optimiser steps between two of them; the last step of the run counts, too."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
         """Say whether the model is to be measured when `step` steps are done."""
-        last = step == schedule.epochs * schedule.steps_per_epoch
-        return step > 0 and (last or step % (self.every_epochs * schedule.steps_per_epoch) == 0)
+        last, every = schedule.total_steps, self.every_steps
+        if self.every_epochs is not None:
+            last = schedule.epochs * schedule.steps_per_epoch
+            every = self.every_epochs * schedule.steps_per_epoch
+        assert every is not None
+        return step > 0 and (step == last or step % every == 0)
 
     def evaluate(
         self, engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]

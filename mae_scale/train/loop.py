@@ -148,6 +148,8 @@ class Loop:
         if scores is None:
             self._agreed.stop = True
             return
+        if self.validation.best_by is None:
+            return
         score = scores[self.validation.best_by]
         if self._saved_step == self.step:  # it was stopped in its validation
             self.saver.finish()

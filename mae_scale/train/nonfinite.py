@@ -31,10 +31,12 @@ class StepGuard:
 
     Args:
         engine: with a fused AdamW, of any ZeRO stage.
+        clip_grad: largest norm of the gradient that is applied, as in `clip_grad_norm_` of torch;
+            None: gradients stay as they are.
     """
 
-    def __init__(self, engine: DeepSpeedEngine) -> None:
-        self._engine, self._device = engine, engine.device
+    def __init__(self, engine: DeepSpeedEngine, clip_grad: float | None = None) -> None:
+        self._engine, self._device, self._clip_grad = engine, engine.device, clip_grad
         self._loss_is_finite = torch.ones((), dtype=torch.bool, device=self._device)
         self._own_norm: torch.Tensor | None = None  # where DeepSpeed computes none
         inner_optimizer(engine).register_step_pre_hook(self._before_step)
@@ -45,7 +47,7 @@ class StepGuard:
 
     @property
     def grad_norm(self) -> torch.Tensor:
-        """L2 norm of the last step's gradient, over all ranks: a scalar."""
+        """L2 norm of the last step's gradient, over all ranks and before clipping: a scalar."""
         norm = grad_norm(self._engine)
         if norm is None:
             assert self._own_norm is not None, "no step has been taken yet"
@@ -58,7 +60,12 @@ class StepGuard:
             self._own_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = self._loss_is_finite & torch.isfinite(self.grad_norm)
         # On the host under offload.
-        optimizer.found_inf = (~finite).to(parameters[0].device, torch.float32)
+        device = parameters[0].device
+        optimizer.found_inf = (~finite).to(device, torch.float32)
+        if self._clip_grad is not None:
+            factor = (self._clip_grad / (self.grad_norm.float() + 1e-6)).clamp(max=1)
+            grads = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(grads, factor.to(device))
 
 
 class BadSteps:

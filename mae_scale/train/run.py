@@ -170,6 +170,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         _initial_weights(parts, run_dir, watchdog) as (weights, read_weights),
         ready(config, world, parts.shards.fingerprint, model, watchdog, writes=writes),
     ):
+        if config.train.max_hours is not None:
+            stop.after(config.train.max_hours)
         if writes:
             on_rank0(lambda: _write(run_dir, parts.notes))
         run_hash = identity_hash(config)

@@ -111,7 +111,7 @@ class Stepper:
         self._watchdog, self._stop = watchdog, stop
         self._seed, self._train, self._optim = seed, train, optim
         self._steps_per_epoch, self._accumulation = steps_per_epoch, accumulation
-        self._guard = StepGuard(engine)
+        self._guard = StepGuard(engine, optim.clip_grad)
         self._copies = torch.cuda.Stream() if engine.device.type == "cuda" else None
 
     def hand_over(self, batches: Iterator[Batch], step: int, wishes: Wishes) -> StepResult:

@@ -78,9 +78,6 @@ def evaluate(
 ) -> Scores | None:
     """Run a classifier over each image once; all ranks call, and get the same.
 
-    Every batch has the same size, filled up with black images, and every rank runs as many: ranks
-    stay together under ZeRO-3, and what an image gets does not depend on how many there are.
-
     Args:
         logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes].
         loader: this rank's part of the data set.
@@ -99,6 +96,46 @@ def evaluate(
     """
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    try:
+        for image, label, _ in whole_batches(loader, doing=doing, what=what, stop=stop):
+            logits = logits_of(normalize(image.to(device, non_blocking=True)))
+            logits = logits[: len(label)].float()
+            label = (label if label_of is None else label_of[label]).to(device)
+            rank = rank_of_label(logits, label)
+            for count, right in zip(counts, (rank >= 0, rank < 1, rank < 5), strict=True):
+                count += torch.bincount(label[right], minlength=classes)
+            loss += F.cross_entropy(logits, label, reduction="none").double().sum()
+    except Stopped:
+        return None
+    dist.all_reduce(counts)
+    dist.all_reduce(loss)
+    counts = counts.cpu()
+    return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()))
+
+
+class Stopped(Exception):
+    """An evaluation was asked to stop, on all ranks alike."""
+
+
+def whole_batches(
+    loader: EvalLoader,
+    *,
+    doing: Callable[[str], None],
+    what: str,
+    stop: Callable[[], bool],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield as many batches on each rank, all of the same size, filled up with black images.
+
+    So ranks stay together, and what an image gets does not depend on how many there are.
+
+    Yields:
+        images uint8 [batch_size, 3, S, S]; labels and sample ids, int64 [b], of those that are real
+        and come first.
+
+    Raises:
+        Stopped: `stop`, which is asked before each batch, said yes on any rank.
+        RunError: an image is damaged, or a shard cannot be read.
+    """
     batches = iter(loader)
     for number in range(loader.most_batches):
         doing(f"{what}, batch {number + 1} of {loader.most_batches}")
@@ -106,38 +143,21 @@ def evaluate(
         dist.all_reduce(stopping)
         if stopping:
             loader.close()
-            return None
+            raise Stopped
         try:
             batch = next(batches, None)
         except (UserError, OSError) as error:
             raise RunError(str(error)) from error  # on this rank alone
-        image, label = _filled(batch, loader)
-        logits = logits_of(normalize(image.to(device, non_blocking=True)))[: len(label)].float()
-        label = (label if label_of is None else label_of[label]).to(device)
-        rank = rank_of_label(logits, label)
-        for count, right in zip(counts, (rank >= 0, rank < 1, rank < 5), strict=True):
-            count += torch.bincount(label[right], minlength=classes)
-        loss += F.cross_entropy(logits, label, reduction="none").double().sum()
-    dist.all_reduce(counts)
-    dist.all_reduce(loss)
-    counts = counts.cpu()
-    return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()))
-
-
-def _filled(
-    batch: dict[str, torch.Tensor] | None, loader: EvalLoader
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the images of a whole batch, and the labels of those that are real."""
-    if batch is None:
-        size = loader.img_size
-        image = torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8)
-        return image, torch.zeros(0, dtype=torch.int64)
-    image, missing = batch["image"], loader.batch_size - len(batch["label"])
-    if missing:
-        # In the layout of the loader's images: another one rounds otherwise in the convolution.
-        black = image.new_zeros(missing, *image.shape[1:])
-        image = torch.cat([image, black.to(memory_format=torch.channels_last)])
-    return image, batch["label"]
+        if batch is None:
+            size, none = loader.img_size, torch.zeros(0, dtype=torch.int64)
+            yield torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8), none, none
+            continue
+        image, missing = batch["image"], loader.batch_size - len(batch["label"])
+        if missing:
+            # In the layout of the loader's images: another one rounds otherwise in the convolution.
+            black = image.new_zeros(missing, *image.shape[1:])
+            image = torch.cat([image, black.to(memory_format=torch.channels_last)])
+        yield image, batch["label"], batch["sample"]
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def main(name: str, precision: str) -> None:
     accelerator, waits = deepspeed.accelerator.get_accelerator(), []
     accelerator.synchronize = lambda device_index=None: waits.append(1)
     train = TrainConfig(global_batch_size=4, micro_batch_size=2)
-    optim = FinetuneOptimConfig(layer_decay=0.75, ema_decay=0.99)
+    optim = FinetuneOptimConfig(layer_decay=0.75, ema_decay=0.99, clip_grad=0.1)
     with process_group(world, 600) as watchdog:
         model = build_classifier(
             "mae_vit_tiny_patch16", num_classes=5, img_size=32, patch_size=16, embed_dim=12,

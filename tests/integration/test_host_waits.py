@@ -16,7 +16,7 @@ import pytest
     ("config", "reads"), [("zero0", 0), ("zero1", 0), ("zero2", 0), ("zero3", 1)]
 )
 def test_reads_and_synchronisations_of_a_step(config: str, reads: int) -> None:
-    """With layer-wise decay, two micro-batches and a moving average, in bf16."""
+    """With layer-wise decay, two micro-batches, clipping and a moving average, in bf16."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("host_waits_worker.py"), config, "bf16"],
         capture_output=True,

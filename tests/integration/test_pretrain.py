@@ -52,6 +52,15 @@ def test_a_finished_run_says_so(undisturbed: Run) -> None:
     assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_max_hours_stops_as_a_signal_does(run: Run, undisturbed: Run) -> None:
+    run.settings = {"train.max_hours": 1e-9}
+    assert "stopped by train.max_hours after step" in run.finish(STOPPED)
+    assert 0 < len(run.rows()) < TOTAL
+    run.settings = {"train.max_hours": 24}
+    run.finish()
+    assert run.rows() == undisturbed.rows()
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_the_stream_does_not_depend_on_the_world_size(
     run: Run, undisturbed: Run, processes: int

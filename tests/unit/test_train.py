@@ -108,7 +108,7 @@ def test_every_deepspeed_config_is_filled_in(name: str, precision: str) -> None:
     ("content", "message"),
     [
         ({"train_batch_size": 512}, "train_batch_size 512 .* train.global_batch_size"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5 .* recipe's gradient clipping"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5 .* optim.clip_grad"),
         ({"bf16": {"enabled": True}}, "bf16.enabled true .* train.precision fp32"),
         ({"bfloat16": {"enabled": True}}, "bf16.enabled true .* train.precision fp32"),
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states .* fp32 optimiser"),
