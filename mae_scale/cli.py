@@ -24,6 +24,8 @@ COMMANDS = {
     "index": "make WebDataset tars of others usable as they are",
     "verify": "check shards down to each image",
     "evaluate": "accuracy of a classifier, also on robustness sets",
+    "knn": "accuracy of an encoder's nearest neighbours, without training",
+    "features": "what an encoder makes of each image, as npy or Parquet",
     "plan": "memory, time, data and saves of a recipe on a cluster",
     "sweep": "run a table of experiments, such as the paper's ablations",
     "status": "print how runs are doing, on one screen",

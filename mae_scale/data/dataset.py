@@ -108,6 +108,16 @@ class ShardReader:
         """
         return self._member(sample, "offset", "size")
 
+    def name(self, sample: int) -> str:
+        """Read the name of the image of a global sample id; errors are those of `read`."""
+        shard, header = int(self._shard_of(sample)), bytearray(BLOCK)
+        offset = int(self._shards.index[sample]["offset"])
+        os.preadv(self._descriptor(shard), [header], offset - BLOCK)
+        found = read_header(header)
+        if found is None:
+            raise self._changed(shard, f"no member lies at offset {offset}")
+        return found.name
+
     def read_annotation(self, sample: int) -> Member:
         """Read the annotation file of a global sample id, in shards that have them; see `read`."""
         return self._member(sample, "extra_offset", "extra_size")

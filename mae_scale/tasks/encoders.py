@@ -1,0 +1,104 @@
+"""An encoder that describes images, from a run or from weights of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mae_scale.errors import UserError
+from mae_scale.launch.distributed import on_rank0
+from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.encoder import Encoder, Pool
+from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights, sizes_of
+from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
+
+
+@dataclass
+class Describer:
+    """An encoder and how it describes an image."""
+
+    model: Encoder
+    pool: Pool
+    crop_ratio: float | None
+    """Share of the short side that its centre crop covers; None: what suits its size."""
+    source: str
+    """What it is, in words."""
+
+    @property
+    def features(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From normalised images, float [b, 3, H, W], to their features, [b, D]."""
+        if isinstance(self.model, MaskedAutoencoderViT):
+            return lambda images: self.model(images, pool=self.pool)
+        assert isinstance(self.model, Classifier)
+        return self.model.features
+
+
+def read_describer(
+    weights: Path,
+    *,
+    pool: Pool | None = None,
+    name: str | None = None,
+    img_size: int | None = None,
+    ema: bool = False,
+) -> Describer:
+    """Read an encoder, in fp32 on the CPU; all ranks call.
+
+    Args:
+        weights: run folder of pretrain, finetune or linprobe, a step folder in it, or weights.
+        pool: what describes an image; None: the class token of a masked autoencoder, and what the
+            head of a classifier sees.
+        name: of foreign weights: their architecture.
+        img_size: pixels; None: that of the weights.
+        ema: take the moving average of the weights.
+
+    Raises:
+        UserError: there are no such weights, or they do not fit what is asked.
+    """
+    crop_ratio = None
+    if is_ours(weights):
+        trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(weights)))
+        model: nn.Module = trained.model(img_size)
+        if not isinstance(model, MaskedAutoencoderViT | Classifier):
+            raise UserError(
+                f"{trained.run_dir} is a run of {trained.task.name}; expected one of pretrain, "
+                "finetune or linprobe"
+            )
+        state, source = trained.weights(ema), f"{weights}, {trained.folder.name}"
+        if img_size in (None, trained.config.model.img_size):
+            crop_ratio = getattr(trained.config.model, "crop_ratio", None)
+    else:
+        if ema:
+            raise UserError(f"--ema: {weights} is no run folder, which a moving average is in")
+        if name is None:
+            raise UserError(f"{weights} is no run folder; say what it is: --model NAME")
+        state, source = read_weights(weights), str(weights)
+        model = _foreign(state, name, img_size)
+    if isinstance(model, MaskedAutoencoderViT):
+        found = fit_to_mae(state, model)
+        pool = pool or "token"
+    else:
+        assert isinstance(model, Classifier)
+        found = fit_to_classifier(state, model)
+        if pool not in (None, model.pool):
+            raise UserError(
+                f"--pool {pool}: {weights} has a head that classifies the {model.pool} of its "
+                f"features; leave it out, or take --pool {model.pool}"
+            )
+        pool = model.pool
+    # What is missing, such as decoder or head, takes no part in the features.
+    model.load_state_dict(found, strict=False)
+    return Describer(model.eval(), pool, crop_ratio, source)
+
+
+def _foreign(state: dict[str, torch.Tensor], name: str, img_size: int | None) -> Encoder:
+    sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
+    if img_size is not None:
+        sizes["img_size"] = img_size
+    if "fc_norm.weight" in state:
+        return build_classifier(name, num_classes=len(state["head.bias"]), pool="mean", **sizes)
+    return build_mae(name, **sizes)
