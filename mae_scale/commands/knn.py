@@ -1,35 +1,18 @@
-"""`mae-scale knn`: accuracy of the nearest neighbours by an encoder's features, without training.
+"""Measure an encoder by its features' nearest neighbours, without training.
 
-The rule is DINO's: 20 neighbours by cosine, weighted by exp(cosine / 0.07).
+The rule is DINO's: the 20 nearest images by the cosine vote, with the weight exp(cosine / 0.07).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 from pathlib import Path
 
-import torch
-
 from mae_scale.commands.arguments import Parser
-from mae_scale.commands.features import add_encoder_arguments, encoder_of, labels_of, loader_of
-from mae_scale.data.shards import ShardSet, open_shards
-from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
-from mae_scale.launch.distributed import process_group
-from mae_scale.launch.logs import set_up_logging
-from mae_scale.launch.watchdog import Watchdog
-from mae_scale.tasks.classification import classes_of, matched
-from mae_scale.train.features import features_of
-from mae_scale.train.knn import NEIGHBOURS, TEMPERATURE, knn_scores
-from mae_scale.world import World
-
-log = logging.getLogger("mae_scale")
+from mae_scale.commands.features import add_encoder_arguments
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, evaluate, print the scores and write the JSON."""
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
     add_encoder_arguments(parser)
     parser.add_argument("train", help="shard folder of the images that vote")
@@ -38,65 +21,23 @@ def main(argv: list[str], prog: str) -> int:
         help="shard folder of the images that are classified; without it, each of the first folder "
         "by the others there",
     )  # fmt: skip
-    parser.add_argument("--neighbours", type=int, default=NEIGHBOURS, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="default: 0.07")
+    parser.add_argument("--neighbours", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.07, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments, evaluate, print the scores and write the JSON."""
+    options = parser(prog).parse_intermixed_args(argv)
+
+    from mae_scale.commands.neighbours import run
+    from mae_scale.launch.distributed import process_group
+    from mae_scale.launch.logs import set_up_logging
+    from mae_scale.world import World
+
     world = World.from_environment()
     set_up_logging(world)
     with process_group(world, hang_timeout=1800.0) as watchdog:
         run(options, world, watchdog)
     return 0
-
-
-def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
-    """Evaluate; rank 0 prints and writes.
-
-    Raises:
-        UserError: weights, data or options that do not fit each other.
-    """
-    if options.neighbours < 1:
-        raise UserError(f"--neighbours {options.neighbours} must be at least 1")
-    if not 0.001 <= options.temperature < float("inf"):
-        raise UserError(f"--temperature {options.temperature} must be at least 0.001")
-    train = open_shards(options.train, options.cache_dir)
-    val = train if options.val is None else open_shards(options.val, options.cache_dir)
-    classes = classes_of(train)
-    labels, label_of = labels_of(val), matched(val, classes)
-    if label_of is not None:
-        labels = label_of[labels]
-    if len(train) < 2:
-        raise UserError(f"{train.root} has one image, which has no neighbours")
-    encoder = encoder_of(options, world)
-
-    def features(shards: ShardSet, what: str) -> torch.Tensor:
-        loader = loader_of(shards, encoder, options, world)
-        return features_of(encoder.features, loader, world.device, doing=watchdog.doing, what=what)
-
-    bank = features(train, "computing the features of the images that vote")
-    queries = None if options.val is None else features(val, "computing features")
-    watchdog.doing("comparing features")
-    scores = knn_scores(
-        bank,
-        labels_of(train),
-        queries,
-        labels,
-        len(classes),
-        neighbours=options.neighbours,
-        temperature=options.temperature,
-    )
-    if world.rank > 0:
-        return
-    facts = {
-        "weights": str(options.weights),
-        "train": train.root,
-        "val": val.root,
-        "images": len(val),
-        "neighbours": options.neighbours,
-        "temperature": options.temperature,
-        **scores,
-    }
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(facts, indent=1) + "\n")
-    print(f"{'images':>9}{'top-1':>9}{'top-5':>9}")
-    print(f"{len(val):>9}{scores['knn_top1']:>9.2f}{scores['knn_top5']:>9.2f}")

@@ -37,6 +37,8 @@ class AugmentConfig:
 
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    hflip: bool = True
+    """Whether half of the images are mirrored, left to right."""
     color_jitter: Share = 0.0
     """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"

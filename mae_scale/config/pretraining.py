@@ -47,6 +47,8 @@ class PretrainAugmentConfig:
     the short side; random: a RandomResizedCrop."""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
+    hflip: bool = True
+    """Whether half of the images are mirrored, left to right; under crop none, none are."""
     color_jitter: Share = 0.0
     """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
 

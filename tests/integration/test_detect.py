@@ -202,3 +202,24 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not bad.run_dir.exists()
+
+
+def test_predict_draws_the_objects(detecting: Run, imagenet_tree: Path, tmp_path: Path) -> None:
+    detecting.settings["train.max_steps"] = 1
+    detecting.finish()
+    photographs = [str(path) for path in sorted(imagenet_tree.rglob("*.JPEG"))[:2]]
+    out = tmp_path / "seen"
+    command = ["predict", str(detecting.run_dir), *photographs, "--score", "0"]
+    assert main([*command, "--out", str(out)]) == 0
+    for photograph in map(Path, photographs):
+        facts = json.loads((out / f"{photograph.name}.json").read_text())
+        assert facts["task"] == "detect" and 0 < len(facts["objects"]) <= 5
+        for found in facts["objects"]:
+            assert found["name"] in ("blue", "red") and 0 <= found["score"] <= 1
+            x, y, w, h = found["bbox"]
+            assert x >= 0 and y >= 0 and w > 0 and h > 0
+            assert x + w <= facts["width"] + 1 and y + h <= facts["height"] + 1
+            assert found["segmentation"]["size"] == [facts["height"], facts["width"]]
+        with Image.open(out / f"{photograph.name}.png") as picture:
+            assert picture.width >= facts["width"]
+    assert not (out / "predictions.csv").exists()

@@ -1,0 +1,185 @@
+"""Computing and writing the features of images, as `mae-scale features` and `knn` ask for them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mae_scale.config.batch import resolve_precision
+from mae_scale.data.dataset import ShardReader
+from mae_scale.data.loader import EvalLoader, shard_cache
+from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.errors import UserError
+from mae_scale.files import owner, write_atomically
+from mae_scale.launch.distributed import on_rank0
+from mae_scale.launch.watchdog import Watchdog
+from mae_scale.models.classifier import keep_statistics_in_fp32
+from mae_scale.tasks.encoders import Describer, read_describer
+from mae_scale.train.features import feature_batches
+from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
+
+_ROWS = 8192  # that go into a Parquet file at a time
+
+
+def encoder_of(options: argparse.Namespace, world: World) -> Describer:
+    """Read what the options name, onto this rank's device.
+
+    Raises:
+        UserError: options or weights that cannot be.
+    """
+    for name in ("batch_size", "workers"):
+        least = 1 if name == "batch_size" else 0
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+    if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
+        raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
+    found = read_describer(
+        options.weights,
+        pool=options.pool,
+        name=options.model,
+        img_size=options.img_size,
+        ema=options.ema,
+    )
+    found.model.to(world.device)
+    if resolve_precision(options.precision, world.device) == "bf16":
+        found.model.bfloat16()
+        keep_statistics_in_fp32(found.model)
+    if options.crop_ratio is not None:
+        found.crop_ratio = options.crop_ratio
+    log.info("features: the %s of %s", found.pool, found.source)
+    return found
+
+
+def loader_of(
+    shards: ShardSet, encoder: Describer, options: argparse.Namespace, world: World
+) -> EvalLoader:
+    """Make the loader of this rank's part of some shards."""
+    return EvalLoader(
+        shards,
+        img_size=encoder.model.patch_embed.img_size[0],
+        batch_size=options.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=options.workers,
+        crop_ratio=encoder.crop_ratio,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=options.cache_dir,
+    )
+
+
+def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
+    """Compute the features on all ranks; rank 0 writes them, in the order of the shards.
+
+    Raises:
+        UserError: weights, data or options that do not fit each other.
+    """
+    if options.out.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--out {options.out} must end in .npy or .parquet")
+    if options.out.suffix == ".parquet":
+        _pyarrow()
+    if not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
+    shards = open_shards(options.data, options.cache_dir)
+    encoder = encoder_of(options, world)
+    loader = loader_of(shards, encoder, options, world)
+    unfinished = options.out.with_name(f".{options.out.stem}.{owner()}.npy")
+    try:
+        rows: np.memmap | None = None
+        for ids, values in feature_batches(
+            encoder.features, loader, world.device, doing=watchdog.doing
+        ):
+            if world.rank > 0:
+                continue
+            if rows is None:
+                shape = (len(shards), values.shape[1])
+                rows = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape)
+            rows[ids.cpu().numpy()] = values.cpu().numpy()
+        watchdog.doing("writing features")
+        on_rank0(lambda: _write(options, shards, rows, unfinished))
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write(
+    options: argparse.Namespace, shards: ShardSet, rows: np.memmap | None, unfinished: Path
+) -> None:
+    assert rows is not None  # shards hold at least one sample
+    rows.flush()
+    labels = shards.index["label"].astype(np.int64)
+    names = [shards.classes[i] if 0 <= i < len(shards.classes) else "" for i in labels.tolist()]
+    keys = _keys(shards, options.cache_dir)
+    if options.out.suffix == ".npy":
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["key", "label", "class"])
+        table.writerows(zip(keys, labels.tolist(), names, strict=True))
+        write_atomically(options.out.with_suffix(".csv"), text.getvalue())
+        unfinished.replace(options.out)
+    else:
+        _write_parquet(options.out, unfinished, keys, labels, names, rows)
+    log.info("wrote %s: %d images, %d values each", options.out, *rows.shape)
+
+
+def _keys(shards: ShardSet, cache_dir: str | None) -> list[str]:
+    """The name of each image in its tar, without its ending, as webdataset has it."""
+    with closing(ShardReader(shards, shard_cache(shards, cache_dir, None))) as reader:
+        names = [reader.name(sample) for sample in range(len(shards))]
+    keys = []
+    for name in names:
+        folder, slash, base = name.rpartition("/")
+        keys.append(folder + slash + base.partition(".")[0])
+    return keys
+
+
+def _pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UserError("--out *.parquet needs pyarrow: pip install 'mae-scale[parquet]'") from None
+
+
+def _write_parquet(
+    path: Path,
+    unfinished: Path,
+    keys: list[str],
+    labels: np.ndarray,
+    names: list[str],
+    rows: np.ndarray,
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema(
+        [
+            ("key", pa.string()),
+            ("label", pa.int64()),
+            ("class", pa.string()),
+            ("features", pa.list_(pa.float32(), rows.shape[1])),
+        ]
+    )
+    temporary = unfinished.with_suffix(".parquet")
+    try:
+        with parquet.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, len(rows), _ROWS):
+                part = slice(start, start + _ROWS)
+                flat = pa.array(np.asarray(rows[part]).reshape(-1))
+                values = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+                columns = [keys[part], pa.array(labels[part]), names[part], values]
+                writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def labels_of(shards: ShardSet) -> torch.Tensor:
+    """The label of each sample, int64 [N]."""
+    return torch.from_numpy(shards.index["label"].astype(np.int64))
