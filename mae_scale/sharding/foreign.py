@@ -32,10 +32,10 @@ from mae_scale.data.shards import (
 )
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.console import warn
-from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_text, number_labels
+from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_in_text, number_labels
 from mae_scale.sharding.places import check_old_index, expand, hide_commands, index_folder
 from mae_scale.sharding.processes import run_all, shared
-from mae_scale.sharding.tars import Tail, stream_tar
+from mae_scale.sharding.tars import Tail, problem_of, stream_tar
 
 
 class SampleFile(NamedTuple):
@@ -125,9 +125,11 @@ def index_shards(
     tars = [found[i] for i in range(len(files)) if found[i].images]
     left_out = sum(len(found[i].left_out) for i in range(len(files)))
     if not tars:
+        why = Counter(reason for tar in found.values() for _, reason in tar.left_out)
         raise UserError(
             f"{' '.join(map(shown, specs))}: no images (.{', .'.join(IMAGE_SUFFIXES)}) in "
-            f"{len(files)} tars" + (f"; {left_out:,} samples have none" if left_out else "")
+            f"{len(files)} tars"
+            + (f"; {left_out:,} samples have none: {why.most_common(1)[0][0]}" if why else "")
         )
     for i, file in enumerate(files):
         _warn_of(found[i], shown(file))
@@ -230,8 +232,7 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[SampleFile
         if not (image or label):
             yield SampleFile(key, part, suffix)
         elif not member.isreg() or member.issparse():
-            kind = "stored sparse" if member.isreg() else "a link"
-            yield SampleFile(key, part, suffix, problem=f"it is {kind}")
+            yield SampleFile(key, part, suffix, problem=problem_of(member) or "it is no file")
         else:
             try:
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -265,20 +266,49 @@ def _image_problem(data: bytes, max_pixels: int) -> str:
 
 
 def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Job) -> None:
-    """Collect images and labels; files that follow each other under one key are one sample."""
+    """Collect images and labels; files that follow each other under one key are one sample.
+
+    Where all images come before all labels, as when files were packed by suffix, a label is found
+    by its key.
+    """
+    no_label: dict[str, int] = {}  # key of an image without a label -> its place
+    no_image: dict[str, str | None] = {}  # key of a label without an image -> the label
     for key, group in groupby(found, lambda f: f.key):
         files = list(group)
         images = [f for f in files if f.suffix in IMAGE_SUFFIXES]
         chosen, reason = _choose(images, files, job.image_key)
-        usable = [image for image in chosen if not image.problem]
+        for image in images:
+            if chosen and image not in chosen and image.part == chosen[0].part:
+                tar.left_out.append((f"{key}.{image.suffix}", "another image of its key counts"))
         for image in chosen:
             if image.problem:
                 tar.left_out.append((f"{key}.{image.suffix}", image.problem))
         if not chosen:
-            tar.left_out.append((key, reason))
-        for image in usable:
+            if images or {f.suffix for f in files} != {"cls"}:
+                tar.left_out.append((key, reason))
+            else:
+                no_image[key] = _label(files, "", f"{file}: {key}", tar, job.label_keys)
+        for image in chosen:
+            if image.problem:
+                continue
+            try:
+                label = _label(files, image.part, f"{file}: {key}", tar, job.label_keys)
+            except _TwoLabels as error:
+                tar.left_out.append((f"{key}.{image.suffix}", str(error)))
+                continue
+            if label is None and not any(f.suffix in ("cls", "json") for f in files):
+                no_label[key] = len(tar.labels)
             tar.images.append((image.offset, image.size, image.checksum))
-            tar.labels.append(_label(files, image.part, f"{file}: {key}", tar, job.label_keys))
+            tar.labels.append(label)
+    for key, label in no_image.items():
+        if key in no_label:
+            tar.labels[no_label[key]] = label
+        else:
+            tar.left_out.append((key, "there is no image, only .cls"))
+
+
+class _TwoLabels(ValueError):
+    """A sample has labels that contradict each other."""
 
 
 def _choose(
@@ -311,9 +341,16 @@ def _label(
         same = [f for f in files if f.suffix == suffix and f.part in (part, "")]
         if not same:
             continue
-        content = max(same, key=lambda f: len(f.part)).content
+        longest = max(len(f.part) for f in same)
+        contents = {f.content for f in same if len(f.part) == longest}
+        content = contents.pop()
         if suffix == "cls":
-            return label_text(content.decode("utf-8", "replace"))
+            labels = {label_in_text(other, where) for other in {content, *contents}}
+            if len(labels) > 1:
+                raise _TwoLabels("its labels contradict each other")
+            return labels.pop()
+        if contents:
+            raise _TwoLabels("it has several files .json")
         label, there = label_in_json(content, where, keys)
         tar.json_keys.update(there)
         return label

@@ -40,7 +40,7 @@ def compare_with_imagenet(source: Source, split: str) -> None:
 
 def train_archive(archive: Path, workers: int) -> Source:
     """List the images in ``ILSVRC2012_img_train.tar``, which holds a tar of each class."""
-    inner = [m for m in walk_tar(archive) if m.name.endswith(".tar")]
+    inner = [m for m in walk_tar(archive) if m.name.endswith(".tar") and not m.problem]
     if not inner:
         raise UserError(f"{archive} holds no tars of classes; is it ImageNet's train archive?")
     tasks = [(archive, m.name, m.offset, m.offset + m.size) for m in inner]
@@ -55,7 +55,7 @@ def _list_inner(task: tuple[Path, str, int, int]) -> list[Entry]:
     return [
         Entry(wnid, f"{wnid}/{base_of(m.name)}", m.size, m.offset)
         for m in walk_tar(archive, start, end, name)
-        if is_image_name(m.name)
+        if is_image_name(m.name) and not m.problem
     ]
 
 
@@ -65,7 +65,7 @@ def val_archive(archive: Path, workers: int) -> Source:
     entries = [
         Entry(wnid_of(m.name), base_of(m.name), m.size, m.offset)
         for m in walk_tar(archive)
-        if is_image_name(m.name)
+        if is_image_name(m.name) and not m.problem
     ]
     return sorted_source("ImageNet's archive", archive, entries, classes)
 

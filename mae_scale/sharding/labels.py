@@ -16,6 +16,7 @@ from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
+MOST_DIGITS = 300  # longer labels are names
 MOST_CLASSES = 1_000_000  # numbers count from 0 if all are below this; else they are names
 
 
@@ -32,9 +33,13 @@ def label_text(value: Any) -> str | None:
 
     ``7``, ``007`` and ``7.0`` are the same label; -1 and an empty text are none.
     """
-    if isinstance(value, (bool, type(None), list, dict)):
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (bool, type(None), list, dict)) or value != value:  # or NaN
         return None
-    text = normal(str(value).strip())
+    text = normal(str(value).strip().strip("\0"))
+    if len(text) > MOST_DIGITS:
+        return text  # Python refuses to make numbers of some thousand digits
     try:
         number = float(text)
         if text.lower() in ("nan", "inf", "-inf", "infinity", "-infinity") or "_" in text:
@@ -45,6 +50,23 @@ def label_text(value: Any) -> str | None:
     except (ValueError, OverflowError):
         pass
     return text or None
+
+
+def label_in_text(content: bytes, where: str) -> str | None:
+    """Return the label in a .cls.
+
+    Raises:
+        UserError: it is no text, or a list of numbers.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}.cls is no text, but {len(content):,} other bytes") from None
+    if text.lstrip().startswith(("[", "{")):
+        raise UserError(
+            f"{where}.cls is {printable(text.strip()[:40])}, and neither a number nor a name"
+        )
+    return label_text(text)
 
 
 def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -79,7 +101,7 @@ def number_labels(
     known = {label for label in labels if label is not None}
     if classes is not None:
         number = number_by(classes, known)
-    elif all(label.lstrip("-").isdigit() and label.isascii() for label in known):
+    elif all(_is_number(label) for label in known):
         values = {label: int(label) for label in known}
         if any(value < 0 for value in values.values()):
             raise UserError(f"labels below 0, such as {min(values.values())}, are no classes")
@@ -94,6 +116,10 @@ def number_labels(
         number = {name: i for i, name in enumerate(classes)}
     numbers = [NO_LABEL if label is None else number[label] for label in labels]
     return np.array(numbers, np.int32), list(classes)
+
+
+def _is_number(label: str) -> bool:
+    return label.lstrip("-").isdigit() and label.isascii() and len(label) <= MOST_DIGITS
 
 
 def number_by(classes: Sequence[str], labels: set[str]) -> dict[str, int]:

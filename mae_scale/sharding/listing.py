@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mae_scale.data.formats import is_image_name
 from mae_scale.sharding.labels import normal
+from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, splits_in
 
 # Suffixes of files that usually lie beside images and are none.
 _OTHERS = {
@@ -127,13 +128,15 @@ class Listing:
     images: list[Entry] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     empty: list[str] = field(default_factory=list)  # folders at the top without an image
+    tables: list[str] = field(default_factory=list)  # files that may be lists of images
+    notes: list[str] = field(default_factory=list)  # other warnings
 
     def warnings(self, root: Path) -> list[str]:
         """Say what was left out, with an example of each kind."""
         kinds = Counter(reason for _, reason in self.left_out)
         lines = []
         for reason, count in kinds.items():
-            example = next(name for name, r in self.left_out if r == reason)
+            example = min(name for name, r in self.left_out if r == reason)
             lines.append(f"{count:,} files in {root} are left out: {reason} (such as {example})")
         return lines
 
@@ -143,6 +146,7 @@ def list_images(root: Path) -> Listing:
     listing = Listing()
     with os.scandir(root) as top:
         tops = sorted((i for i in top if not i.name.startswith(".")), key=lambda i: i.name)
+    tops = [item for item in tops if item.name.lower() not in SYSTEM_FOLDERS]
     for item in tops:
         if not item.is_dir():
             _take(item, item.name, listing)
@@ -172,6 +176,7 @@ def list_images(root: Path) -> Listing:
             raise answer
         listing.images += answer.images
         listing.left_out += answer.left_out
+        listing.tables += answer.tables
         if not answer.images:
             listing.empty.append(name)
     return listing
@@ -184,10 +189,14 @@ def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> N
             if item.name.startswith("."):
                 continue
             if item.is_dir():
+                if item.name.lower() in SYSTEM_FOLDERS:
+                    found.left_out.append((name, "a folder of the system"))
+                    continue
                 inside = links
                 if item.is_symlink():
                     target = os.path.realpath(item.path)
-                    if target in links or os.path.realpath(folder).startswith(target):
+                    here = os.path.realpath(folder)
+                    if target in links or f"{here}/".startswith(f"{target.rstrip('/')}/"):
                         found.left_out.append((name, "a link to a folder that it lies in"))
                         continue
                     inside = links | {target}
@@ -204,6 +213,8 @@ def _take(item: os.DirEntry[str], name: str, found: Listing) -> None:
         else:
             broken = item.is_symlink()
             found.left_out.append((name, "a broken link" if broken else "not a file"))
+    elif suffix in LIST_SUFFIXES and name.count("/") <= 4 and splits_in(item.name):
+        found.tables.append(name)
     elif "." not in item.name or suffix not in _OTHERS:
         found.left_out.append((name, f"not known as an image (.{suffix})" if "." in item.name
                                else "without a suffix"))  # fmt: skip

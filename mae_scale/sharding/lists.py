@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -10,18 +11,27 @@ from mae_scale.data.formats import IMAGE_SUFFIXES, is_image_name
 from mae_scale.data.remote import printable
 from mae_scale.data.shards import read_manifest
 from mae_scale.errors import UserError
+from mae_scale.sharding.imagenet import WNID
 from mae_scale.sharding.labels import label_text, normal
 
 MAX_BYTES = 1 << 30
-_HEADERS = {"filename", "file", "name", "image", "path", "image_id", "imageid", "file_name", "img"}
+_HEADERS = {
+    "filename", "file", "name", "image", "path", "image_id", "imageid", "file_name", "img", "id",
+    "image_name", "img_name", "image_path", "img_path", "filepath", "file_path", "fname", "images",
+}  # fmt: skip
+_LABELS = {
+    "label", "labels", "class", "class_name", "classname", "class_id", "category", "category_id",
+    "target", "breed", "species", "class_label", "cls",
+}  # fmt: skip
 
 
 def read_classes(spec: str | Path) -> list[str]:
     """Read the names of classes in the order of their numbers.
 
     Args:
-        spec: a folder of shards; a JSON list; or a text with a class in the first word of each line
-            (as in ``LOC_synset_mapping.txt``), or in the whole line where first words repeat.
+        spec: a folder of shards; a JSON list; or a text with a class in each line. What follows a
+            WordNet id (as in ``LOC_synset_mapping.txt``), a tab or a comma is not read, nor is a
+            number behind each name (as in ``categories_places365.txt``).
 
     Raises:
         UserError: it cannot be read, or names a class twice.
@@ -39,10 +49,7 @@ def read_classes(spec: str | Path) -> list[str]:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise UserError(f"{path} is no JSON list of names")
         else:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            names = [line.split()[0] for line in lines]
-            if len(set(names)) < len(names):
-                names = lines
+            names = _names_in([line.strip() for line in text.splitlines() if line.strip()])
     names = [normal(name) for name in names]
     twice = (
         next((name for name in names if names.count(name) > 1), None)
@@ -54,6 +61,22 @@ def read_classes(spec: str | Path) -> list[str]:
     if not names:
         raise UserError(f"{path} names no classes")
     return names
+
+
+def _names_in(lines: list[str]) -> list[str]:
+    """Return the class that each line names."""
+    first = [line.split()[0].rstrip(",") for line in lines]
+    if all(WNID.fullmatch(name) for name in first):
+        return first
+    for separator in "\t,":
+        if lines and all(separator in line for line in lines):
+            lines = [line.partition(separator)[0].strip() for line in lines]
+    if all(re.fullmatch(r".*\S\s+\d+", line) for line in lines):
+        numbers = [int(line.split()[-1]) for line in lines]
+        if sorted(numbers) in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+            names = [line.rpartition(" ")[0].strip() for line in lines]
+            lines = [name for _, name in sorted(zip(numbers, names, strict=True))]
+    return [line.strip("/") for line in lines]
 
 
 def read_text(path: Path) -> str:
@@ -75,29 +98,49 @@ def read_text(path: Path) -> str:
 def read_list(path: Path) -> list[tuple[str, str | None]]:
     """Read the images of a list: each line has a path, with or without a label behind it.
 
-    A tab, a comma or blanks separate path and label; what follows the label is not read. A header
-    such as ``filename,label`` and lines that begin with # are left out.
+    A tab, a comma or blanks separate path and label. The label ends at the next tab or comma;
+    behind a blank it is the rest of the line, or the first word if that is a number. A header such
+    as ``filename,label`` says which columns these are. Lines that begin with # are left out.
 
     Raises:
         UserError: it cannot be read, or is empty.
     """
-    rows: list[tuple[str, str | None]] = []
     lines = [line.strip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    separator = next((s for s in "\t," if lines and s in lines[0]), None)
-    for number, line in enumerate(lines):
-        name, *rest = _fields(line, separator)
-        if number == 0 and not is_image_name(name) and name.lower() in _HEADERS:
-            continue
-        rows.append((name, label_text(rest[0]) if rest else None))
+    separator = next((s for s in "\t,;" if lines and s in lines[0]), None)
+    try:
+        fields = (
+            [_fields(line) for line in lines]
+            if separator is None
+            else [[f.strip() for f in row] for row in csv.reader(lines, delimiter=separator)]
+        )
+    except csv.Error as error:
+        raise UserError(f"{path} is no table: {printable(str(error))}") from None
+    fields = [row for row in fields if row]
+    name_at, label_at = 0, 1
+    head = [field.lower().replace(" ", "_") for field in fields[0]] if fields else []
+    known = [i for i, field in enumerate(head) if field in _HEADERS]
+    if head and not any(is_image_name(field) for field in fields[0]):
+        labels = [i for i, field in enumerate(head) if field in _LABELS and i not in known[:1]]
+        if known or labels:
+            name_at = known[0] if known else 0
+            label_at = labels[0] if labels else name_at + 1
+            fields = fields[1:]
+    rows = [
+        (row[name_at], label_text(row[label_at]) if label_at < len(row) else None)
+        for row in fields
+        if name_at < len(row)
+    ]
     if not rows:
         raise UserError(f"{path} names no images")
     return rows
 
 
-def _fields(line: str, separator: str | None) -> list[str]:
-    if separator is not None:
-        return [field.strip() for field in line.split(separator)]
+def _fields(line: str) -> list[str]:
     # A name may hold blanks: it ends with the suffix of an image.
     match = re.match(r"(.*?\.(?:" + "|".join(IMAGE_SUFFIXES) + r"))(?:\s+(.*))?$", line, re.I)
-    return [match[1], *(match[2] or "").split()] if match else line.split()
+    name, _, rest = (match[1], "", match[2] or "") if match else line.partition(" ")
+    first = rest.split()[:1]
+    if first and re.fullmatch(r"-?\d+(\.\d+)?", first[0]):
+        rest = first[0]
+    return [name, rest.strip()] if rest.strip() else [name]

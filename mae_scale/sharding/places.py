@@ -23,7 +23,11 @@ def expand(spec: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     if not is_remote(spec) and Path(spec).is_dir():
-        tars = sorted(str(path) for path in Path(spec).glob("*.tar") if path.name[0] != ".")
+        tars = sorted(
+            str(path)
+            for path in Path(spec).glob("*.tar")
+            if path.name[0] != "." and not path.is_dir()
+        )
         if not tars:
             inside = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")})[:3]
             hint = f"; did you mean {' or '.join(inside)}?" if inside else ""

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_scale.data.remote import printable
 from mae_scale.data.shards import (
     ANNOTATED_DTYPE,
     INDEX_DTYPE,
@@ -103,7 +104,7 @@ def shard(
             if source.taken:
                 say(source.taken)
             for warning in source.warnings:
-                warn(f"warning: {warning}")
+                warn(f"warning: {printable(warning)}")
             plan = Plan(source, options)
             try:
                 if dry_run:
@@ -303,7 +304,7 @@ def _write(plan: Plan, out: Path, todo: list[int], workers: int) -> None:
 
 def _report(record: dict[str, Any]) -> None:
     for name, reason in record["damaged"]:
-        warn(f"damaged, left out: {name}: {reason}")
+        warn(f"damaged, left out: {printable(name)}: {printable(reason)}")
 
 
 def _finish(plan: Plan, out: Path, records: list[dict[str, Any]]) -> None:

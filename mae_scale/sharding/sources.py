@@ -5,8 +5,9 @@
 - the official archives, ``ILSVRC2012_img_train.tar`` (tars inside a tar) or
   ``ILSVRC2012_img_val.tar`` with the devkit: headers are read by seeking, images by offset;
 - the Kaggle layout, and folders of class folders, with or without splits above them (`layouts`);
-- folders with one tar for each class;
-- Hugging Face's parquet files and compressed tars, which are unpacked beside the shards (`packed`).
+- tars of classes, of splits, or of all of it (`archives`); compressed ones are unpacked beside the
+  shards;
+- Hugging Face's parquet files, which are unpacked as well (`parquet`).
 
 The same images in another form give the same list, so they give the same shards.
 """
@@ -19,22 +20,26 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_scale.data.formats import IMAGE_SUFFIXES, is_image_name
+from mae_scale.data.formats import IMAGE_SUFFIXES
+from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
+from mae_scale.files import owner
 from mae_scale.randomness import hash64
-from mae_scale.sharding.imagenet import (
-    base_of,
-    compare_with_imagenet,
-    stem_of,
-    train_archive,
-    val_archive,
+from mae_scale.sharding.archives import (
+    find_archives,
+    holds_images,
+    is_compressed,
+    other_archives,
+    read_archives,
+    stem_of_tar,
 )
+from mae_scale.sharding.imagenet import compare_with_imagenet, train_archive, val_archive
 from mae_scale.sharding.labels import number_by
-from mae_scale.sharding.layouts import KAGGLE_TREES, from_folder, split_word
-from mae_scale.sharding.listing import Entry, Source, sorted_source
-from mae_scale.sharding.packed import find_packed, from_packed
-from mae_scale.sharding.processes import run_all
-from mae_scale.sharding.tars import walk_tar
+from mae_scale.sharding.layouts import KAGGLE_TREES, from_folder, from_listing
+from mae_scale.sharding.listing import Source, sorted_source
+from mae_scale.sharding.matching import numbered
+from mae_scale.sharding.parquet import find_parquet, read_parquet
+from mae_scale.sharding.words import split_word
 
 __all__ = ["Choice", "Source", "find_source"]
 
@@ -76,8 +81,10 @@ def find_source(
         )
     source, has_splits = _look(src, split, workers, choice, work)
     if not len(source):
+        packed = f"; unpack {', '.join(other[:3])} first" if (other := other_archives(src)) else ""
         raise UserError(
             f"{source.root} holds no images (looked for .{', .'.join(sorted(IMAGE_SUFFIXES))})"
+            f"{packed}"
         )
     if choice.val_share is not None:
         if has_splits:
@@ -88,7 +95,9 @@ def find_source(
     elif choice.list_file is None:
         compare_with_imagenet(source, split)
     if not has_splits or choice != Choice():
-        names = ", ".join(source.classes[:3]) + (", …" if len(source.classes) > 3 else "")
+        names = ", ".join(map(printable, source.classes[:3])) + (
+            ", …" if len(source.classes) > 3 else ""
+        )
         every = "all " if not has_splits and choice == Choice() else ""
         source.taken = (
             f"{every}{len(source):,} images as {split}; {len(source.classes):,} classes: {names}"
@@ -105,72 +114,72 @@ def _look(
 ) -> tuple[Source, bool]:
     """Find the source, and whether it has splits of its own."""
     archive = src / f"ILSVRC2012_img_{split}.tar"
-    if archive.is_file():
+    if archive.is_file() and choice.list_file is None:
         return (train_archive if split == "train" else val_archive)(archive, workers), True
-    packed = find_packed(src, split)
-    if packed:
-        if work is None:
-            raise UserError(f"{src} holds packed images ({packed[0].name})")
-        return from_packed(packed, src, work), True
-    tars = _class_tars(src, split)
-    if tars:
-        return _from_tars(tars, workers), tars[0].parent != src
+    packed = _packed(src, split, workers, choice, work)
+    if packed is not None:
+        return packed
     other = [path.name for path in src.glob("ILSVRC2012_img_*.tar")]
     kaggle = any((src / tree).is_dir() for tree in KAGGLE_TREES)
     if (
         other
         and not kaggle
+        and choice.list_file is None
         and not any(p.is_dir() and split_word(p.name)[0] for p in src.iterdir())
     ):
         raise UserError(f"{src} has {', '.join(other)} but no {archive.name}")
-    return from_folder(src, split, choice.class_depth, choice.list_file)
+    sure = choice.val_share is not None
+    return from_folder(src, split, choice.class_depth, choice.list_file, sure)
 
 
-# A tar for each class
-
-
-def _class_tars(src: Path, split: str) -> list[Path]:
-    """Return the tars of classes in a folder, or in that of the split; none if there are others."""
-    folders = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name[0] != "."]
-    for folder in (src, *(p for p in folders if split_word(p.name) == (split, True))):
-        tars = sorted(p for p in folder.glob("*.tar") if p.name[0] != ".")
-        tars = [p for p in tars if not p.name.startswith("ILSVRC2012_")]
-        if len(tars) > 1 or (tars and not any(p.is_dir() for p in folder.iterdir())):
-            return tars
-    return []
-
-
-def _from_tars(tars: Sequence[Path], workers: int) -> Source:
-    listed = dict(run_all(_list_tar, list(enumerate(map(str, tars))), workers))
-    entries: list[Entry] = []
-    empty = []
-    for number, tar in enumerate(tars):
-        images, labels = listed[number]
-        if labels:
-            raise UserError(
-                f"{tar} holds labels ({labels}): it is a WebDataset tar and not the tar of a "
-                f"class; use `mae-scale index {tar.parent}` instead"
-            )
-        entries += images
-        if not images:
-            empty.append(tar.name)
-    source = sorted_source("tars of classes", tars[0].parent, entries)
-    source.archives = list(tars)
-    if empty:
-        source.warnings.append(f"{len(empty):,} tars hold no images, such as {empty[0]}")
-    return source
-
-
-def _list_tar(task: tuple[int, str]) -> tuple[int, tuple[list[Entry], str]]:
-    number, path = task
-    name = stem_of(path)
-    entries, labels = [], ""
-    for m in walk_tar(Path(path)):
-        if is_image_name(m.name):
-            entries.append(Entry(name, f"{name}/{base_of(m.name)}", m.size, m.offset, number))
-        elif m.name.endswith((".cls", ".json")) and not base_of(m.name).startswith("."):
-            labels = labels or m.name
-    return number, (entries, labels)
+def _packed(
+    src: Path, split: str, workers: int, choice: Choice, work: Path | None
+) -> tuple[Source, bool] | None:
+    """Find the images in parquet files or tars; None where there are none."""
+    sure = choice.val_share is not None or choice.class_depth is not None
+    if holds_images(src):
+        # What was unpacked counts, and not the archive beside it, unless only this is of the split.
+        folders = [p.name for p in src.iterdir() if p.is_dir()]
+        tars = [p for p in src.glob("*.tar*") if split_word(stem_of_tar(p)) == (split, True)]
+        if not tars or any(split_word(name)[0] == split for name in folders):
+            return None
+        files: list[Path] = []
+        named = False
+    else:
+        files, named = find_parquet(src, split)
+        tars = [] if files else find_archives(src, split)
+    if not files and not tars:
+        return None
+    spooled = bool(files) or any(map(is_compressed, tars))
+    if spooled and work is None:
+        raise UserError(f"{src} holds packed images ({(files or tars)[0].name})")
+    spool = Path()
+    classes = None
+    if spooled and work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        spool = work / f"unpacked.{owner()}.tmp"
+        with spool.open("wb") as stream:
+            if files:
+                listing, classes = read_parquet(files, stream)
+            else:
+                listing = read_archives(tars, src, workers, stream, sure)
+    else:
+        listing = read_archives(tars, src, workers, None, sure)
+    if not listing.images:
+        names = ", ".join(path.name for path in tars[:3])
+        raise UserError(f"{src} holds no images: there are none in {names}")
+    if files and choice.list_file is None:
+        source = sorted_source(
+            "parquet files", spool, listing.images, classes or numbered(listing.images)
+        )
+        has_splits = named
+    else:
+        source, has_splits = from_listing(
+            listing, src, src, "tars", split, choice.class_depth, choice.list_file, sure
+        )
+    source.warnings += listing.notes
+    source.archives = [*tars, *([spool] if spooled else [])]
+    return source, has_splits
 
 
 # A choice of the images

@@ -12,6 +12,8 @@ from mae_scale.data.remote import printable, shown
 from mae_scale.data.tar import BLOCK
 from mae_scale.errors import UserError
 
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")  # gz bz2 xz zst zip
+
 
 class Member(NamedTuple):
     """A file in a tar: its name, where its data begins and how long it is."""
@@ -19,6 +21,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    problem: str = ""  # why its bytes do not lie there: it is a link, or stored sparse
 
 
 def walk_tar(
@@ -42,16 +45,24 @@ def walk_tar(
             with tarfile.open(fileobj=stream, mode="r:", ignore_zeros=resync) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                    if member.offset_data + member.size > end:
+                    problem = problem_of(member)
+                    if not problem and member.offset_data + member.size > end:
                         raise UserError(f"{where} ends inside {member.name}: it is cut short")
-                    if member.isfile():
-                        yield Member(member.name, member.offset_data, member.size)
+                    if member.isfile() or problem:
+                        yield Member(member.name, member.offset_data, member.size, problem)
                 stream.seek(tar.offset)
                 left = max(0, end - tar.offset)
-                if problem := _rest(stream, tar.offset, left, stream.read(min(BLOCK, left))):
-                    raise UserError(f"{where} {problem}")
+                if wrong := _rest(stream, tar.offset, left, stream.read(min(BLOCK, left))):
+                    raise UserError(f"{where} {wrong}")
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise UserError(f"{where} is not an intact tar: {printable(str(error))}") from error
+
+
+def problem_of(member: tarfile.TarInfo) -> str:
+    """Say why the bytes of a file do not lie behind its header; empty if they do."""
+    if member.islnk() or member.issym():
+        return "it is a link"
+    return "it is stored sparse" if member.issparse() else ""
 
 
 def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
@@ -80,14 +91,25 @@ def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
     return None
 
 
+def lacks_end(path: Path, start: int = 0, end: int | None = None) -> bool:
+    """Return whether the end marker is missing behind a tar, or one in bytes [start, end)."""
+    with path.open("rb") as stream:
+        end = os.fstat(stream.fileno()).st_size if end is None else end
+        size = min(BLOCK, end - start)
+        stream.seek(end - size)
+        return bool(stream.read(size).strip(b"\0"))
+
+
 class Tail:
     """A stream that remembers the last megabytes that were read from it.
 
     Attributes:
+        first: the first bytes, which say whether it is compressed.
         has_end: whether `stream_tar` has found an end marker in it.
     """
 
     has_end = True
+    first = b""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -98,6 +120,7 @@ class Tail:
         """Read from the stream."""
         data = self._stream.read(size)
         if data:
+            self.first = self.first or data[:6]
             self._before, self._last = self._last, data
             self.bytes += len(data)
             self.passed(data)
@@ -127,9 +150,10 @@ def stream_tar(stream: Tail, file: str) -> Iterator[tuple[tarfile.TarInfo, tarfi
                 yield member, tar
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        packed = stream.first.startswith(_MAGIC)
+        hint = "; it is compressed: unpack it, since images are read by their place"
         raise UserError(
-            f"{where} is no intact tar ({printable(str(error))}); compressed tars must be "
-            "unpacked, since images are read by their place"
+            f"{where} is no intact tar ({printable(str(error))}){hint if packed else ''}"
         ) from error
     kept = stream.since(end)
     problem = _rest(_Joined(kept[BLOCK:], stream), end, None, kept[:BLOCK])

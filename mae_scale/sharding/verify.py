@@ -29,7 +29,7 @@ from mae_scale.sharding.foreign import split_name
 from mae_scale.sharding.images import decode_error
 from mae_scale.sharding.labels import label_text, normal
 from mae_scale.sharding.processes import run_all, shared
-from mae_scale.sharding.tars import walk_tar
+from mae_scale.sharding.tars import lacks_end, walk_tar
 
 
 @dataclass
@@ -112,6 +112,8 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
     try:
         try:
             for member in walk_tar(path, resync=True):
+                if member.problem:
+                    continue
                 names[member.offset] = member.name
                 stem, _, suffix = member.name.rpartition(".")
                 images += suffix.lower() in IMAGE_SUFFIXES
@@ -190,9 +192,7 @@ def _end_problem(path: Path) -> list[str]:
             pass
     except UserError as error:
         return [str(error)]
-    with path.open("rb") as stream:
-        stream.seek(-min(BLOCK, path.stat().st_size), os.SEEK_END)
-        return ["has no end marker: it may be cut"] if stream.read().strip(b"\0") else []
+    return ["has no end marker: it may be cut"] if lacks_end(path) else []
 
 
 def _name_before(descriptor: int, offset: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from PIL import Image
+from make_trees import jpg, tree
 from pyarrow import parquet
 from test_sources import devkit, kaggle_tables, train_archive, val_archive
 
@@ -21,18 +21,6 @@ from mae_scale.sharding.verify import verify
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 ROWS = re.findall(r"^\| (.+?) \| `(mae-scale .+?)` \|$", PAGE.split("## Making shards")[0], re.M)
-
-
-def jpg(i: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32), (i * 7 % 256, 9, 9)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def tree(root: Path, *paths: str) -> None:
-    for i, path in enumerate(paths):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(jpg(i))
 
 
 def tar(path: Path, names: list[str], mode: str = "w") -> None:

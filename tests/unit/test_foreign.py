@@ -6,12 +6,17 @@ import errno
 import io
 import json
 import os
+import resource
+import signal
+import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from make_trees import jpg
 
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import NO_LABEL, open_shards
@@ -20,12 +25,6 @@ from mae_scale.sharding import foreign
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.labels import label_text
 from mae_scale.sharding.verify import verify
-
-
-def jpg(i: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32), (i * 7 % 256, 9, 9)).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -134,6 +133,43 @@ def test_several_images_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert index_shards([str(tmp_path)], image_key="target.jpg").samples == 2
     offset = int(open_shards(tmp_path).index["offset"][0])
     assert (tmp_path / "x.tar").read_bytes()[offset:].startswith(jpg(1))
+
+
+def test_files_of_one_key_twice_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [("a.jpg", jpg(0)), ("a.cls", b"1"), ("a.jpg", jpg(1)), ("a.png", jpg(2)),
+             ("b.jpg", jpg(3)), ("b.cls", b"2"), ("b.cls", b"02"),
+             ("c.jpg", jpg(4)), ("c.cls", b"0"), ("c.cls", b"1")]  # fmt: skip
+    write(tmp_path / "x.tar", files)
+    report = index_shards([str(tmp_path)])
+    assert labels(tmp_path) == [1, 2] and report.left_out == 3
+    said = capsys.readouterr().err
+    assert "2 left out: another image of its key counts (such as a.jpg)" in said
+    assert "1 left out: its labels contradict each other (such as c.jpg)" in said
+    assert verify(tmp_path).problems == []
+
+
+def test_labels_behind_all_images(tmp_path: Path) -> None:
+    files = [(f"{i}.jpg", jpg(i)) for i in range(4)] + [(f"{i}.cls", b"%d" % i) for i in range(5)]
+    write(tmp_path / "x.tar", files)
+    report = index_shards([str(tmp_path)])
+    assert labels(tmp_path) == [0, 1, 2, 3]
+    assert report.left_out == 1 and report.unlabelled == 0
+    assert verify(tmp_path).problems == []
+
+
+@pytest.mark.parametrize("content", [b"[0,1,0]", b"\x93NUMPY", "cat".encode("utf-16"), b"{}"])
+def test_labels_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "x.tar", [("a.jpg", jpg(0)), ("a.cls", content)])
+    with pytest.raises(UserError, match=r"x\.tar: a\.cls is"):
+        index_shards([str(tmp_path)])
+
+
+def test_no_image_at_all_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", [(f"a.{part}.jpg", jpg(0)) for part in ("in", "out")])
+    with pytest.raises(UserError, match=r"several images, in\.jpg, out\.jpg"):
+        index_shards([str(tmp_path)])
 
 
 def test_sparse_files_and_links_are_named(
@@ -245,6 +281,33 @@ def test_an_index_of_others_stays(tmp_path: Path) -> None:
     np.save(tmp_path / "index.npy", np.arange(5))
     with pytest.raises(UserError, match=r"index\.npy of something else"):
         index_shards([str(tmp_path)])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of one megabyte; where that is not allowed, limit the size of files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0:
+        yield folder
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        yield folder
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
+    write(tmp_path / "tars" / "x.tar", samples())
+    with suppress(OSError), (small_disk / "other").open("wb") as stream:
+        stream.write(bytes(1 << 20))
+    with pytest.raises(RunError, match=r"no room in .* for the index"):
+        index_shards([str(tmp_path / "tars")], small_disk / "index")
+    assert not any((small_disk / "index").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
+import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from make_trees import counts, tree
 
 from mae_scale.errors import UserError
-from mae_scale.sharding.sources import Choice, Source, find_source
-
-
-def jpg(i: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32), (i * 7 % 256, 9, 9)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def tree(root: Path, *paths: str) -> Path:
-    for i, path in enumerate(paths):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(jpg(i))
-    return root
-
-
-def counts(source: Source) -> dict[str, int]:
-    names = [source.classes[label] for label in source.labels.tolist()]
-    return {name: names.count(name) for name in source.classes}
-
+from mae_scale.sharding.lists import read_classes
+from mae_scale.sharding.sources import Choice, find_source
 
 TRAIN_X = [f"train.X{n}/{c}/{k}.jpg" for n in (1, 2) for c in "ab" for k in "12"]
 TINY_VAL = [f"val/images/val_{i}.JPEG" for i in range(4)]
@@ -54,6 +35,27 @@ LANDS: dict[str, tuple[list[str], str, dict[str, int]]] = {
     "unknown to ImageNet": (["a/1.bmp", "b/2.gif", "b/3.jfif"], "train", {"a": 1, "b": 2}),
     "accents": (["Cafe\u0301/1.jpg", "Caf\u00e9/2.jpg", "x/1.jpg"], "train",
                 {"Caf\u00e9": 2, "x": 1}),
+    "German": (["Training/a/1.jpg", "Validierung/a/1.jpg", "Validierung/b/2.jpg"], "val",
+               {"a": 1, "b": 1}),
+    "one word": (["trainset/a/1.jpg", "testset/a/1.jpg"], "train", {"a": 1}),
+    "Chinese": (["\u8bad\u7ec3\u96c6/a/1.jpg", "\u9a8c\u8bc1\u96c6/a/1.jpg"], "train", {"a": 1}),
+    "a cover": (["d/e/Train/a/1.jpg", "d/e/Test/b/1.jpg"], "train", {"a": 1}),
+    "a cover of classes": (["101_Objects/a/1.jpg", "101_Objects/b/1.jpg", "101_Objects/s.jpg"],
+                           "train", {"a": 1, "b": 1}),
+    "trainval beside train": (["train/a/1.jpg", "trainval/a/1.jpg", "val/a/2.jpg"], "train",
+                              {"a": 1}),
+    "a stray folder": (["a/abbey/1.jpg", "a/abbey/2.jpg", "a/abbey/x/3.jpg", "b/bar/4.jpg",
+                        "c/f/wild/5.jpg", "c/f/park/6.jpg"], "train",
+                       {"a/abbey": 3, "b/bar": 1, "c/f/park": 1, "c/f/wild": 1}),
+    "strays everywhere": (["a/x/1.jpg", "a/x/2.jpg", "b/z/3.jpg", "b/z/4.jpg", "a/t.jpg",
+                           "b/t.jpg", "t.jpg"], "train", {"a/x": 2, "b/z": 2}),
+    "a class val": (["val/1.jpg", "key/2.jpg"], "train", {"key": 1, "val": 1}),
+    "a class train in a split": (["train/train/1.jpg", "train/bus/2.jpg", "val/train/1.jpg"],
+                                 "train", {"bus": 1, "train": 1}),
+    "faces": (["with_mask/1.jpg", "without_mask/2.jpg"], "train",
+              {"with_mask": 1, "without_mask": 1}),
+    "folders of systems": (["a/1.jpg", "b/2.jpg", "__MACOSX/a/3.jpg", "a/@eaDir/1.jpg/S.jpg"],
+                           "train", {"a": 1, "b": 1}),
     "classes that speak of splits": (["bullet_train/1.jpg", "freight_train/2.jpg"], "train",
                                      {"bullet_train": 1, "freight_train": 1}),
 }  # fmt: skip
@@ -71,6 +73,46 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a missing split": (["train/a/1.jpg", "test/a/1.jpg"], "val", "no val split"),
     "flat validation": (["train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"], "val", "--list"),
     "splits or classes": (["train/a/1.jpg", "holdout/a/1.jpg"], "train", "splits or classes"),
+    "unknown words": (
+        ["alfa/a/1.jpg", "alfa/b/1.jpg", "beta/a/1.jpg", "beta/b/1.jpg"],
+        "train",
+        "the same names",
+    ),
+    "splits below classes": (
+        ["nut/train/1.jpg", "nut/test/2.jpg", "bolt/train/1.jpg"],
+        "train",
+        "look like splits",
+    ),
+    "masks below classes": (["cat/1.jpg", "cat/masks/1.png", "dog/2.jpg"], "train", "masks"),
+    "masks between images": (
+        ["cat/1.jpg", "cat/1_mask.png", "dog/2.jpg", "dog/2_mask.png"],
+        "train",
+        "as masks do",
+    ),
+    "masks with a number": (
+        ["imagesTr/1.png", "labelsTr/1.png", "imagesTs/2.png"],
+        "train",
+        "masks",
+    ),
+    "classes of exams": (["train/1.jpg", "test/2.jpg", "exam/3.jpg"], "train", "splits or classes"),
+    "copies": (["train/a/1.jpg", "train_256/a/1.jpg", "val/a/2.jpg"], "train", "parts or copies"),
+    "two words": (["train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"], "val", "may both mean val"),
+    "class and split": (
+        ["cats_train/1.jpg", "cats_test/1.jpg", "dogs_train/2.jpg"],
+        "train",
+        "splits or classes",
+    ),
+    "parts with splits": (
+        ["p1/train/a/1.jpg", "p1/val/a/1.jpg", "p2/train/a/1.jpg"],
+        "train",
+        "look like splits",
+    ),
+    "lists of splits": (
+        ["images/a/1.jpg", "images/b/1.jpg", "train_test_split.txt"],
+        "train",
+        "--list",
+    ),
+    "tables of splits": (["images/1.jpg", "train.csv", "test.csv"], "train", "--list"),
     "strange words": (["train_ab/a/1.jpg", "train_cd/a/1.jpg"], "train", "splits or classes"),
 }
 
@@ -98,6 +140,20 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
     for words in ("broken link (such as b/broken.jpg)", "(.heic) (such as c/3.heic)", "x.psd",
                   "link to a folder that it lies in", "1 folders", ": c"):  # fmt: skip
         assert words in warnings
+
+
+def test_folders_beside_splits_are_named(tmp_path: Path) -> None:
+    src = tree(tmp_path, "train/a/1.jpg", "val/a/1.jpg", "extra/a/1.jpg", "docs/1.png", "logo.png")
+    warnings = "\n".join(find_source(src, "train").warnings)
+    assert "2 images in docs, extra are left out" in warnings
+    assert "1 images lie in" in warnings
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path: Path) -> None:
+    src = tree(tmp_path, "a\nb/1.jpg", "c/2.jpg", os.fsdecode(b"caf\xe9/\xff.jpg"))
+    source = find_source(src, "train")
+    assert len(source) == 3
+    assert source.taken == r"all 3 images as train; 3 classes: a\x0ab, c, caf\xdce9"
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
@@ -136,15 +192,46 @@ def test_lists(tmp_path: Path) -> None:
     assert listed("filename,label\nn1_1.JPEG,cat\nn1_2.JPEG,dog\n") == {"cat": 1, "dog": 1}
     assert listed("n1_1.JPEG 0\nn2_1.JPEG 1\nn2_2.JPEG 1\n") == {"0": 1, "1": 2}
     assert listed("n1_1.JPEG 1\nn2_1.JPEG 0\n", classes=["x", "y"]) == {"x": 1, "y": 1}
-    with pytest.raises(UserError, match="none of the 1 images"):
-        listed("other.jpg\n")
+    assert listed("id,breed\nn1_1,golden retriever\nn1_2,pug\n") == {
+        "golden retriever": 1, "pug": 1}  # fmt: skip
+    assert listed(",label,file\n0,cat,n1_1.JPEG\n") == {"cat": 1}
+    assert listed("n1_1 Cessna 172\nn1_2 Cessna 208\nn2_1 707-320\n") == {
+        "707-320": 1, "Cessna 172": 1, "Cessna 208": 1}  # fmt: skip
+    assert listed("n1_1.JPEG 3 1 1\r\nn1_1.JPEG 3 1 1\r\n")["3"] == 1
+    for text, message in {
+        "other.jpg\n": "none of the 1 images",
+        "n2/n1_1.JPEG\n": "none of the 1 images",
+        "n1_1.JPEG a\nn1_1.JPEG b\n": "two labels",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            listed(text)
     with pytest.raises(UserError, match="in 1 of 2 lines only"):
         listed("n1_1.JPEG 1\nn2_1.JPEG\n")
 
 
+def test_paths_of_a_list_are_those_of_the_source(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", "train/a/1.jpg", "val/a/1.jpg", "train/cafe\u0301/2.jpg")
+    (tmp_path / "list").write_text("/data/train/a/1.jpg\ncaf\u00e9/2.jpg\na/1.jpg\n")
+    source = find_source(src, "train", choice=Choice(tmp_path / "list"))
+    assert counts(source) == {"a": 1, "caf\u00e9": 1}
+    assert "1 images of" in source.warnings[0] and "not unique" in source.warnings[0]
+
+
+def test_lists_of_classes(tmp_path: Path) -> None:
+    for text, names in {
+        "golden retriever\nlabrador retriever\n": ["golden retriever", "labrador retriever"],
+        "n01440764 tench, Tinca\nn01443537 goldfish\n": ["n01440764", "n01443537"],
+        "/a/airfield 1\n/a/abbey 0\n": ["a/abbey", "a/airfield"],
+        "cat,feline\ndog,canine\n": ["cat", "dog"],
+        "caf\u0065\u0301\n": ["caf\u00e9"],
+    }.items():
+        (tmp_path / "classes.txt").write_text(text)
+        assert read_classes(tmp_path / "classes.txt") == names
+
+
 def test_classes_depth_and_a_share(tmp_path: Path) -> None:
     src = tree(tmp_path, *(f"{c}/{d}/{k}.jpg" for c in "ab" for d in "xy" for k in range(10)))
-    some = find_source(src, "train", choice=Choice(classes=["b/y", "a/x", "none"]))
+    some = find_source(src, "train", choice=Choice(classes=["b/y", "a/x", "none"], class_depth=2))
     assert counts(some) == {"b/y": 10, "a/x": 10, "none": 0}
     assert "1 of 3 classes have no images" in some.warnings[-1]
     assert counts(find_source(src, "train", choice=Choice(class_depth=1))) == {"a": 20, "b": 20}
@@ -157,66 +244,3 @@ def test_classes_depth_and_a_share(tmp_path: Path) -> None:
     assert not parts["train"] & parts["val"] and len(parts["train"] | parts["val"]) == 40
     other = find_source(src, "val", choice=Choice(val_share=0.2, seed=4))
     assert set(other.names) != parts["val"]
-
-
-def write_tar(path: Path, names: list[str], mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for i, name in enumerate(names):
-            info, data = tarfile.TarInfo(name), jpg(i)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_a_tar_for_each_class(tmp_path: Path) -> None:
-    for wnid in ("n1", "n2", "n3"):
-        write_tar(tmp_path / "src" / f"{wnid}.tar", [f"{wnid}_{i}.JPEG" for i in range(3)])
-    source = find_source(tmp_path / "src", "train", workers=2)
-    assert counts(source) == {"n1": 3, "n2": 3, "n3": 3}
-    assert [source.read(i) for i in range(9)] == [jpg(i) for i in (0, 1, 2)] * 3
-    write_tar(tmp_path / "wds" / "000.tar", ["1.jpg", "1.cls"])
-    write_tar(tmp_path / "wds" / "001.tar", ["2.jpg", "2.cls"])
-    with pytest.raises(UserError, match="mae-scale index"):
-        find_source(tmp_path / "wds", "train")
-
-
-def test_compressed_tars_of_hugging_face(tmp_path: Path) -> None:
-    names = [f"n0144076{i}_{i}_n0144076{i}.JPEG" for i in range(3)]
-    for part in range(2):
-        write_tar(tmp_path / "src" / "data" / f"train_images_{part}.tar.gz", names, "w:gz")
-    write_tar(
-        tmp_path / "src" / "data" / "val_images.tar.gz", ["ILSVRC2012_val_1_n01440764.JPEG"], "w:gz"
-    )
-    source = find_source(tmp_path / "src", "train", work=tmp_path / "work")
-    assert counts(source) == {f"n0144076{i}": 2 for i in range(3)}
-    assert source.read(0) == jpg(0)
-    source = find_source(tmp_path / "src", "val", work=tmp_path / "work")
-    assert counts(source) == {"n01440764": 1}
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_parquet(tmp_path: Path, named: bool) -> None:
-    import json
-
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [{"image": {"bytes": jpg(i), "path": f"{i}.jpg"}, "label": i % 3} for i in range(200)]
-    table = pyarrow.Table.from_pylist(rows)
-    if named:
-        features = {"label": {"names": ["tench", "eel", "ray"], "_type": "ClassLabel"}}
-        facts = json.dumps({"info": {"features": features}})
-        table = table.replace_schema_metadata({"huggingface": facts})
-    (tmp_path / "src" / "data").mkdir(parents=True)
-    parquet.write_table(
-        table, tmp_path / "src/data/train-00000-of-00001.parquet", row_group_size=50
-    )
-    source = find_source(tmp_path / "src", "train", work=tmp_path / "work")
-    names = ["tench", "eel", "ray"] if named else ["0", "1", "2"]
-    assert list(counts(source)) == names and sum(counts(source).values()) == 200
-    assert source.read(0) == jpg(0)
-    with pytest.raises(UserError, match="no val split"):
-        find_source(tmp_path / "src", "val", work=tmp_path / "work")
-    (tmp_path / "src/data/train-00000-of-00001.parquet").write_bytes(b"PAR1 spoilt")
-    with pytest.raises(UserError, match="not an intact parquet file"):
-        find_source(tmp_path / "src", "train", work=tmp_path / "work")

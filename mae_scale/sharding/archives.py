@@ -1,0 +1,240 @@
+"""Images in tars, compressed or not: one tar for each class, for each split, or for everything."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from isal import igzip
+from isal.isal_zlib import IsalError
+
+from mae_scale.data.formats import is_image_name
+from mae_scale.data.remote import printable
+from mae_scale.errors import UserError
+from mae_scale.sharding.imagenet import WNID, base_of
+from mae_scale.sharding.listing import Entry, Listing
+from mae_scale.sharding.processes import run_all
+from mae_scale.sharding.tars import Tail, lacks_end, problem_of, stream_tar, walk_tar
+from mae_scale.sharding.words import says_nothing, split_word
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_OTHERS = (".zip", ".7z", ".rar", ".tar.zst", ".tzst", ".tar.lz4", *_COMPRESSED, ".tar")
+
+
+class Listed(NamedTuple):
+    """The content of one tar."""
+
+    entries: list[Entry]
+    labels: str  # name of a file with a label, if one lies beside an image
+    cut: bool  # the end marker is missing
+    left_out: list[tuple[str, str]]  # images that are no plain files, and why
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file's name is that of a tar that must be unpacked to be read by place."""
+    return path.name.lower().endswith(_COMPRESSED)
+
+
+def stem_of_tar(path: Path) -> str:
+    """Return the name of a tar without its suffixes."""
+    return re.sub(r"(\.tar(\.\w+)?|\.tgz)$", "", path.name, flags=re.I)
+
+
+def find_archives(src: Path, split: str) -> list[Path]:
+    """Find the tars with the images of a split: in a folder, in ``data``, or in the split's folder.
+
+    Those of other splits are left out; those whose name says no split are not.
+
+    Raises:
+        UserError: there are tars, but none of this split.
+    """
+    folders = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name[0] != "."]
+    there: set[str] = set()
+    for group in ([src], [src / "data"], [f for f in folders if split_word(f.name)[1]]):
+        found = []
+        for folder in group:
+            for path in _tars_in(folder):
+                inside = split_word(folder.name)[0] if folder != src else None
+                word, pure = split_word(stem_of_tar(path))
+                word = word if pure else inside
+                there |= {word} if word else set()
+                if word in (split, None):
+                    found.append(path)
+        if found:
+            return found
+    if there:
+        raise UserError(f"{src} has no {split} split; it has: {', '.join(sorted(there))}")
+    return []
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        p
+        for p in sorted(folder.iterdir())
+        if (p.name.lower().endswith(".tar") or is_compressed(p))
+        and p.name[0] != "."
+        and "devkit" not in p.name
+        and not p.name.startswith("ILSVRC2012_")
+        and p.is_file()
+    ]
+
+
+def other_archives(src: Path) -> list[str]:
+    """Return the names of archives in a folder, for messages."""
+    return sorted(p.name for p in src.iterdir() if p.name.lower().endswith(_OTHERS))
+
+
+def holds_images(src: Path) -> bool:
+    """Return whether any image lies in a folder below this one."""
+    for folder, below, files in os.walk(src):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if Path(folder) != src and any(map(is_image_name, files)):
+            return True
+    return False
+
+
+def read_archives(
+    tars: Sequence[Path], src: Path, workers: int, spool: IO[bytes] | None, sure: bool
+) -> Listing:
+    """List the images of tars, by paths as they would have if all were unpacked.
+
+    A tar whose images lie in one folder is that of a class, and its name is the class's. Images
+    whose names end with a WordNet id (Hugging Face: ``ILSVRC2012_val_1_n01440764.JPEG``) are of
+    that class.
+
+    Args:
+        spool: file into which compressed tars are unpacked.
+        sure: the user has said what the classes are.
+
+    Raises:
+        UserError: a tar is damaged or has labels in it, or it is not clear what the tars are.
+    """
+    plain = [(i, str(p)) for i, p in enumerate(tars) if not is_compressed(p)]
+    listed = dict(run_all(_list_tar, plain, workers)) if plain else {}
+    for i, path in enumerate(tars):
+        if is_compressed(path):
+            assert spool is not None
+            listed[i] = _unpack(path, spool)
+    listing = Listing()
+    flat = []
+    for i, path in enumerate(tars):
+        entries, labels, cut, lost = listed[i]
+        listing.left_out += lost
+        if labels:
+            raise UserError(
+                f"{path} holds labels ({labels}): it is a WebDataset tar and not the tar of a "
+                f"class; use `mae-scale index {path.parent}` instead"
+            )
+        if cut:
+            listing.notes.append(f"{path} has no end marker: it may be cut")
+        if not entries:
+            listing.left_out.append((path.name, "the tar holds no images"))
+            continue
+        stem = stem_of_tar(path)
+        folders = {e.name.rpartition("/")[0] for e in entries}
+        ids = {e.name.rpartition(".")[0].rpartition("_")[2] for e in entries}
+        above = f"{path.parent.name}/" if split_word(path.parent.name)[1] else ""
+        if (len(ids) > 1 and all(map(WNID.fullmatch, ids))) or _hugging_face(entries):
+            names = [
+                f"{above}{e.name.rpartition('.')[0].rpartition('_')[2]}/{base_of(e.name)}"
+                for e in entries
+            ]
+        elif len(folders) == 1:
+            names = [f"{above}{stem}/{base_of(e.name)}" for e in entries]
+            flat.append(stem)
+        else:
+            inner = _common_folder(folders)
+            names = [e.name[len(inner) :] for e in entries]
+            if split_word(stem)[1] and not all(split_word(n.partition("/")[0])[1] for n in names):
+                above += f"{stem}/"
+            names = [above + name for name in names]
+        listing.images += [e._replace(name=n) for e, n in zip(entries, names, strict=True)]
+    parts = [stem for stem in flat if says_nothing(stem) and not split_word(stem)[1]]
+    if len(parts) > 1 and len(parts) == len(flat) and not sure:
+        raise UserError(
+            f"{src}: it is not clear whether {', '.join(parts[:3])} are the tars of classes or "
+            "parts of a whole; if each is a class, say so with --class-depth 1; else unpack them, "
+            "or read them without labels through `mae-scale index`"
+        )
+    return listing
+
+
+def _hugging_face(entries: Sequence[Entry]) -> bool:
+    return all(
+        re.search(r"_\d+_n\d{8}\.\w+$", e.name) or re.search(r"val_\d+_n\d{8}\.\w+$", e.name)
+        for e in entries
+    )
+
+
+def _common_folder(folders: set[str]) -> str:
+    """Return the folders that all paths begin with, up to one whose name means a split."""
+    common = os.path.commonpath([f"/{folder}" for folder in folders]).strip("/")
+    kept = []
+    for part in common.split("/") if common else ():
+        if split_word(part)[1]:
+            break
+        kept.append(part)
+    return "".join(f"{part}/" for part in kept)
+
+
+def _clean(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _visible(name: str) -> bool:
+    return is_image_name(name) and not any(p.startswith(".") for p in _clean(name).split("/"))
+
+
+def _list_tar(task: tuple[int, str]) -> tuple[int, Listed]:
+    number, path = task
+    entries, labels = [], ""
+    lost: list[tuple[str, str]] = []
+    for m in walk_tar(Path(path)):
+        if m.problem and is_image_name(m.name):
+            lost.append((f"{Path(path).name}: {m.name}", m.problem))
+        elif _visible(m.name) and not m.problem:
+            entries.append(Entry("", _clean(m.name), m.size, m.offset, number))
+        elif m.name.endswith((".cls", ".json")) and not base_of(m.name).startswith("."):
+            labels = labels or m.name
+    cut = lacks_end(Path(path))
+    return number, Listed(entries, _label_beside(labels, entries), cut, lost)
+
+
+def _label_beside(label: str, entries: Sequence[Entry]) -> str:
+    """Return the name of a label file if an image of the same key is there."""
+    key = _clean(label).rpartition(".")[0]
+    return label if any(e.name.rpartition(".")[0] == key for e in entries) else ""
+
+
+def _unpack(path: Path, spool: IO[bytes]) -> Listed:
+    entries, labels = [], ""
+    lost: list[tuple[str, str]] = []
+    opens: Any = {".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), igzip.open)
+    try:
+        with opens(path, "rb") as raw:
+            stream = Tail(raw)
+            for member, tar in stream_tar(stream, str(path)):
+                name = member.name
+                if problem := problem_of(member):
+                    if is_image_name(name):
+                        lost.append((f"{path.name}: {name}", problem))
+                elif member.isfile() and _visible(name):
+                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if len(data) != member.size:
+                        raise UserError(f"{path} ends inside {printable(name)}: it is cut short")
+                    entries.append(Entry("", _clean(name), len(data), spool.tell(), -1))
+                    spool.write(data)
+                elif name.endswith((".cls", ".json")) and not base_of(name).startswith("."):
+                    labels = labels or name
+    except (EOFError, lzma.LZMAError, IsalError, OSError) as error:  # type: ignore[misc]  # its stubs say it is an instance
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is not an intact archive: {printable(str(error))}") from None
+    return Listed(entries, _label_beside(labels, entries), not stream.has_end, lost)

@@ -1,0 +1,185 @@
+"""Images in parquet files, as Hugging Face's datasets have them.
+
+They cannot be read by their place. So they are unpacked one after the other into a file beside the
+shards, in bounded memory, and that file is removed with the other temporary files of sharding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote
+
+from mae_scale.data.remote import printable
+from mae_scale.errors import UserError
+from mae_scale.sharding.imagenet import base_of
+from mae_scale.sharding.labels import label_text, normal
+from mae_scale.sharding.listing import Entry, Listing
+from mae_scale.sharding.words import split_word
+
+_BATCH = 64  # rows of a parquet file in memory at a time
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
+           "picture", "photo", "image.bytes", "content", "data")  # fmt: skip
+_LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name",
+           "label_name", "class_label")  # fmt: skip
+
+
+def find_parquet(src: Path, split: str) -> tuple[list[Path], bool]:
+    """Find the parquet files of a split, and say whether names of files or folders say the split.
+
+    They lie in the folder, in ``data``, or in folders of the split, as Hugging Face has them.
+
+    Raises:
+        UserError: there are such files, but none of this split.
+    """
+    files = [
+        path
+        for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+        for path in sorted(src.glob(pattern))
+        if path.is_file()
+        and not any(part.startswith((".", "_")) for part in path.relative_to(src).parts)
+        and path.name != "metadata.parquet"
+    ]
+    words = {}
+    for path in files:
+        *folders, name = path.relative_to(src).parts
+        stem = name.partition(".")[0].partition("-0")[0]
+        found = [split_word(part)[0] for part in (stem, *reversed(folders))]
+        words[path] = next((word for word in found if word), None)
+    if not any(words.values()):
+        return files, False
+    mine = [path for path in files if words[path] == split]
+    if not mine:
+        there = sorted({word for word in words.values() if word})
+        raise UserError(f"{src} has no {split} split; it has: {', '.join(there)}")
+    return mine, True
+
+
+def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list[str] | None]:
+    """Unpack the images of parquet files; return them, and the names of classes if they are there.
+
+    Raises:
+        UserError: a file is damaged, or has no images in it.
+        OSError: there is no room.
+    """
+    listing, classes = Listing(), None
+    left_out: Counter[str] = Counter()
+    for file in files:
+        entries, names = _from_parquet(file, spool, left_out)
+        if names is not None:
+            if classes is not None and classes != names:
+                raise UserError(f"{file} lists other classes than {files[0]}")
+            classes = names
+        listing.images += entries
+    if not listing.images:
+        why = f" ({', '.join(left_out)})" if left_out else ""
+        raise UserError(f"{files[0]} and {len(files) - 1} more hold no images{why}")
+    for reason, count in left_out.items():
+        listing.notes.append(f"{count:,} rows of {files[0].parent} are left out: {reason}")
+    return listing, classes
+
+
+def _from_parquet(
+    file: Path, spool: IO[bytes], left_out: Counter[str]
+) -> tuple[list[Entry], list[str] | None]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(
+            f"{file}: parquet files need pyarrow: pip install 'mae-scale[parquet]'"
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+        image, label = _columns(table.schema_arrow, file)
+        names = _class_names(table.schema_arrow, label)
+        folder = _partition(file)
+        entries = []
+        number = 0
+        for batch in table.iter_batches(_BATCH, columns=[image, label] if label else [image]):
+            rows = dict(
+                zip(batch.schema.names, (c.to_pylist() for c in batch.columns), strict=True)
+            )
+            for i, value in enumerate(rows[image]):
+                where = f"row {number} of {file}"
+                number += 1
+                data, name = _bytes_of(value, where)
+                if data is None:
+                    left_out[f"there are no bytes in {image}"] += 1
+                    continue
+                class_name = _class_of(rows[label][i], names, where) if label else folder
+                if class_name is None:
+                    left_out["there is no label"] += 1
+                    continue
+                base = base_of(name or "") or f"{file.stem}_{number - 1:08d}.jpg"
+                entries.append(Entry(class_name, f"{class_name}/{base}", len(data), spool.tell()))
+                spool.write(data)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(
+            f"{file} is not an intact parquet file: {printable(str(error))[:200]}"
+        ) from None
+    return entries, names
+
+
+def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
+    names = list(schema.names)
+    image = next((n for n in _IMAGES if n in names), None)
+    if image is None:
+        raise UserError(f"{file} has no column image; it has: {', '.join(map(printable, names))}")
+    return image, next((n for n in _LABELS if n in names), None)
+
+
+def _partition(file: Path) -> str:
+    """Return the label that the folder of a partition names: ``label=3``; else "images"."""
+    pairs = [part.partition("=") for part in file.parts]
+    return next((unquote(v) for k, _, v in reversed(pairs) if k in _LABELS and v), "images")
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """Read the names that Hugging Face's datasets put into the metadata of the schema."""
+    try:
+        facts = json.loads((schema.metadata or {})[b"huggingface"])
+        names = facts["info"]["features"][label]["names"]
+        return [normal(str(name)) for name in names] if isinstance(names, list) else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _bytes_of(value: Any, where: str) -> tuple[bytes | None, str | None]:
+    """Return the bytes of an image and its name; None where a row has none.
+
+    Raises:
+        UserError: the row holds something else, such as a path or pixels.
+    """
+    name = None
+    if isinstance(value, dict):
+        value, name = value.get("bytes"), value.get("path")
+        if value is None and name:
+            raise UserError(f"{where} has only the path of an image ({printable(str(name))})")
+    if isinstance(value, list) and value and all(type(v) is int and 0 <= v < 256 for v in value):
+        value = bytes(value)
+    if isinstance(value, (bytes, type(None))):
+        return value or None, name
+    raise UserError(f"{where} has no bytes of an image but a value of type {type(value).__name__}")
+
+
+def _class_of(value: Any, names: list[str] | None, where: str) -> str | None:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where} has several labels, or a label of type {type(value).__name__}")
+    text = label_text(value)
+    if text is not None and names is not None and not isinstance(value, str):
+        if not text.isdecimal() or int(text) >= len(names):
+            raise UserError(f"{where} has the label {value}, but there are {len(names)} classes")
+        return names[int(text)]
+    return text

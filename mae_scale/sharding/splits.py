@@ -1,0 +1,328 @@
+"""Folders of images as a tree: which of them are splits, which are masks, and which are classes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mae_scale.errors import UserError
+from mae_scale.sharding.imagenet import VAL_NAME, stem_of
+from mae_scale.sharding.listing import Listing
+from mae_scale.sharding.words import (
+    IMAGE_FOLDERS,
+    looks_like_masks,
+    own_word,
+    split_word,
+    splits_in,
+)
+
+
+@dataclass
+class Folder:
+    """A folder with images in it or below it."""
+
+    path: str  # below the source; empty for the source itself
+    direct: int = 0  # number of images that lie in the folder itself
+    total: int = 0  # number of images with those in the folders below
+    children: dict[str, Folder] = field(default_factory=dict)
+    validation: bool = False  # holds ImageNet's validation images, as they come out of their tar
+
+    @property
+    def deep(self) -> bool:
+        return bool(self.children)
+
+    def walk(self) -> Iterator[Folder]:
+        """Yield this folder and all folders below it."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+
+def tree_of(listing: Listing) -> Folder:
+    """Return the folders of a list of images as a tree."""
+    counts = Counter(entry.name.rpartition("/")[0] for entry in listing.images)
+    validation = {
+        entry.name.rpartition("/")[0]
+        for entry in listing.images
+        if VAL_NAME.fullmatch(stem_of(entry.name))
+    }
+    root = Folder("")
+    for path, count in sorted(counts.items()):
+        folder = root
+        folder.total += count
+        for name in path.split("/") if path else ():
+            inner = f"{folder.path}/{name}" if folder.path else name
+            folder = folder.children.setdefault(name, Folder(inner))
+            folder.total += count
+        folder.direct = count
+        folder.validation = path in validation
+    return root
+
+
+class Found(NamedTuple):
+    """The folders that hold a split."""
+
+    folders: list[Folder]
+    has_splits: bool  # the source says by folders which images are train, and which val
+    warnings: list[str]
+
+
+def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool) -> Found:
+    """Find the folders of a split; the source itself where its folders are classes.
+
+    Args:
+        sure: the user has said that folders are classes, or how to split them.
+
+    Raises:
+        UserError: there are splits but not this one, or it is not clear whether there are.
+    """
+    if sure:
+        return Found([root], False, [])
+    warnings = []
+    while True:
+        chosen = _split_folders(root, split, src)
+        if chosen is not None:
+            break
+        # A single folder that holds all the others is only a cover, as of an archive.
+        inner = next(iter(root.children.values())) if len(root.children) == 1 else None
+        if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
+            break
+        if root.direct:
+            warnings.append(_left_out_text(root.direct, src / root.path, "beside its only folder"))
+        root = inner
+    if chosen is None:
+        _refuse_inner_splits(root, src)
+        _refuse_masks(root, src)
+        _refuse_shared_names(root, src)
+        _refuse_lists(root, listing, src)
+        return Found([root], False, warnings)
+    rest = {n: f for n, f in root.children.items() if f not in chosen and not split_word(n)[1]}
+    if rest:
+        count = sum(folder.total for folder in rest.values())
+        warnings.append(
+            f"{count:,} images in {', '.join(sorted(rest)[:4])} are left out: these folders lie "
+            f"beside the splits of {src / root.path}"
+        )
+    if root.direct:
+        warnings.append(_left_out_text(root.direct, src / root.path, "beside the splits"))
+    for folder in chosen:
+        _refuse_inner_splits(folder, src)
+        _refuse_masks(folder, src)
+    return Found(chosen, True, warnings)
+
+
+def _left_out_text(count: int, folder: Path, where: str) -> str:
+    return f"{count:,} images lie in {folder} itself, {where}, and are left out"
+
+
+def _split_folders(root: Folder, split: str, src: Path) -> list[Folder] | None:
+    """Return the folders of the split below a folder, or None where they are no splits."""
+    tops = root.children
+    words = {name: split_word(name) for name in tops}
+    exact = {name for name in tops if words[name][0] and words[name][1]}
+    loose = {name for name in tops if words[name][0] and not words[name][1]}
+    loose = {name for name in loose if not looks_like_masks(name)}
+    if not exact:
+        splits = {words[name][0] for name in loose}
+        if len(splits) > 1 or (
+            loose and len(loose) == len(tops) and any(tops[name].deep for name in loose)
+        ):
+            raise _unclear(src, loose)
+        return None
+    splits = {words[name][0] for name in exact}
+    others = {name for name in set(tops) - exact if not looks_like_masks(name)}
+    deep = {name for name in exact if tops[name].deep or tops[name].validation}
+    if len(splits) > 1 or not set(tops) - exact:
+        mine = {name for name in exact if words[name][0] == split}
+        if deep and mine and not mine & deep:
+            raise UserError(
+                f"{src}: {', '.join(sorted(mine))} has no class folders, but "
+                f"{', '.join(sorted(deep))} has; give its labels with --list"
+            )
+        if not deep and others - loose:
+            raise _unclear(src, exact)
+        if not deep and len(splits) == 1 and len(exact) > 1:
+            raise _unclear(src, exact)
+        if any(tops[name].deep for name in loose):
+            raise _unclear(src, loose)
+        return _of_split(root, exact, split, src)
+    # There is one split's name beside folders of other names.
+    if not others:  # these are masks
+        return _of_split(root, exact, split, src)
+    if not deep:
+        return None  # train is the name of a class
+    if any(tops[name].deep for name in others) or any(len(tops[n].children) > 1 for n in exact):
+        raise _unclear(src, exact)
+    return None
+
+
+def _of_split(root: Folder, exact: set[str], split: str, src: Path) -> list[Folder]:
+    mine = sorted(name for name in exact if split_word(name)[0] == split)
+    words = {own_word(name) for name in mine}
+    if "trainval" in words and len(words) > 1:
+        mine = [name for name in mine if own_word(name) != "trainval"]
+        words -= {"trainval"}
+    if not mine:
+        raise UserError(
+            f"{src} has no {split} split; it has: {', '.join(sorted(exact))}; to use one of them "
+            f"as {split}, give it as SRC"
+        )
+    if len(words) > 1:
+        raise UserError(
+            f"{src}: {' and '.join(mine)} may both mean {split}; give one of them as SRC"
+        )
+    folders = [root.children[name] for name in mine]
+    # train.X1 and train.X2 are parts; train and train_64 are copies of another size.
+    part = re.compile(r"(.*?\D)([._ -]?(part)?[a-z]?[0-2]?\d|[._ -][a-z])", re.I)
+    parts = [part.fullmatch(name) for name in mine]
+    if len(folders) > 1 and (not all(parts) or len({match[1] for match in parts if match}) > 1):
+        raise UserError(
+            f"{src}: it is not clear whether {' and '.join(mine)} are parts or copies of "
+            f"{split}; give one of them as SRC"
+        )
+    return folders
+
+
+def _unclear(src: Path, names: set[str]) -> UserError:
+    return UserError(
+        f"{src}: it is not clear whether {', '.join(sorted(names)[:4])} are splits or classes; "
+        "give the folder of the split as SRC, or say that folders are classes with --class-depth"
+    )
+
+
+# What looks like splits or masks, and is not understood
+
+
+def _refuse_inner_splits(root: Folder, src: Path) -> None:
+    for folder in root.walk():
+        names = [n for n in folder.children if split_word(n)[0] and split_word(n)[1]]
+        if len({split_word(name)[0] for name in names}) > 1:
+            raise UserError(
+                f"{src}: {', '.join(sorted(names)[:4])} in {folder.path} look like splits, which "
+                "must lie above the classes; give a list of each with --list, or say that they "
+                "are classes with --class-depth"
+            )
+
+
+def _refuse_masks(root: Folder, src: Path) -> None:
+    for folder in root.walk():
+        masks = sorted(name for name in folder.children if looks_like_masks(name))
+        if masks and (folder.direct or len(folder.children) > len(masks)):
+            raise UserError(
+                f"{src / folder.path} has images in {', '.join(masks[:4])}, which look like masks "
+                "or annotations and not like a class; give the folder of the photographs as SRC, "
+                "a list of them with --list, or say that all folders are classes with "
+                "--class-depth"
+            )
+    plain = [n for n in root.children if n.lower() in IMAGE_FOLDERS]
+    if plain and len(root.children) > 1 and not root.children[plain[0]].deep:
+        raise UserError(
+            f"{src / root.path} has images in {', '.join(sorted(root.children)[:4])}; if the "
+            f"photographs are those in {plain[0]}, give that as SRC, or say that the folders are "
+            "classes with --class-depth 1"
+        )
+
+
+def _refuse_shared_names(root: Folder, src: Path) -> None:
+    """Refuse splits in words that are not known, and domains: they hold the same classes."""
+    tops = [folder for folder in root.children.values() if not folder.direct]
+    names = Counter(name for folder in tops for name in folder.children)
+    shared = [name for name, count in names.items() if count > 1]
+    if len(shared) > 1 and 2 * len(shared) >= len(names):
+        raise UserError(
+            f"{src / root.path}: {', '.join(sorted(Path(f.path).name for f in tops)[:4])} hold "
+            f"folders of the same names ({', '.join(sorted(shared)[:3])}), as splits do; give one "
+            "of them as SRC, or say with --class-depth how many folders of a path are the class"
+        )
+
+
+def _refuse_lists(root: Folder, listing: Listing, src: Path) -> None:
+    """Refuse a source whose splits are said by files such as train.txt and test.txt."""
+    spoken: dict[str, set[str]] = {}
+    for name in listing.tables:
+        if splits := splits_in(stem_of(name)):
+            spoken[name] = splits
+    if len(set().union(*spoken.values())) > 1:
+        raise UserError(
+            f"{src} has no folders of splits, but {', '.join(sorted(spoken)[:3])} look like lists "
+            "of splits; give such a list with --list, or take all images as one split with "
+            "--class-depth"
+        )
+
+
+def refuse_paired(listing: Listing, src: Path) -> None:
+    """Refuse folders in which images have masks beside them: ``1.jpg`` and ``1_mask.png``."""
+    stems: dict[str, set[str]] = {}
+    for entry in listing.images:
+        stem, _, suffix = entry.name.rpartition(".")
+        stems.setdefault(stem.lower(), set()).add(suffix.lower())
+    pairs = []
+    for stem, suffixes in stems.items():
+        if len(suffixes) > 1 and "png" in suffixes:
+            pairs.append(f"{stem}.png")
+        bare = re.sub(r"[._-](mask|masks|seg|gt|label|labels|segmentation|annotation|depth)$",
+                      "", stem)  # fmt: skip
+        if bare != stem and bare in stems:
+            pairs.append(stem)
+    if pairs and 3 * len(pairs) >= len(listing.images):
+        raise UserError(
+            f"{src}: {len(pairs):,} images such as {pairs[0]} lie beside an image of the same "
+            "name, as masks do; give a list of the photographs with --list, or say with "
+            "--class-depth that all are images"
+        )
+
+
+# Classes
+
+
+def classes_of(root: Folder, depth: int | None) -> dict[str, str]:
+    """Return the class of each folder below a root, by path; folders without one are not there.
+
+    As in torchvision's ImageFolder, the folder at the top is the class. Where most top folders hold
+    no images themselves (Places: ``a/abbey``, iNaturalist: ``Aves/1234``), the class is the
+    outermost folder with more images in itself than below it; a last part that all share (Tiny
+    ImageNet: ``n01443537/images``) is dropped.
+    """
+    skip = len(root.path) + 1 if root.path else 0
+    if not root.children:
+        return {root.path: "images"}
+    if depth is not None:
+        names = {f.path: f.path[skip:].split("/") for f in root.walk() if f is not root}
+        return {path: "/".join(n[:depth]) for path, n in names.items() if len(n) >= depth}
+    tops = list(root.children.values())
+    flat = sum(top.direct > top.total - top.direct for top in tops)
+    deep = sum(top.direct < top.total - top.direct for top in tops)
+    found: dict[str, str] = {}
+    for top in tops:
+        _name_classes(top, skip, found, at_once=flat >= deep)
+    used = set(found.values())
+    if all("/" in name for name in used) and len({n.rpartition("/")[2] for n in used}) == 1:
+        found = {path: name.rpartition("/")[0] for path, name in found.items()}
+    return found
+
+
+def classes_anywhere(root: Folder, depth: int | None) -> dict[str, str]:
+    """Return the class of each folder, of all splits that the source has; see `classes_of`."""
+    while True:
+        if depth is not None:
+            return classes_of(root, depth)
+        splits = [f for name, f in root.children.items() if split_word(name)[1]]
+        if any(folder.deep for folder in splits):
+            return {k: v for folder in splits for k, v in classes_of(folder, None).items()}
+        inner = next(iter(root.children.values())) if len(root.children) == 1 else None
+        if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
+            return classes_of(root, None)
+        root = inner
+
+
+def _name_classes(folder: Folder, skip: int, found: dict[str, str], at_once: bool) -> None:
+    if at_once or not folder.children or folder.direct > folder.total - folder.direct:
+        for inner in folder.walk():
+            found[inner.path] = folder.path[skip:]
+        return
+    for child in folder.children.values():
+        _name_classes(child, skip, found, at_once)

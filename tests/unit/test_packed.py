@@ -1,0 +1,168 @@
+"""Images in tars and in parquet files: each form lands right, or is refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from make_trees import counts, jpg, write_tar
+
+from mae_scale.errors import UserError
+from mae_scale.sharding.sources import Choice, find_source
+
+
+def test_a_tar_for_each_class(tmp_path: Path) -> None:
+    for wnid in ("n1", "n2", "n3"):
+        write_tar(tmp_path / "src" / f"{wnid}.tar", [f"{wnid}_{i}.JPEG" for i in range(3)])
+    source = find_source(tmp_path / "src", "train", workers=2)
+    assert counts(source) == {"n1": 3, "n2": 3, "n3": 3}
+    assert [source.read(i) for i in range(9)] == [jpg(i) for i in (0, 1, 2)] * 3
+    write_tar(tmp_path / "wds" / "000.tar", ["1.jpg", "1.cls"])
+    write_tar(tmp_path / "wds" / "001.tar", ["2.jpg", "2.cls"])
+    with pytest.raises(UserError, match="mae-scale index"):
+        find_source(tmp_path / "wds", "train")
+
+
+@pytest.mark.parametrize("ending", ["tar", "tgz", "tar.bz2", "tar.xz"])
+def test_tars_of_splits_and_of_everything(tmp_path: Path, ending: str) -> None:
+    mode = {"tar": "w", "tgz": "w:gz"}.get(ending, f"w:{ending[4:]}")
+    inside = [f"{c}/{k}.jpg" for c in "ab" for k in "12"]
+    for number, prefix in enumerate(("", "./", "data/")):
+        src = tmp_path / str(number)
+        for split in ("train", "val"):
+            write_tar(src / f"{split}.{ending}", [f"{prefix}{split}/{n}" for n in inside], mode)
+        assert counts(find_source(src, "val", work=tmp_path / "w")) == {"a": 2, "b": 2}
+    names = [f"nette/{s}/{n}" for s in ("train", "val") for n in inside]
+    write_tar(tmp_path / "nette" / f"nette.{ending}", names, mode)
+    source = find_source(tmp_path / "nette", "val", work=tmp_path / "w")
+    assert counts(source) == {"a": 2, "b": 2}
+    assert source.read(0) == jpg(4)
+    (tmp_path / "list").write_text("val/b/2.jpg\n")
+    chosen = find_source(
+        tmp_path / "nette", "val", choice=Choice(tmp_path / "list"), work=tmp_path / "w"
+    )
+    assert counts(chosen) == {"b": 1} and chosen.read(0) == jpg(7)
+
+
+def test_tars_that_are_not_clear(tmp_path: Path) -> None:
+    for i in range(2):
+        write_tar(tmp_path / "numbers" / f"00{i}.tar", ["1.jpg"])
+    with pytest.raises(UserError, match="classes or parts"):
+        find_source(tmp_path / "numbers", "train")
+    numbers = find_source(tmp_path / "numbers", "train", choice=Choice(class_depth=1))
+    assert counts(numbers) == {"000": 1, "001": 1}
+    write_tar(tmp_path / "cut" / "cat.tar", ["1.jpg", "2.jpg"])
+    write_tar(tmp_path / "cut" / "dog.tar", ["1.jpg", "2.jpg"])
+    cut = tmp_path / "cut" / "dog.tar"
+    with tarfile.open(cut) as tar:
+        border = tar.getmembers()[1].offset
+    cut.write_bytes(cut.read_bytes()[:border])
+    source = find_source(tmp_path / "cut", "train")
+    assert counts(source) == {"cat": 2, "dog": 1}
+    assert any("dog.tar has no end marker" in line for line in source.warnings)
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip/train.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"unpack train\.zip first"):
+        find_source(tmp_path / "zip", "train")
+
+
+def test_a_damaged_compressed_tar(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    write_tar(tmp_path / "x.tar", [f"{c}/{k}.jpg" for c in "abcd" for k in "12"])
+    whole = (tmp_path / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        header = tar.getmembers()[5].offset
+    spoilt = bytearray(whole)
+    spoilt[header + 150] ^= 255
+    src.mkdir()
+    for data in (gzip.compress(bytes(spoilt)), gzip.compress(whole)[:-100], b"\x1f\x8bnothing"):
+        (src / "train.tar.gz").write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            find_source(src, "train", work=tmp_path / "work")
+        assert "train.tar.gz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_links_in_a_tar_of_a_class_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ["1.jpg"])
+    write_tar(tmp_path / "b.tar", ["1.jpg"])
+    with tarfile.open(tmp_path / "b.tar", "a") as tar:
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+        tar.addfile(link)
+    assert "it is a link" in "".join(find_source(tmp_path, "train").warnings)
+
+
+def test_compressed_tars_of_hugging_face(tmp_path: Path) -> None:
+    names = [f"n0144076{i}_{i}_n0144076{i}.JPEG" for i in range(3)]
+    for part in range(2):
+        write_tar(tmp_path / "src" / "data" / f"train_images_{part}.tar.gz", names, "w:gz")
+    write_tar(
+        tmp_path / "src" / "data" / "val_images.tar.gz", ["ILSVRC2012_val_1_n01440764.JPEG"], "w:gz"
+    )
+    source = find_source(tmp_path / "src", "train", work=tmp_path / "work")
+    assert counts(source) == {f"n0144076{i}": 2 for i in range(3)}
+    assert source.read(0) == jpg(0)
+    source = find_source(tmp_path / "src", "val", work=tmp_path / "work")
+    assert counts(source) == {"n01440764": 1}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parquet(tmp_path: Path, named: bool) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"image": {"bytes": jpg(i), "path": f"{i}.jpg"}, "label": i % 3} for i in range(200)]
+    table = pyarrow.Table.from_pylist(rows)
+    if named:
+        features = {"label": {"names": ["tench", "eel", "ray"], "_type": "ClassLabel"}}
+        facts = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": facts})
+    (tmp_path / "src" / "data").mkdir(parents=True)
+    parquet.write_table(
+        table, tmp_path / "src/data/train-00000-of-00001.parquet", row_group_size=50
+    )
+    source = find_source(tmp_path / "src", "train", work=tmp_path / "work")
+    names = ["tench", "eel", "ray"] if named else ["0", "1", "2"]
+    assert list(counts(source)) == names and sum(counts(source).values()) == 200
+    assert source.read(0) == jpg(0)
+    with pytest.raises(UserError, match="no val split"):
+        find_source(tmp_path / "src", "val", work=tmp_path / "work")
+    (tmp_path / "src/data/train-00000-of-00001.parquet").write_bytes(b"PAR1 spoilt")
+    with pytest.raises(UserError, match="not an intact parquet file"):
+        find_source(tmp_path / "src", "train", work=tmp_path / "work")
+
+
+def test_parquet_as_others_write_it(tmp_path: Path) -> None:
+    """Bytes instead of records, dictionaries, nulls, lists, partitions; names that say no split."""
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [jpg(i) for i in range(6)]
+    letters = pyarrow.array(list("abcabc")).dictionary_encode()
+    tables: dict[str, tuple[dict, dict[str, int]]] = {
+        "train.parquet": ({"img": images, "fine_label": [0, 1] * 3}, {"0": 3, "1": 3}),
+        "train/part.0.parquet": ({"image": images, "label": letters}, {"a": 2, "b": 2, "c": 2}),
+        "default/train/0000.parquet": (
+            {"image": [*images[:5], None], "label": [0, 1, None, 0, 1, 1]}, {"0": 2, "1": 2}),
+        "train-0.parquet": (
+            {"image": [list(image) for image in images], "label": [[1]] * 6}, {"0": 0, "1": 6}),
+        "train/label=cat/0.parquet": ({"image": images}, {"cat": 6}),
+        "part-0.parquet": ({"image": images, "label": [2.0] * 6}, {"0": 0, "1": 0, "2": 6}),
+    }  # fmt: skip
+    for number, (name, (columns, expected)) in enumerate(tables.items()):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+        source = find_source(tmp_path / str(number), "train", work=tmp_path / "work")
+        assert counts(source) == expected, name
+        assert ("all 6 images as train" in source.taken) == name.startswith("part")
+        if "0000" in name:
+            said = "\n".join(source.warnings)
+            assert "1 rows" in said and "no bytes" in said and "no label" in said
+    for column in (["/1.jpg"] * 6, [{"bytes": None, "path": "1.jpg"}] * 6):
+        parquet.write_table(pyarrow.table({"image": column}), tmp_path / "0/train.parquet")
+        with pytest.raises(UserError, match=r"row 0 of .*train\.parquet has"):
+            find_source(tmp_path / "0", "train", work=tmp_path / "work")
