@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART)
 
@@ -34,3 +36,25 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     by_small = {key.lower(): key for key in known}
     near = difflib.get_close_matches(word.lower(), by_small, 1, cutoff=0.5)
     return f"did you mean '{by_small[near[0]]}'?" if near else otherwise
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let error messages name what the user wrote, such as config keys or options.
+
+    The libraries below name their own arguments. A name with an underscore is replaced wherever it
+    stands as a word. Another name may be a word of the sentence: it is replaced where the message
+    begins with it.
+
+    Args:
+        names: what to write for each argument.
+    """
+    try:
+        yield
+    except (UserError, RunError) as error:
+        text = str(error)
+        for name, other in names.items():
+            start = "" if "_" in name else "^"
+            text = re.sub(rf"{start}(?<![\w.-]){re.escape(name)}(?![\w.])", other, text)
+        error.args = (text,)
+        raise

@@ -55,7 +55,10 @@ def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
     trained = TrainedRun.read(best_checkpoint(run))
     with torch.device("meta"):
         model = trained.model()
-    form = FORMATS[to](trained, model, lambda: _weights(trained, model, ema))
+    try:
+        form = FORMATS[to](trained, model, lambda: _weights(trained, model, ema))
+    except UserError as error:
+        raise UserError(f"--to {to}: {error}") from None
     single = out.suffix == SINGLE_FILE.get(to)
     lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
     places = {"FOLDER": str(out), "FILE": str(out if single else out / form.weights)}
@@ -151,8 +154,8 @@ def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> F
     Raises:
         UserError: another head.
     """
-    _check_encoder(model, "timm")
-    _check_head(model, "timm")
+    _check_encoder(model)
+    _check_head(model)
     name, kwargs = timm_form.arguments(trained.config.model.name, model)
     state = timm_form.to_timm(_folded(weights(), model), name, kwargs)
     code = f"""
@@ -179,12 +182,12 @@ def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict
     Raises:
         UserError: they cannot hold this model.
     """
-    _check_encoder(model, "huggingface")
+    _check_encoder(model)
     if not trained.classes:
         names = ["ViTMAEForPreTraining", "ViTMAEModel"]
         config = hugging_face.mae_config(model)
     else:
-        _check_head(model, "huggingface")
+        _check_head(model)
         names = ["ViTForImageClassification"]
         config = hugging_face.classifier_config(model, trained.classes)
     state = hugging_face.to_hugging_face(_folded(weights(), model))
@@ -221,19 +224,19 @@ FORMATS: dict[str, Callable[[TrainedRun, Any, Callable[[], StateDict]], Form]] =
 }
 
 
-def _check_encoder(model: Any, to: str) -> None:
+def _check_encoder(model: Any) -> None:
     """Raise a UserError for an encoder that the models of others cannot be."""
     if hasattr(model, "backbone"):
         raise UserError(
-            f"--to {to}: its models have no windows and no relative positions, which the encoder "
+            "its models have no windows and no relative positions, which the encoder "
             "of this one has; --to official writes the encoder"
         )
 
 
-def _check_head(model: Any, to: str) -> None:
+def _check_head(model: Any) -> None:
     if "head.fc1.weight" in model.state_dict():
         raise UserError(
-            f"--to {to}: its classifiers end in one linear layer, this one in an MLP (model.head "
+            "its classifiers end in one linear layer, this one in an MLP (model.head "
             "mlp); use --to official"
         )
 

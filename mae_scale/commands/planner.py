@@ -13,9 +13,9 @@ import psutil
 import torch
 
 from mae_scale.commands.plan import PLACES, config_arguments, gpu_name
-from mae_scale.config.parsing import given_values, parse
+from mae_scale.config.parsing import given_values, key_names, parse
 from mae_scale.data.shards import open_shards
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, renamed
 from mae_scale.files import write_atomically
 from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, choose, rows
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
@@ -121,7 +121,7 @@ def _job(name: str, rest: list[str], task: Task, prog: str) -> PlannedRun:
             "images of an epoch"
         )
     fixed = frozenset(token[2:].split("=")[0] for token in rest if token.startswith("--"))
-    with torch.device("meta"):  # no weights
+    with torch.device("meta"), renamed(key_names(config)):  # no weights
         model = task.module.build(config, classes)
     return PlannedRun(config, model, task.module.flops(model), images, image_bytes, fixed)
 

@@ -12,6 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.config.batch import fit_micro_batch
+from mae_scale.config.help import help_text
+from mae_scale.config.hints import hint_for
 from mae_scale.config.identity import flatten
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.world import World
@@ -27,23 +29,45 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser with one-line errors that the command line turns into exit code 2."""
+    """jsonargparse's parser with a help text of ours, and one-line errors as `UserError`s."""
+
+    config_class: Any = None
+    """The class of the config that it reads, if it is a command's parser."""
+
+    def format_help(self) -> str:
+        """Give the text of `--help`."""
+        if self.config_class is None:
+            return super().format_help()
+        names = [n for n in recipe_names() if n.startswith(self.prog.split()[-1])]
+        return help_text(self.config_class, self._actions, self.prog, names)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as a `UserError`, in words that do not come from Python."""
         text = " ".join(message.split()).replace("Parser key", "config key")
         number = re.search(r"Not of type ([\w ]+?):", text)
         value = re.search(
             r"Given value: (.*)$|: (\S+) does not conform|(?:literal|convert).*: ('.*')$", text
         )
+        words = [word for found in _LITERAL.findall(text) for word in found.split(", ")]
+        words = [word.strip("'") for word in words]
+        start = text.split(": ")[0]
         if number and value:
             given = next(group for group in value.groups() if group is not None)
-            words = re.findall(r"typing\.Literal\[(.*?)\]", text)
-            others = [*(f"one of {found}" for found in words), *["null"] * ("NoneType" in text)]
-            text = f"{text.split(': ')[0]}: {given} is not a {' or '.join([number[1], *others])}"
-        if re.search(r"Expected a <class '(tuple|list)'>", text):
-            text += " (write it in brackets, such as '[0.9,0.95]')"
-        text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
-        raise UserError(text)
+            others = ["one of " + ", ".join(words)] * bool(words) + ["null"] * ("NoneType" in text)
+            raise UserError(f"{start}: {given} is not a {' or '.join([number[1], *others])}")
+        expected = re.search(r"Expected a (.+?)\. Got value: (.*)$", text)
+        if expected and words:
+            raise UserError(f"{start}: {expected[2]} is not one of {', '.join(words)}")
+        if expected and (sequence := re.search(r"(tuple|list)(?:'>)?( with \d+ elements)?", text)):
+            length = sequence[2] or ""
+            raise UserError(
+                f"{start}: {expected[2]} is not a list{length}; write it in brackets, such as "
+                "'[0.9,0.95]'"
+            )
+        raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text))
+
+
+_LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
 
 
 def recipe_names() -> list[str]:
@@ -61,13 +85,7 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
         UserError: an unknown key (with the nearest known one), a value of the wrong type, a
             missing required key, a file that is not there or not YAML.
     """
-    parser = _Parser(prog=prog, description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"YAML file, or the name of a recipe: {', '.join(recipe_names())}.",
-    )
-    parser.add_class_arguments(config_class)
+    parser = config_parser(config_class, prog)
     known = config_keys(config_class)
     files, rest = _split_config_arguments(argv)
     for file in files:
@@ -81,6 +99,15 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     if "train.micro_batch_size" not in options:
         fit_micro_batch(config.train, World.from_environment().size)
     return config
+
+
+def config_parser(config_class: type[Any], prog: str) -> ArgumentParser:
+    """The parser of a command that has a config."""
+    parser = _Parser(prog=prog, allow_abbrev=False)
+    parser.config_class = config_class
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(config_class)
+    return parser
 
 
 def _check_sections(arguments: list[str], known: list[str]) -> None:
@@ -164,8 +191,8 @@ def _find_config(value: str) -> Path:
     for path in (Path(value), RECIPES / f"{value}.yaml"):
         if path.is_file():
             return path
-    hint = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
-    raise UserError(f"--config {value!r} is neither a file nor a recipe; {hint}")
+    near = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
+    raise UserError(f"--config {value!r} is neither a file nor a recipe; {near}")
 
 
 def config_keys(config_class: Any, prefix: str = "") -> list[str]:
@@ -176,6 +203,17 @@ def config_keys(config_class: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             keys += config_keys(hint, f"{prefix}{name}.")
     return keys
+
+
+def key_names(config: Any) -> dict[str, str]:
+    """Dotted keys of a config by their last part, as far as that part is of one key only.
+
+    Models, data and training name their arguments by it; `errors.renamed` makes keys of them.
+    """
+    names: dict[str, list[str]] = {}
+    for key in config_keys(type(config)):
+        names.setdefault(key.rpartition(".")[2], []).append(key)
+    return {name: keys[0] for name, keys in names.items() if len(keys) == 1}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -192,40 +230,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_known(keys: Iterable[str], known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
-            raise UserError(f"unknown config key '{key}'{where}; {_hint(key, known)}")
-
-
-# What other programs call these keys.
-HABITS = {
-    "lr": "optim.base_lr",
-    "learning_rate": "optim.base_lr",
-    "blr": "optim.base_lr",
-    "wd": "optim.weight_decay",
-    "batch_size": "train.micro_batch_size",
-    "total_batch_size": "train.global_batch_size",
-    "data_path": "data.train",
-    "data.path": "data.train",
-    "dataset": "data.train",
-    "num_workers": "data.workers",
-    "output_dir": "run_dir",
-    "output": "run_dir",
-    "finetune": "weights",
-    "checkpoint": "weights",
-    "input_size": "model.img_size",
-    "bf16": "train.precision",
-    "amp": "train.precision",
-}
-
-
-def _hint(key: str, known: list[str]) -> str:
-    """Name the key that was meant: what others call it, its last part, or the nearest one."""
-    key = key.replace("-", "_")
-    leaf = key.rpartition(".")[2]
-    if HABITS.get(key, HABITS.get(leaf)) in known:
-        return f"did you mean '{HABITS.get(key, HABITS.get(leaf))}'?"
-    same = [other for other in known if other.rpartition(".")[2] == leaf]
-    if same:
-        return f"did you mean '{same[0]}'?"
-    if leaf in ("gpu", "gpus", "nodes"):
-        return "the launcher says how many processes there are; --gpus belongs to mae-scale plan"
-    return did_you_mean(key, known, "--help lists the known ones")
+            raise UserError(f"unknown config key '{key}'{where}; {hint_for(key, known)}")

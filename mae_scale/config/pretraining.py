@@ -36,6 +36,9 @@ class ModelConfig(EncoderConfig):
     """Width of the decoder, in channels; null takes the architecture's (paper Table 1b)."""
     decoder_depth: From1 | None = None
     """Blocks of the decoder; null takes the architecture's (paper Table 1a)."""
+    decoder_num_heads: From1 | None = None
+    """Attention heads of the decoder, which must divide decoder_embed_dim; null: the
+    architecture's."""
 
 
 @dataclass

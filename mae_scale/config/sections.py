@@ -92,6 +92,10 @@ class EncoderConfig:
     """Width of the encoder, in channels; null takes the architecture's."""
     depth: From1 | None = None
     """Blocks of the encoder; null takes the architecture's."""
+    num_heads: From1 | None = None
+    """Attention heads of the encoder, which must divide embed_dim; null: the architecture's."""
+    mlp_ratio: Above0 | None = None
+    """Width of the MLPs' hidden layers over that of their blocks; null: 4."""
 
 
 @dataclass

@@ -69,9 +69,7 @@ class DetectionTransform:
         scale: tuple[float, float] = (0.1, 2.0),
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise UserError(
-                f"augment.scale {list(scale)} must be two numbers above 0, the smaller first"
-            )
+            raise UserError(f"scale {list(scale)} must be two numbers above 0, the smaller first")
         self._class_of = class_numbers(categories)
         self._recipe, self._scale = recipe, scale
 
@@ -159,11 +157,9 @@ class SegmentationTransform:
         colors: bool = True,
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise UserError(
-                f"augment.scale {list(scale)} must be two numbers above 0, the smaller first"
-            )
+            raise UserError(f"scale {list(scale)} must be two numbers above 0, the smaller first")
         if not 0 < most_of_one <= 1:
-            raise UserError(f"augment.most_of_one {most_of_one} must be above 0 and at most 1")
+            raise UserError(f"most_of_one {most_of_one} must be above 0 and at most 1")
         self._scale, self._most_of_one, self._colors = scale, most_of_one, colors
 
     def __call__(

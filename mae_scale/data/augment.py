@@ -60,11 +60,11 @@ class Augment:
     ) -> None:
         low, high = crop_scale
         if not 0 < low <= high <= 1:
-            raise UserError(f"augment.crop_scale {list(crop_scale)} must rise from above 0 to 1")
+            raise UserError(f"crop_scale {list(crop_scale)} must rise from above 0 to 1")
         if not 0 <= erasing <= 1:
-            raise UserError(f"augment.erasing {erasing} must lie in 0 to 1")
+            raise UserError(f"erasing {erasing} must lie in 0 to 1")
         if not 0 <= color_jitter <= 1:
-            raise UserError(f"augment.color_jitter {color_jitter} must lie in 0 to 1")
+            raise UserError(f"color_jitter {color_jitter} must lie in 0 to 1")
         self._crop, self._crop_scale, self._hflip = crop, crop_scale, hflip
         self._color_jitter = color_jitter
         self._rand_augment, self._erasing = rand_augment, erasing
@@ -160,7 +160,7 @@ class Augment:
                 operations = rand_augment_transform(str(self._rand_augment), hints)
             except (AssertionError, ValueError, IndexError, KeyError):
                 raise UserError(
-                    f"augment.rand_augment '{self._rand_augment}' is not in timm's spelling; "
+                    f"rand_augment '{self._rand_augment}' is not in timm's spelling; "
                     "expected something like rand-m9-mstd0.5-inc1"
                 ) from None
             for operation in operations.ops:

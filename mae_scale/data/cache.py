@@ -56,7 +56,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"the cache folder {folder} cannot be written: {error.strerror}; "
-                "give another one (data.cache_dir)"
+                "give another one (cache_dir)"
             ) from None
 
     def open(self, url: str, size: int, sha256: str | None = None) -> int:

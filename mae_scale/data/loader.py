@@ -176,7 +176,7 @@ class TrainLoader(_Loader):
         if micro_batch_size % repeats:
             raise UserError(
                 f"a micro-batch of {micro_batch_size} does not divide into samples of which each "
-                f"comes {repeats} times (data.repeats)"
+                f"comes {repeats} times"
             )
         self._samples_per_step = global_batch_size // repeats
         self.steps_per_epoch = len(order) // self._samples_per_step
@@ -199,7 +199,7 @@ class TrainLoader(_Loader):
                 )  # fmt: skip
         dataset = self._make_dataset(shards, img_size, order, cache, augment)
         if repeats > 1 and not dataset.can_repeat:
-            raise UserError(f"data.repeats {repeats}: samples with annotations come once a step")
+            raise UserError(f"repeats {repeats}: samples with annotations come once a step")
         dataset.repeats, dataset.max_pixels = repeats, max_pixels
         if rank == 0 and (text := sorted_by_class(shards, order, self._samples_per_step)):
             logger.warning("%s", text)
@@ -284,7 +284,7 @@ class TrainLoader(_Loader):
             self.close()
             raise RunError(
                 f"{self._shards.root}: {len(self._bad)} of {len(self._shards)} samples are "
-                f"damaged, more than data.max_bad_fraction = {self._max_bad_fraction:g} allows; "
+                f"damaged, more than max_bad_fraction = {self._max_bad_fraction:g} allows; "
                 "`mae-scale verify` names them all"
             )
 
@@ -377,9 +377,7 @@ def shard_cache(
     if not any(is_remote(file) for file in shards.files):
         return None
     if folder is None:
-        raise UserError(
-            f"{shards.root}: remote shards need a folder to be staged in, data.cache_dir"
-        )
+        raise UserError(f"{shards.root}: remote shards need a folder to be staged in, cache_dir")
     return ShardCache(folder, max_bytes, shards.fingerprint)
 
 

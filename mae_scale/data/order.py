@@ -50,9 +50,9 @@ class SampleOrder:
 
     def __init__(self, shard_samples: Int64Array, seed: int, lanes: int, window: int) -> None:
         if lanes < 1:
-            raise UserError(f"data.lanes is {lanes}; it must be 1 or more")
+            raise UserError(f"lanes is {lanes}; it must be 1 or more")
         if window < 1:
-            raise UserError(f"data.window is {window}; it must be 1 or more")
+            raise UserError(f"window is {window}; it must be 1 or more")
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.seed, self.lanes, self.window = seed, lanes, window
         self._starts = _cumulative(self.shard_samples)

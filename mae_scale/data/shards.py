@@ -168,7 +168,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
     if is_remote(root):
         if cache_dir is None:
             raise UserError(
-                f"{shown(root)}: remote shards need a folder for what is fetched (data.cache_dir)"
+                f"{shown(root)}: remote shards need a folder for what is fetched (cache_dir)"
             )
         content, index_path, checksums_path = _fetch(root, Path(cache_dir))
     else:

@@ -66,6 +66,7 @@ class Classifier(Encoder):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the encoder.
         drop_path: stochastic depth's rate in the last block.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         pool: "mean" of the patches' features, or the class "token"'s.
         head: "linear"; "mlp" with one hidden layer of the encoder's width; "probe".
 
@@ -83,10 +84,11 @@ class Classifier(Encoder):
         depth: int = 24,
         num_heads: int = 16,
         drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
         pool: Pool = "mean",
         head: Head = "linear",
     ) -> None:
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path)
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path, mlp_ratio)
         if num_classes < 2:
             raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
         self.num_classes = num_classes
@@ -163,7 +165,7 @@ class Classifier(Encoder):
         depth = len(self.blocks)
         if not (blocks == 0.5 or (blocks == int(blocks) and 0 <= blocks <= depth)):
             raise UserError(
-                f"train.tune_blocks {blocks:g} must be 0, 0.5 or a whole number up to the "
+                f"tune_blocks {blocks:g} must be 0, 0.5 or a whole number up to the "
                 f"{depth} blocks of the encoder"
             )
         self.requires_grad_(False)

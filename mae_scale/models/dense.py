@@ -142,6 +142,7 @@ class DenseBlock(Block):
         relative: positions; see `DenseEncoder`.
         class_token: whether the first token is none of the grid; only without windows.
         drop_path: rate of stochastic depth.
+        mlp_ratio: width of the MLP's hidden layer over that of the block.
         layer_scale: initial factors of both residual branches, one a channel; None: no factors.
     """
 
@@ -155,11 +156,13 @@ class DenseBlock(Block):
         relative: Relative,
         class_token: bool,
         drop_path: float,
+        mlp_ratio: float,
         layer_scale: float | None,
     ) -> None:
         super().__init__(
             dim,
             num_heads,
+            mlp_ratio=mlp_ratio,
             qkv_bias=True,
             norm_layer=layer_norm,
             drop_path=drop_path,
@@ -207,6 +210,7 @@ class DenseEncoder(Encoder):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the transformer.
         drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         out_blocks: numbers, from 0, of the blocks after which features are taken.
         window: tokens along a side of a window; 0: all blocks are global.
         global_blocks: numbers of the blocks that are global where there are windows.
@@ -233,6 +237,7 @@ class DenseEncoder(Encoder):
         depth: int = 12,
         num_heads: int = 12,
         drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
         out_blocks: Sequence[int] = (11,),
         window: int = 0,
         global_blocks: Sequence[int] = (),
@@ -263,11 +268,19 @@ class DenseEncoder(Encoder):
                 relative=relative,
                 class_token=class_token,
                 drop_path=rate,
+                mlp_ratio=mlp_ratio,
                 layer_scale=layer_scale,
             )
 
         super().__init__(
-            img_size, patch_size, embed_dim, depth, num_heads, drop_path, make_block=make_block
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            num_heads,
+            drop_path,
+            mlp_ratio,
+            make_block,
         )
         self.out_blocks, self.positions, self.layer_scale = (
             tuple(out_blocks),

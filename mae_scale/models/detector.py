@@ -55,6 +55,7 @@ class Detector(nn.Module):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the encoder.
         drop_path: stochastic depth's rate in the last block.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         pyramid: "fpn" takes features after the last block of each quarter, "simple" the last ones.
         norm: of box and mask head: "batch" over all processes, or "layer" over channels.
         relative, positions, pos_grid, window: see `DenseEncoder`.
@@ -80,6 +81,7 @@ class Detector(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
         pyramid: Pyramid = "simple",
         norm: Literal["batch", "layer"] = "layer",
         relative: Relative = "decomposed",
@@ -117,6 +119,7 @@ class Detector(nn.Module):
             depth=depth,
             num_heads=num_heads,
             drop_path=drop_path,
+            mlp_ratio=mlp_ratio,
             out_blocks=quarters if pyramid == "fpn" else (depth - 1,),
             window=window,
             global_blocks=quarters if global_blocks is None else tuple(global_blocks),

@@ -33,6 +33,7 @@ class Encoder(nn.Module):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the transformer.
         drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         make_block: makes a block from its number and its rate of stochastic depth; None: timm's
             block as pre-training has it.
 
@@ -48,11 +49,14 @@ class Encoder(nn.Module):
         depth: int,
         num_heads: int,
         drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
         make_block: Callable[[int, float], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         _check_image(img_size, patch_size)
         check_transformer("", embed_dim, depth, num_heads)
+        if mlp_ratio * embed_dim < 1:
+            raise UserError(f"mlp_ratio {mlp_ratio:g} leaves the MLPs no hidden channel")
         self._checkpoint_every = 0
         self._offload = False
         self._is_random = drop_path > 0
@@ -63,7 +67,7 @@ class Encoder(nn.Module):
         if make_block is None:
 
             def make_block(number: int, rate: float) -> nn.Module:
-                return transformer_block(embed_dim, num_heads, drop_path=rate)
+                return transformer_block(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate)
 
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(make_block(i, rate) for i, rate in enumerate(rates))

@@ -91,7 +91,7 @@ def to_hugging_face(state: StateDict) -> StateDict:
         for name, part in parts.items():
             theirs = _renamed(name, OUTER, STACKS, IN_BLOCK)
             if theirs is None:
-                raise UserError(f"--to huggingface: its models have no place for {key}")
+                raise UserError(f"its models have no place for {key}")
             renamed[theirs] = part
     return renamed
 
@@ -106,15 +106,15 @@ def mae_config(model: MaskedAutoencoderViT) -> dict[str, Any]:
     outputs, pixels = model.decoder_pred.out_features, model.patch_size**2 * 3
     if outputs != pixels:
         raise UserError(
-            f"--to huggingface: ViTMAE predicts the {pixels} pixel values of a patch, this model "
-            f"{outputs} other ones; use --to official"
+            f"ViTMAE predicts the {pixels} pixel values of a patch, this model "
+            f"{outputs} other ones; the form official holds it"
         )
     block: Any = model.decoder_blocks[0]
     width = model.decoder_embed.out_features
     if model.mask_tokens_in_encoder:
         raise UserError(
-            "--to huggingface: ViTMAE has its mask tokens in the decoder, this model has them in "
-            "the encoder; use --to official"
+            "ViTMAE has its mask tokens in the decoder, this model has them in "
+            "the encoder; the form official holds it"
         )
     return {
         "architectures": ["ViTMAEForPreTraining"],
@@ -137,8 +137,8 @@ def classifier_config(model: Classifier, classes: list[str]) -> dict[str, Any]:
     """
     if model.pool != "token":
         raise UserError(
-            "--to huggingface: ViTForImageClassification classifies the class token, this model "
-            "the mean of the patches (model.pool mean); use --to timm"
+            "ViTForImageClassification classifies the class token, this model "
+            "the mean of the patches (pool mean); the form timm holds it"
         )
     return {
         "architectures": ["ViTForImageClassification"],

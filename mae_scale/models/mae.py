@@ -88,6 +88,7 @@ class MaskedAutoencoderViT(Encoder):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks, in both.
         mask_ratio: share of patches removed; `int(L * (1 - mask_ratio))` stay.
         mask_sampling: how the patches to remove are chosen by `noise`: "random", "block", "grid".
         mask_tokens_in_encoder: the encoder sees all patches, a mask token in the place of each
@@ -113,6 +114,7 @@ class MaskedAutoencoderViT(Encoder):
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
         mask_ratio: float = 0.75,
         mask_sampling: Sampling = "random",
         mask_tokens_in_encoder: bool = False,
@@ -121,7 +123,7 @@ class MaskedAutoencoderViT(Encoder):
         pca_components: int = 96,
         vocabulary_size: int = 8192,
     ) -> None:
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads)
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=mlp_ratio)
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
         check_sampling(mask_sampling, self.num_patches, mask_ratio)
         if target not in TARGETS:
@@ -144,7 +146,8 @@ class MaskedAutoencoderViT(Encoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_token_width))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            transformer_block(width, decoder_num_heads) for _ in range(decoder_depth)
+            transformer_block(width, decoder_num_heads, mlp_ratio=mlp_ratio)
+            for _ in range(decoder_depth)
         )
         self.decoder_norm = layer_norm(width)
         patch_values = patch_size**2 * 3

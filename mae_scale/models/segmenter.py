@@ -107,6 +107,7 @@ class Segmenter(nn.Module):
         img_size, patch_size: sides of the square image and its patches, in pixels.
         embed_dim, depth, num_heads: of the encoder.
         drop_path: stochastic depth's rate in the last block.
+        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         layer_scale: initial factors of the residual branches, which are trained; None: none.
         relative: "table": a bias of attention for each offset, block and head, as in BEiT; "none".
         out_blocks: blocks, from 0, whose features are taken; None: the last of each third but the
@@ -129,6 +130,7 @@ class Segmenter(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         relative: Literal["none", "table"] = "table",
         out_blocks: Sequence[int] | None = None,
@@ -150,6 +152,7 @@ class Segmenter(nn.Module):
             depth=depth,
             num_heads=num_heads,
             drop_path=drop_path,
+            mlp_ratio=mlp_ratio,
             out_blocks=blocks,
             relative=relative,
             class_token=True,

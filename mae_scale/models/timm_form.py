@@ -39,12 +39,17 @@ def arguments(name: str, model: Encoder) -> tuple[str, dict[str, Any]]:
     """
     theirs = f"{name.removeprefix('mae_')}_224"
     usual = architecture(name)
-    sizes = {
+    sizes: dict[str, tuple[float, float]] = {
         "img_size": (model.patch_embed.img_size[0], 224),
         "patch_size": (model.patch_size, int(name.rpartition("patch")[2])),
         "embed_dim": (model.cls_token.shape[-1], usual["embed_dim"]),
         "depth": (len(model.blocks), usual["depth"]),
     }
+    block: Any = model.blocks[0]
+    sizes["num_heads"] = (block.attn.num_heads, usual["num_heads"])
+    hidden = block.mlp.fc1.out_features
+    if hidden != 4 * sizes["embed_dim"][0]:
+        sizes["mlp_ratio"] = (hidden / sizes["embed_dim"][0], 4)
     kwargs: dict[str, Any] = {key: own for key, (own, default) in sizes.items() if own != default}
     is_classifier = isinstance(model, Classifier)
     kwargs["num_classes"] = model.num_classes if is_classifier else 0
@@ -66,7 +71,7 @@ def to_timm(state: StateDict, name: str, kwargs: dict[str, Any]) -> StateDict:
         expected = timm.create_model(name, **kwargs).state_dict()
     wrong = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
     if wrong:
-        raise UserError(f"--to timm: {name} asks for other weights, such as {wrong[0]}")
+        raise UserError(f"{name} asks for other weights, such as {wrong[0]}")
     return {key: state[key] for key in expected}
 
 

@@ -85,7 +85,7 @@ class Tokenizer:
             if out.ndim != 4 or out.shape[1] != self._vocabulary_size:
                 raise self._unfit(
                     f"gives logits {list(out.shape)}, expected [B, {self._vocabulary_size}, s, s] "
-                    "(model.vocabulary_size is the second)"
+                    "(vocabulary_size is the second)"
                 )
             return out.argmax(dim=1)
         side = math.isqrt(out[0].numel())
@@ -93,19 +93,19 @@ class Tokenizer:
             raise self._unfit(f"gives ids {list(out.shape)}, expected [B, s, s] or [B, s * s]")
         if not pixels.is_cuda and not 0 <= int(out.min()) <= int(out.max()) < self._vocabulary_size:
             raise self._unfit(
-                f"gives ids from {int(out.min())} to {int(out.max())}, but model.vocabulary_size "
+                f"gives ids from {int(out.min())} to {int(out.max())}, but vocabulary_size "
                 f"is {self._vocabulary_size}"
             )
         return out.long().view(len(out), side, side)
 
     def _unfit(self, what: str) -> UserError:
-        return UserError(f"model.tokenizer {self._path} {what}")
+        return UserError(f"tokenizer {self._path} {what}")
 
 
 def _load(path: Path) -> nn.Module:
     if not path.is_file():
         raise UserError(
-            f"model.tokenizer: there is no file {path}; the target tokens needs a TorchScript "
+            f"tokenizer: there is no file {path}; the target tokens needs a TorchScript "
             "module (.pt) or the weights of DALL-E's dVAE encoder (.safetensors)"
         )
     try:
@@ -116,7 +116,7 @@ def _load(path: Path) -> nn.Module:
             return torch.jit.load(path, map_location="cpu").float().eval()
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.tokenizer {path} cannot be read as a tokenizer: {first}") from None
+        raise UserError(f"tokenizer {path} cannot be read as a tokenizer: {first}") from None
 
 
 class _Conv(nn.Module):
@@ -197,7 +197,7 @@ class DalleEncoder(nn.Module):
         if not blocks or not state.keys() >= set(ends):
             some = ", ".join(sorted(state)[:3])
             raise UserError(
-                f"model.tokenizer {path} holds no dVAE encoder of DALL-E: expected keys such as "
+                f"tokenizer {path} holds no dVAE encoder of DALL-E: expected keys such as "
                 f"{ends[0]} and blocks.group_1.block_1.…, found {some}"
             )
         with torch.device("meta"):

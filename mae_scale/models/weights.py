@@ -228,7 +228,7 @@ def _fitting(found: StateDict, model: Encoder, optional: tuple[str, ...]) -> Sta
         shown = problems if len(problems) <= 4 else [*problems[:4], f"{len(problems) - 4} more"]
         hint = ""
         if any(problem.startswith(("head.", "missing: head.")) for problem in problems):
-            hint = "; --new_head true starts with a new head"
+            hint = "; new_head true starts with a new head"
         raise UserError(f"weights do not fit the model: {'; '.join(shown)}{hint}")
     return result
 

@@ -8,16 +8,28 @@ under activation checkpointing: they are a cost of the implementation, not of th
 
 from __future__ import annotations
 
+from typing import Any
+
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.mae import MaskedAutoencoderViT
 
 
-def blocks_flops(depth: int, tokens: int, width: int, mlp_ratio: int = 4) -> int:
-    """Forward operations of `depth` transformer blocks on `tokens` tokens of `width` channels."""
-    linear = 2 * tokens * width**2 * (3 + 1 + 2 * mlp_ratio)  # qkv, proj, fc1 and fc2
+def blocks_flops(depth: int, tokens: int, width: int, hidden: int | None = None) -> int:
+    """Forward operations of `depth` transformer blocks on `tokens` tokens of `width` channels.
+
+    Args:
+        hidden: channels of the MLPs' hidden layers; None: 4 x width.
+    """
+    hidden = 4 * width if hidden is None else hidden
+    linear = 2 * tokens * width * (3 * width + width + 2 * hidden)  # qkv, proj, fc1 and fc2
     attention = 2 * 2 * tokens**2 * width  # q times k, and the weights times v
     return depth * (linear + attention)
+
+
+def _hidden(blocks: Any) -> int:
+    """Channels of the hidden layers of the MLPs of some blocks."""
+    return blocks[0].mlp.fc1.out_features
 
 
 def patch_embed_flops(num_patches: int, patch_size: int, width: int) -> int:
@@ -31,9 +43,10 @@ def forward_flops(model: MaskedAutoencoderViT) -> int:
     patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
     visible = model.encoder_tokens
     tokens = 1 + model.num_patches
-    encoder = blocks_flops(len(model.blocks), visible, embed_dim)
+    encoder = blocks_flops(len(model.blocks), visible, embed_dim, _hidden(model.blocks))
     decoder_embed = 2 * visible * embed_dim * width
-    decoder = blocks_flops(len(model.decoder_blocks), tokens, width)
+    blocks = model.decoder_blocks
+    decoder = blocks_flops(len(blocks), tokens, width, _hidden(blocks))
     decoder_pred = 2 * tokens * width * model.decoder_pred.out_features
     return patch_embed + encoder + decoder_embed + decoder + decoder_pred
 
@@ -61,7 +74,8 @@ def classifier_training_flops(model: Classifier) -> int:
     trained = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
     passes = len(model.blocks) + 2 * trained
     head = sum(2 * p.numel() for p in model.head.parameters() if p.ndim > 1)
-    return patch_embed + blocks_flops(passes, 1 + model.num_patches, embed_dim) + 3 * head
+    tokens, hidden = 1 + model.num_patches, _hidden(model.blocks)
+    return patch_embed + blocks_flops(passes, tokens, embed_dim, hidden) + 3 * head
 
 
 def recomputed_flops(model: Encoder) -> int:
@@ -76,5 +90,5 @@ def recomputed_flops(model: Encoder) -> int:
             model.recomputes(number) and any(p.requires_grad for p in block.parameters())
             for number, block in enumerate(blocks)
         )
-        total += blocks_flops(again, tokens, width)
+        total += blocks_flops(again, tokens, width, _hidden(blocks))
     return total

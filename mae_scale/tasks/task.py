@@ -20,11 +20,11 @@ from mae_scale.config.batch import check_schedule
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import flatten
-from mae_scale.config.parsing import config_keys, given_values, parse
+from mae_scale.config.parsing import config_keys, given_values, key_names, parse
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.sections import RunConfig
 from mae_scale.config.segment import SegmentConfig
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, renamed
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -179,7 +179,10 @@ def _check_task(task: Task, argv: list[str]) -> None:
     ):
         other = task_of(values)
         if other is not task and values.keys() <= set(config_keys(other.config)):
-            raise UserError(f"--config is one of {other.name}; start it by mae-scale {other.name}")
+            raise UserError(
+                f"--config is one of {other.name}, not of {task.name}; start it by mae-scale "
+                f"{other.name}"
+            )
 
 
 def main(name: str, argv: list[str], prog: str) -> int:
@@ -200,7 +203,8 @@ def main(name: str, argv: list[str], prog: str) -> int:
     set_up_logging(world)
     check_schedule(config)
     ds_config = deepspeed_config(config, world)
-    training = task.module.prepare(config, world)
-    for line in summary(config, world, training.model, training.loader.steps_per_epoch):
-        log.info(line)
-    return train(config, world, ds_config, training)
+    with renamed(key_names(config)):
+        training = task.module.prepare(config, world)
+        for line in summary(config, world, training.model, training.loader.steps_per_epoch):
+            log.info(line)
+        return train(config, world, ds_config, training)

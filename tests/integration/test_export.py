@@ -354,7 +354,11 @@ def test_what_cannot_be_exported(
     out = tmp_path / "out"
     mean, token = trained["mean"], trained["token"]
     for run, options, message in (
-        (mean, ["--to", "huggingface"], "the mean of the patches (model.pool mean); use --to timm"),
+        (
+            mean,
+            ["--to", "huggingface"],
+            "the mean of the patches (pool mean); the form timm holds it",
+        ),
         (mlp, ["--to", "timm"], "this one in an MLP (model.head mlp); use --to official"),
         (mlp, ["--to", "huggingface"], "this one in an MLP (model.head mlp); use --to official"),
         (mlp, ["--to", "official"], "does not fit the config of its run: see head."),

@@ -83,11 +83,11 @@ def test_posterize_down_to_no_bits(photographs: list[bytearray]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rand_augment": "rnd-m9"}, "augment.rand_augment 'rnd-m9' is not in timm's spelling"),
+        ({"rand_augment": "rnd-m9"}, "rand_augment 'rnd-m9' is not in timm's spelling"),
         ({"rand_augment": "rand-x9"}, "rand-x9"),
-        ({"erasing": 1.5}, "augment.erasing 1.5"),
-        ({"crop_scale": (0.0, 1.0)}, "augment.crop_scale"),
-        ({"crop_scale": (0.9, 0.2)}, "augment.crop_scale"),
+        ({"erasing": 1.5}, "erasing 1.5"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"crop_scale": (0.9, 0.2)}, "crop_scale"),
     ],
 )
 def test_values_that_cannot_be(values: dict, message: str) -> None:

@@ -16,7 +16,7 @@ from mae_scale.config.batch import check_schedule
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.dense import DetectConfig
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
-from mae_scale.config.parsing import parse, recipe_names
+from mae_scale.config.parsing import config_keys, parse, recipe_names
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
@@ -214,11 +214,21 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["pretrain", "--help"])
     assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for explained in ("--data.window WINDOW Samples of a lane", "in pixels", "in gigabytes",
-                      "--checkpoint.every_minutes EVERY_MINUTES Minutes between"):  # fmt: skip
-        assert explained in text
-    assert text.count("(type:") + text.count("(required, type:") >= 35
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[2:])) <= 80
+    keys = config_keys(PretrainConfig)
+    sections = {field.name for field in dataclasses.fields(PretrainConfig)} & {
+        key.partition(".")[0] for key in keys if "." in key
+    }
+    for key in set(keys) - sections:
+        assert f"\n  --{key}" in text, key
+    joined = " ".join(text.split())
+    for explained in ("--data.window 2048 Samples of a lane", "in pixels", "in gigabytes",
+                      "--checkpoint.every_minutes 30 Minutes between", "--run_dir Folder of",
+                      "(needed; text)"):  # fmt: skip
+        assert explained in joined
+    first = [text.index(f"--{key}") for key in ("run_dir", "train.epochs", "optim.base_lr")]
+    assert max(first) < text.index("--data.lanes")
 
 
 @pytest.mark.parametrize(
@@ -230,12 +240,17 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--epochs", "3"], "unknown config key 'epochs'; did you mean 'train.epochs'?"),
         (["--lr", "3"], "did you mean 'optim.base_lr'?"),
-        (["--batch_size", "3"], "did you mean 'train.micro_batch_size'?"),
+        (["--batch_size", "3"], "did you mean 'train.global_batch_size' (images of a step"),
         (["--data.path", "x"], "did you mean 'data.train'?"),
-        (["--gpu", "A100"], "--gpus belongs to mae-scale plan"),
+        (["--gpu", "A100"], "--gpu belongs to mae-scale plan"),
         (["--model", "mae_vit_large_patch16"], "did you mean --model.name mae_vit_large_patch16?"),
         (["--optim.betas", "0.9,0.95"], "write it in brackets, such as '[0.9,0.95]'"),
-        (["--config", "finetune_vit_base"], "one of finetune; start it by mae-scale finetune"),
+        (["--optim.betas", "[0.9]"], "is not a list with 2 elements; write it in brackets"),
+        (["--resume", "x"], "the same command with the same run_dir goes on by itself"),
+        (
+            ["--config", "finetune_vit_base"],
+            "is one of finetune, not of pretrain; start it by mae-scale finetune",
+        ),
         (
             ["--train.epochs", "three"],
             "config key \"train.epochs\": 'three' is not a whole number from 1 on",
@@ -248,9 +263,9 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["--checkpoint.every_minutes", "0"], "0 is not a number above 0 or null"),
         (
             ["--train.activation_checkpointing", "all"],
-            "all is not a whole number from 1 on or one of 'none', 'full'",
+            "all is not a whole number from 1 on or one of none, full",
         ),
-        (["--train.precision", "fp16"], "['auto', 'bf16', 'fp32']"),
+        (["--train.precision", "fp16"], "fp16 is not one of auto, bf16, fp32"),
         (["--config", "pretrain_vit_bse"], "did you mean 'pretrain_vit_base'?"),
         (["--config", "nowhere.yaml"], "neither a file nor a recipe"),
         (["--config"], "neither a file nor a recipe"),

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.models import MODELS, build_mae
-from mae_scale.planning import gpus as mfu_module
 from mae_scale.planning.flops import forward_flops, training_flops
 from mae_scale.planning.gpus import mfu, peak_flops
 
@@ -96,5 +95,5 @@ def test_peak_of_a_gpu_by_its_name(name: str, tflops: float | None) -> None:
 def test_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     """PaLM appendix B: observed images per second over those that the peak would allow."""
     assert mfu(1e9, 100, torch.device("cpu")) is None
-    monkeypatch.setattr(mfu_module.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert mfu(124.2e9, 4000, torch.device("cuda", 0)) == pytest.approx(0.502, abs=1e-3)

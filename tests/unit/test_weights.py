@@ -274,8 +274,8 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
          r"patch_embed.proj.weight is \[192, 3, 8, 8\], expected \[192, 3, 4, 4\]"),
         ({"depth": 3}, "missing: blocks.2.norm1.weight, .* and 8 more"),
         ({"depth": 1}, "not known to the model: blocks.1.norm1.weight, .* and 8 more"),
-        ({"num_classes": 6}, r"head.weight is \[5, 192\], expected \[6, 192\].*--new_head true"),
-        ({"head": "mlp"}, "missing: head.fc1.weight.*--new_head true"),
+        ({"num_classes": 6}, r"head.weight is \[5, 192\], expected \[6, 192\].*new_head true"),
+        ({"head": "mlp"}, "missing: head.fc1.weight.*new_head true"),
         ({"pool": "token"}, "missing: norm.weight"),
     ],
 )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Hints for keys that do not exist: what other programs call a key, and what has no key here."""
+
+from __future__ import annotations
+
+from mae_scale.errors import did_you_mean
+
+# What other programs call these keys.
+HABITS = {
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "blr": "optim.base_lr",
+    "wd": "optim.weight_decay",
+    "clip_grad_norm": "optim.clip_grad",
+    "max_grad_norm": "optim.clip_grad",
+    "gradient_clipping": "optim.clip_grad",
+    "batch_size": "train.global_batch_size",
+    "total_batch_size": "train.global_batch_size",
+    "batch_size_per_gpu": "train.micro_batch_size",
+    "steps": "train.max_steps",
+    "iters": "train.max_steps",
+    "num_epochs": "train.epochs",
+    "data_path": "data.train",
+    "data.path": "data.train",
+    "data_dir": "data.train",
+    "train_data": "data.train",
+    "dataset": "data.train",
+    "val_data": "data.val",
+    "num_workers": "data.workers",
+    "output_dir": "run_dir",
+    "output": "run_dir",
+    "out": "run_dir",
+    "out_dir": "run_dir",
+    "work_dir": "run_dir",
+    "log_dir": "run_dir",
+    "save_dir": "run_dir",
+    "finetune": "weights",
+    "pretrained": "weights",
+    "checkpoint": "weights",
+    "input_size": "model.img_size",
+    "image_size": "model.img_size",
+    "heads": "model.num_heads",
+    "hidden_size": "model.embed_dim",
+    "arch": "model.name",
+    "model_name": "model.name",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+    "fp16": "train.precision",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "zero_stage": "deepspeed",
+    "save_every": "checkpoint.every_steps",
+    "save_freq": "checkpoint.every_steps",
+    "print_freq": "train.log_every",
+    "ema": "optim.ema_decay",
+    "smoothing": "augment.label_smoothing",
+    "reprob": "augment.erasing",
+    "aa": "augment.rand_augment",
+}
+# What other programs have an option for and a config has not.
+EXPLAINED = {
+    "gpu": "the launcher says how many processes there are; --gpu belongs to mae-scale plan",
+    "gpus": "the launcher says how many processes there are; --gpus belongs to mae-scale plan",
+    "nodes": "the launcher (torchrun, srun) says how many processes there are",
+    "nproc_per_node": "it belongs to torchrun, before -m mae_scale",
+    "device": "a GPU is used where there is one; MAE_SCALE_DEVICE=cpu computes on the CPU",
+    "resume": "the same command with the same run_dir goes on by itself",
+    "accum_iter": "accumulation follows from train.global_batch_size, train.micro_batch_size and "
+    "the number of processes",
+    "num_classes": "the number of classes follows from the training shards",
+    "eval": "mae-scale evaluate measures a trained run",
+}
+_SAME = {"gradient_accumulation_steps": "accum_iter", "accumulate_grad_batches": "accum_iter",
+         "nb_classes": "num_classes", "auto_resume": "resume", "num_nodes": "nodes"}  # fmt: skip
+
+
+def hint_for(key: str, known: list[str]) -> str:
+    """Name the key that was meant: what others call it, its last part, or the nearest one."""
+    key = key.replace("-", "_")
+    leaf = key.rpartition(".")[2]
+    habit = HABITS.get(key, HABITS.get(leaf))
+    if habit in known:
+        if habit == "train.global_batch_size":
+            return (
+                f"did you mean '{habit}' (images of a step, all processes together) or "
+                "'train.micro_batch_size' (of one process at a time)?"
+            )
+        return f"did you mean '{habit}'?"
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    if same:
+        return f"did you mean '{same[0]}'?"
+    explained = EXPLAINED.get(_SAME.get(leaf, leaf))
+    return explained or did_you_mean(key, known, "--help lists the known ones")
