@@ -106,4 +106,4 @@ def type_text(hint: Any) -> str:
     if origin in (tuple, list):
         length = "" if origin is list or Ellipsis in inner else f" of {len(inner)}"
         return f"list{length} in brackets, each {type_text(inner[0])}"
-    return TYPES.get(hint) or getattr(hint, "__name__", str(hint))
+    return str(TYPES.get(hint) or getattr(hint, "__name__", hint))

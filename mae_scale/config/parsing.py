@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from argparse import HelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -34,10 +35,10 @@ class _Parser(ArgumentParser):
     config_class: Any = None
     """The class of the config that it reads, if it is a command's parser."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Give the text of `--help`."""
         if self.config_class is None:
-            return super().format_help()
+            return super().format_help(formatter)
         names = [n for n in recipe_names() if n.startswith(self.prog.split()[-1])]
         return help_text(self.config_class, self._actions, self.prog, names)
 
@@ -197,11 +198,11 @@ def _find_config(value: str) -> Path:
 
 def config_keys(config_class: Any, prefix: str = "") -> list[str]:
     """List the dotted names of all keys of a config class, sections included."""
-    keys = []
-    for name, hint in get_type_hints(config_class).items():
+    keys, hints = [], get_type_hints(config_class)
+    for name in (entry.name for entry in dataclasses.fields(config_class)):
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            keys += config_keys(hint, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hints[name]):
+            keys += config_keys(hints[name], f"{prefix}{name}.")
     return keys
 
 
