@@ -11,8 +11,13 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
+
+# A deadline would fail tests where the machine is busy.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 # Workers run side by side, so that each has one thread; set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
