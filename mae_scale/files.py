@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import socket
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 # Environment variable that `--trust` sets, so that child processes see it too: pickles may run
 # code when they are read.
@@ -21,6 +24,71 @@ def host_label() -> str:
 def owner() -> str:
     """Return the part of a temporary file's name that says which process writes it."""
     return f"{host_label()}-{os.getpid()}"
+
+
+class NotAFile(OSError):
+    """A path leads to a folder, a named pipe, a socket or a device instead of a file."""
+
+
+def require_file(path: str | Path) -> None:
+    """Check that a path leads to a regular file, before a library opens it.
+
+    Opening a named pipe would wait for a writer that never comes, and opening a device can act on
+    it. Folders of others may hold either.
+
+    Raises:
+        OSError: nothing is there, or something else than a file.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_ISDIR: "a folder",
+            stat.S_ISFIFO: "a named pipe",
+            stat.S_ISSOCK: "a socket",
+        }
+        kind = next((name for test, name in kinds.items() if test(mode)), "a device")
+        raise NotAFile(errno.EINVAL, f"it is {kind}, not a file", str(path))
+
+
+def open_descriptor(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file and return its descriptor; never wait for it.
+
+    Args:
+        flags: as for `os.open`. With O_CREAT the file need not be there.
+
+    Raises:
+        OSError: it cannot be opened, or it is no regular file.
+    """
+    try:
+        require_file(path)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading its bytes.
+
+    Raises:
+        OSError: it cannot be opened, or it is no regular file.
+    """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def read_file(path: str | Path, most: int = 1 << 30) -> bytes:
+    """Read a regular file whole.
+
+    Args:
+        most: number of bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more bytes.
+    """
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        return file.read()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -50,7 +118,7 @@ def checksums(folder: Path) -> dict[str, str]:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,9 @@ hypothesis.settings.load_profile("busy")
 
 # Workers run side by side, so that each has one thread; set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where the program remembers the indexes that it made; not the developer's own.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mae-scale-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -32,11 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import RECIPES, parse
+from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
 from mae_scale.tasks.task import TASKS
@@ -174,9 +173,11 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
         UserError: it is no sweep; a row with settings that cannot be is named.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     known = {"title", "seeds", "rows", *STEPS}
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise UserError(f"{path} is no sweep: expected title, pretrain, finetune, linprobe, rows")

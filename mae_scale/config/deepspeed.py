@@ -10,8 +10,10 @@ import hjson
 
 from mae_scale.config.sections import OptimizerConfig
 from mae_scale.errors import UserError, did_you_mean
+from mae_scale.files import read_file
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+_MOST_BYTES = 1 << 20
 
 
 def load_deepspeed_config(name: str) -> dict[str, Any]:
@@ -28,7 +30,12 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
         hint = did_you_mean(name, known, f"known: {', '.join(known)}, or a path")
         raise UserError(f"deepspeed: there is no DeepSpeed config '{name}'; {hint}")
     try:
-        config = hjson.loads(path.read_text(), object_pairs_hook=_without_repeats)
+        text = read_file(path, _MOST_BYTES).decode()
+        config = hjson.loads(text, object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"deepspeed: {path} is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

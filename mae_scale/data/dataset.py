@@ -34,6 +34,7 @@ from mae_scale.data.transforms import (
     eval_crop,
 )
 from mae_scale.errors import UserError
+from mae_scale.files import NotAFile, open_descriptor
 from mae_scale.randomness import Purpose, uniform
 
 _OPEN_SHARDS = 512  # most that a worker keeps open; a process may usually have 1024 files
@@ -135,8 +136,10 @@ class ShardReader:
                 raise
             except OSError as error:
                 self._close(shard)  # a stale handle never works again
+                file = shown(self._shards.files[shard])
+                if isinstance(error, NotAFile):
+                    raise UserError(f"{file} cannot be read: {error.strerror}") from None
                 if attempt + 1 == _READ_TRIES:
-                    file = shown(self._shards.files[shard])
                     raise OSError(
                         f"{file} cannot be read ({_READ_TRIES} tries): {error}"
                     ) from error
@@ -166,7 +169,7 @@ class ShardReader:
         if self._cache is not None and is_remote(file):
             descriptor = self._cache.open(file, size, self._shards.sha256[shard] or None)
         else:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_descriptor(file)
         found = os.fstat(descriptor).st_size
         if found != size:
             os.close(descriptor)

@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = (
     "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib",
 )  # fmt: skip
 MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
+MAX_FILE = 1 << 30  # bytes of an image's file, or of an annotation's
 
 
 class TooLarge(ValueError):

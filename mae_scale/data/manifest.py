@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
+import os
 import re
 import tarfile
 from dataclasses import dataclass
@@ -11,11 +15,14 @@ from typing import Any
 
 from mae_scale.data.remote import ADDRESSES, is_remote, printable, scheme_of, shown
 from mae_scale.errors import UserError
+from mae_scale.files import TRUST, open_file, read_file
+
+log = logging.getLogger("mae_scale")
 
 MANIFEST = "manifest.json"
 VERSION = 1
 ANNOTATED_VERSION = 2
-MAX_MANIFEST = 1 << 26  # bytes; 100,000 shards take a fifth of it
+MAX_MANIFEST = 1 << 25  # bytes; 100,000 shards take less than half of it
 MAX_BYTES = 1 << 50  # largest size of a tar
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -42,7 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def manifest_bytes(folder: Path) -> bytes:
     """Read the content of a manifest; one byte more than `MAX_MANIFEST` where it is too large."""
     try:
-        with (folder / MANIFEST).open("rb") as stream:
+        with open_file(folder / MANIFEST) as stream:
             return stream.read(MAX_MANIFEST + 1)
     except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
@@ -52,8 +59,8 @@ def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
     """Parse the manifest to a dict; each entry of `shards` has the keys of `Shard` and no others.
 
     It may come from anybody, so it is treated as data only: a tar is a file below the folder, or in
-    an index of foreign tars an absolute path or an address (never a command), and every count is a
-    whole number.
+    an index of foreign tars an address (never a command), and every count is a whole number. An
+    absolute path counts in an index that this user has made, or with --trust.
 
     Raises:
         UserError: it is damaged, of another version, or names a file that it may not name.
@@ -74,7 +81,62 @@ def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
         raise UserError(
             f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
         ) from None
+    outside = [shard["file"] for shard in manifest["shards"] if _is_outside(shard["file"])]
+    if outside and os.environ.get(TRUST) != "1" and not _was_indexed_here(content):
+        raise UserError(
+            f"{root}: {MANIFEST} names tars outside of the folder, such as "
+            f"{printable(outside[0])}, and none of your indexes is the same; index the tars "
+            "yourself (`mae-scale index`), or add --trust if you know who made this index"
+        )
     return manifest
+
+
+# Who has indexed tars elsewhere may read them through that index. A folder that came from somebody
+# else must not choose files on this machine, so the program remembers the indexes that it made.
+
+
+def remember_index(content: bytes) -> None:
+    """Note that this user has made an index, if it names tars outside of its folder.
+
+    Args:
+        content: of the manifest.
+    """
+    shards = json.loads(content)["shards"]
+    if not any(_is_outside(shard["file"]) for shard in shards):
+        return
+    path = _known_indexes()
+    try:
+        if path is None:
+            raise OSError(errno.ENOENT, "there is no home folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(hashlib.sha256(content).hexdigest() + "\n")
+    except OSError as error:
+        log.warning(
+            "this index names tars outside of its folder, and it cannot be noted that you made it "
+            "(%s: %s); reading it needs --trust", path, error.strerror,
+        )  # fmt: skip
+
+
+def _was_indexed_here(content: bytes) -> bool:
+    path = _known_indexes()
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        return path is not None and digest in read_file(path).decode().split()
+    except (OSError, ValueError):
+        return False
+
+
+def _known_indexes() -> Path | None:
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:  # no home folder
+        return None
+    return Path(state) / "mae-scale" / "indexes"
+
+
+def _is_outside(name: str) -> bool:
+    return not is_remote(name) and PurePosixPath(name).is_absolute()
 
 
 def _check_manifest(manifest: Any) -> None:

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_scale.data.cache import read_remote
+from mae_scale.data.formats import MAX_FILE
 from mae_scale.data.manifest import (
     ANNOTATED_VERSION,
     MANIFEST,
@@ -40,6 +41,7 @@ from mae_scale.data.manifest import (
     manifest_bytes,
     parse_manifest,
     read_manifest,
+    remember_index,
 )
 from mae_scale.data.remote import (
     SCHEMES,
@@ -50,7 +52,7 @@ from mae_scale.data.remote import (
     shown,
 )
 from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import read_file, require_file, write_atomically
 
 INDEX = "index.npy"
 CHECKSUMS = "checksums.npy"
@@ -105,8 +107,7 @@ class ShardSet:
 
 def _open_array(path: Path, name: str, dtype: np.dtype, expected: int, root: str) -> np.ndarray:
     try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise OSError("it is not a file")
+        require_file(path)
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # numpy's parser of headers raises many kinds of error
         raise UserError(
@@ -196,6 +197,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
     sizes = np.array([shard["bytes"] for shard in shards], np.int64)
     index = _open_array(index_path, INDEX, _index_dtype(manifest), total, title)
     _check_places(index, starts, sizes, [shard["file"] for shard in shards], title)
+    _check_labels(index, len(manifest["classes"]), title)
     return ShardSet(
         root=title,
         split=manifest["split"],
@@ -242,6 +244,23 @@ def _check_places(
                     f"{int(offset[i]) + int(size[i])} of {printable(files[number[i]])}, which has "
                     f"{sizes[number[i]]} bytes by {MANIFEST}; make the shards again"
                 )
+            if (size > MAX_FILE).any():
+                raise UserError(
+                    f"{root}: {INDEX} has {what} of {int(size.max()):,} bytes; at most "
+                    f"{MAX_FILE:,} are read"
+                )
+
+
+def _check_labels(index: np.ndarray, classes: int, root: str) -> None:
+    """Raise a UserError where a label is no class of the manifest."""
+    for start in range(0, len(index), _BLOCK):
+        labels = index["label"][start : start + _BLOCK]
+        wrong = (labels < NO_LABEL) | (labels >= classes)
+        if wrong.any():
+            raise UserError(
+                f"{root}: {INDEX} has the label {labels[wrong.argmax()]}, but {MANIFEST} lists "
+                f"{classes} classes; make the shards again"
+            )
 
 
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
@@ -298,7 +317,7 @@ def write_shard_set(
     write_atomically(folder / CHECKSUMS, _npy(checksums.astype("<u4", copy=False)))
     for name, content in files_for_others(split, shards).items():
         path = folder / name
-        if "plan" in made_by or not path.exists() or path.read_bytes() == ours.get(name):
+        if "plan" in made_by or not path.exists() or read_file(path) == ours.get(name):
             write_atomically(path, content)
     manifest = {
         "version": VERSION if annotations is None else ANNOTATED_VERSION,
@@ -309,7 +328,9 @@ def write_shard_set(
         "shards": [vars(shard) for shard in shards],
         "made_by": made_by,
     }
-    write_atomically(folder / MANIFEST, dump(manifest))
+    content = dump(manifest)
+    remember_index(content)
+    write_atomically(folder / MANIFEST, content)
 
 
 def _old_shards(folder: Path) -> list[Shard]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mae_scale.errors import UserError
+from mae_scale.files import require_file
 from mae_scale.models.numerics import full_fp32
 
 _GROUPS = 4  # of the dVAE encoder's blocks; a pooling stands between two of them
@@ -109,12 +110,13 @@ def _load(path: Path) -> nn.Module:
             "module (.pt) or the weights of DALL-E's dVAE encoder (.safetensors)"
         )
     try:
+        require_file(path)
         if path.suffix == ".safetensors":
             return DalleEncoder.from_state_dict(load_file(path), path).eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # deprecated, but what users have
             return torch.jit.load(path, map_location="cpu").float().eval()
-    except (RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"tokenizer {path} cannot be read as a tokenizer: {first}") from None
 

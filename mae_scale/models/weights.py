@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.serialization import safe_globals
 
 from mae_scale.errors import UserError
+from mae_scale.files import read_file, require_file
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.hugging_face import StateDict, from_hugging_face
@@ -28,6 +34,7 @@ FILES = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
+_MOST_JSON = 1 << 24  # bytes
 
 
 def read_weights(path: Path) -> StateDict:
@@ -50,7 +57,9 @@ def read_weights(path: Path) -> StateDict:
             raise UserError(f"weights: {path} holds none of {', '.join(FILES)}")
         path = found[0]
     if path.suffix == ".json":
-        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        parts = sorted({str(part) for part in _read_json(path, "weight_map").values()})
+        if any(Path(part).name != part or part == ".." for part in parts):
+            raise UserError(f"weights: {path} names files that are not beside it")
         state = {k: v for part in parts for k, v in _read_file(path.with_name(part)).items()}
     else:
         state = _read_file(path)
@@ -62,7 +71,21 @@ def predicts_normalised_pixels(path: Path) -> bool | None:
     config = path / "config.json"
     if not config.is_file():
         return None
-    return json.loads(config.read_text()).get("norm_pix_loss")
+    found = _read_json(config).get("norm_pix_loss")
+    return found if isinstance(found, bool) else None
+
+
+def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    try:
+        content = json.loads(read_file(path, _MOST_JSON))
+    except OSError as error:
+        raise UserError(f"weights: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"weights: {path} is not JSON: {error}") from None
+    found = content.get(key) if key and isinstance(content, dict) else content
+    if not isinstance(found, dict):
+        raise UserError(f"weights: {path} is no record{f' with a record {key}' if key else ''}")
+    return found
 
 
 def sizes_of(state: StateDict) -> dict[str, int]:
@@ -86,24 +109,86 @@ def sizes_of(state: StateDict) -> dict[str, int]:
 
 def _read_file(path: Path) -> StateDict:
     try:
+        require_file(path)
         if path.suffix == ".safetensors":
             return load_file(path)
+        zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+        if zipped:
+            check_members(path)
         # The authors' own checkpoints also hold the arguments of their program.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+        with safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickles of an unusual protocol
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights: {path} cannot be read as weights: {first}") from None
+    except (SafetensorError, *UNREADABLE) as error:
+        raise UserError(
+            f"weights: {path} cannot be read as weights: {why_unreadable(error)}"
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise UserError(f"weights: {path} holds a {type(content).__name__}, no state dict")
-    state = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    state = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
     if not state:
-        raise UserError(f"weights: {path} holds no tensors; its keys: {', '.join(content)}")
+        keys = ", ".join(map(str, list(content)[:12]))
+        raise UserError(f"weights: {path} holds no tensors; its keys: {keys}")
+    for key, value in state.items():
+        if not is_plain(value):
+            raise UserError(f"weights: {path} holds {key} in a form that is no plain tensor")
     return state
+
+
+# What PyTorch raises on a file that is no checkpoint, and on a pickle whose opcodes do not fit.
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError,
+    AttributeError, ImportError, LookupError, TypeError, OverflowError, MemoryError, AssertionError,
+    struct.error,
+)  # fmt: skip
+
+
+def why_unreadable(error: Exception) -> str:
+    """Say in one line why a file could not be read.
+
+    The texts of PyTorch are about its own options and opcodes, and no help to who has a damaged
+    file.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, SafetensorError):
+        return str(error).strip().partition("\n")[0]
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    if name is not None:
+        return f"it asks for {name[1]}, and only tensors and plain values are read"
+    return "it is damaged, or torch.save has not written it"
+
+
+def check_members(path: Path) -> None:
+    """Check that a file of `torch.save` is not larger inside than outside.
+
+    It never compresses; a compressed part could fill the memory out of a small file.
+
+    Raises:
+        UserError: parts are compressed.
+        zipfile.BadZipFile: it is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise UserError(f"{path} holds compressed parts, which torch.save never writes")
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Return whether a tensor is dense and its elements all lie in memory of their own.
+
+    A few bytes can pose as a tensor of any size, by strides of 0, and fill the memory once they
+    are copied.
+    """
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def fit_to_classifier(

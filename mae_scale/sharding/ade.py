@@ -10,8 +10,10 @@ import numpy as np
 from mae_scale.data.annotations import read_label_map
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
+from mae_scale.files import read_file
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.coco import image_size
+from mae_scale.sharding.lists import read_text
 from mae_scale.sharding.processes import run_all, shared
 
 _FOLDERS = {"train": "training", "val": "validation"}
@@ -90,7 +92,7 @@ def _check(number: int) -> tuple[int, int] | str:
     """Return number and largest value of a mask, or what is wrong with it; in a worker process."""
     image, mask = shared()[number]
     try:
-        values = read_label_map(Path(mask).read_bytes())
+        values = read_label_map(read_file(mask))
     except (ValueError, OSError) as error:
         return f"{mask} {error}"
     size = image_size(image)
@@ -106,7 +108,7 @@ def _class_names(root: Path) -> list[str] | None:
     """Read the names of the classes 1, 2, ... from the last column of the table."""
     if not (root / _NAMES).is_file():
         return None
-    rows = (root / _NAMES).read_text().strip().splitlines()[1:]
+    rows = read_text(root / _NAMES).strip().splitlines()[1:]
     return [row.split("\t")[-1].strip() for row in rows]
 
 

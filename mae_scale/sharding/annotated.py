@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mae_scale.files import read_file
 from mae_scale.sharding.sources import Source
 
 ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # of the annotation files, by task
@@ -49,7 +50,7 @@ class AnnotatedSource(Source):
         found = self.annotations[i]
         if isinstance(found, bytes):
             return found
-        data = found.read_bytes()
+        data = read_file(found)
         if len(data) != self.annotation_sizes[i]:
             raise OSError(f"{found} changed while it was being sharded")
         return data

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
+from mae_scale.files import read_file
 from mae_scale.sharding.annotated import AnnotatedSource
 
 _THREADS = 8  # number of threads that read the headers of images
@@ -134,12 +135,15 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
 
 
 _LISTS = ("images", "annotations", "categories")
+_MOST_BYTES = 1 << 33  # of the JSON
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_file(file, _MOST_BYTES))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) and all(isinstance(e, dict) for e in content[key])

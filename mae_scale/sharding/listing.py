@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_scale.data.formats import is_image_name
+from mae_scale.files import open_descriptor
 from mae_scale.sharding.labels import normal
 from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, splits_in
 
@@ -72,7 +73,7 @@ class Source:
         """
         size = int(self.sizes[i])
         if self.offsets is None:
-            descriptor = os.open(f"{self.root}/{self.names[i]}", os.O_RDONLY)
+            descriptor = open_descriptor(f"{self.root}/{self.names[i]}")
             try:
                 data = os.read(descriptor, size + 1)
             finally:
@@ -89,7 +90,7 @@ class Source:
             if len(self._open) > 500:  # the usual limit of a process is 1024 files
                 os.close(self._open.pop(next(iter(self._open))))
             path = self.archives[number] if self.archives else self.root
-            self._open[number] = os.open(path, os.O_RDONLY)
+            self._open[number] = open_descriptor(path)
         return self._open[number]
 
     def fingerprint(self) -> str:

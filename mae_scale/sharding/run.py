@@ -34,7 +34,7 @@ from mae_scale.data.shards import (
     write_shard_set,
 )
 from mae_scale.errors import STOPPED, UserError
-from mae_scale.files import host_label, owner, sha256_of, write_atomically
+from mae_scale.files import host_label, owner, read_file, sha256_of, write_atomically
 from mae_scale.launch.console import say, size_text, warn
 from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated import AnnotatedSource
@@ -218,12 +218,12 @@ def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
             manifest = read_manifest(out)
             before = manifest["made_by"].get("plan")
         elif (out / WORK / "plan.json").exists():
-            before = dict(json.loads((out / WORK / "plan.json").read_bytes()))
+            before = dict(json.loads(read_file(out / WORK / "plan.json")))
         elif any(out.glob("*.tar")):
             before = None
         else:
             return None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{out} holds a damaged plan; give a new folder") from error
     if before is None:
         raise UserError(f"{out} holds tars of something else; give a new or empty folder")

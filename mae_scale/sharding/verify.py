@@ -23,7 +23,7 @@ from mae_scale.data.shards import (
 )
 from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
-from mae_scale.files import sha256_of
+from mae_scale.files import open_descriptor, open_file, sha256_of
 from mae_scale.sharding.annotated import ENDINGS
 from mae_scale.sharding.foreign import split_name
 from mae_scale.sharding.images import decode_error
@@ -108,7 +108,7 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
         problems.append("has another SHA-256 than the manifest says")
 
     names, labels, images = {}, {}, 0
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_descriptor(path)
     try:
         try:
             for member in walk_tar(path, resync=True):

@@ -21,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from mae_scale.data.tar import make_header
 from mae_scale.errors import RunError
-from mae_scale.files import host_label, owner, sha256_of, write_atomically
+from mae_scale.files import host_label, owner, read_file, sha256_of, write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import image_damage, shrink
@@ -198,7 +198,7 @@ def record_path(out: Path, plan: Plan, shard: int) -> Path:
 def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     """Return the record of a finished shard if it has one and the tar agrees with it, else None."""
     try:
-        record = json.loads(record_path(out, plan, shard).read_bytes())
+        record = json.loads(read_file(record_path(out, plan, shard)))
         if record["samples"] == 0:
             return record
         tar = out / record["file"]
@@ -209,7 +209,7 @@ def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
         restarted = record["host"] == host_label() and record["boot"] != boot()
         if (touched or restarted) and sha256_of(tar) != record["sha256"]:
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record
 

@@ -155,8 +155,8 @@ def task_of(config: Mapping[str, Any]) -> Task:
     flat = flatten(dict(config))
     name = flat.get("task")
     if name is not None:
-        if name not in TASKS:
-            raise UserError(f"task {name!r} is not known; tasks: {', '.join(TASKS)}")
+        if not isinstance(name, str) or name not in TASKS:
+            raise UserError(f"task {name!r:.80} is not known; tasks: {', '.join(TASKS)}")
         return TASKS[name]
     return max(TASKS.values(), key=lambda task: sum(k in config_keys(task.config) for k in flat))
 

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mae_scale.config.parsing import from_mapping
 from mae_scale.config.sections import RunConfig
+from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
+from mae_scale.files import read_file
 from mae_scale.models.weights import read_weights
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
 from mae_scale.train.loading import load_averages, load_weights
 from mae_scale.train.optimizers import optimizer_order
 
+_MOST_BYTES = 1 << 24  # of classes.json
 CLASSES = "classes.json"  # in the run folder of a task that has classes
 
 
@@ -72,9 +74,9 @@ class TrainedRun:
         run_dir = folder.parents[1]
         path, notes = run_dir / "config.yaml", run_dir / CLASSES
         try:
-            content = yaml.safe_load(path.read_text())
-            classes = json.loads(notes.read_text()) if notes.exists() else []
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = read_yaml(path)
+            classes = json.loads(read_file(notes, _MOST_BYTES)) if notes.exists() else []
+        except (OSError, ValueError, RecursionError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{run_dir} is no run folder that can be read: {text}") from None
         if not isinstance(content, dict):

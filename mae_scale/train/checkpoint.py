@@ -20,7 +20,7 @@ from typing import Any
 
 from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import sync_folder, write_atomically
+from mae_scale.files import open_file, read_file, sync_folder, write_atomically
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.ds import DeepSpeedEngine
@@ -28,6 +28,7 @@ from mae_scale.train.ds import DeepSpeedEngine
 log = logging.getLogger("mae_scale")
 
 COMMITTED = "COMMITTED.json"
+_MOST_BYTES = 1 << 24  # of that file; it names a file or two for each rank
 
 
 @dataclass
@@ -61,10 +62,11 @@ class Commit:
         """Read the COMMITTED.json of a step folder.
 
         Raises:
+            OSError: the file cannot be read.
             ValueError: the file does not hold a commit.
         """
         try:
-            commit = cls(**json.loads((folder / COMMITTED).read_text()))
+            commit = cls(**json.loads(read_file(folder / COMMITTED, _MOST_BYTES)))
         except (TypeError, RecursionError) as error:
             raise ValueError(str(error)) from None
         commit._check()
@@ -80,7 +82,8 @@ class Commit:
         for name in ("precision", "config_hash", "data"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.40}")
-        if self.score is not None and type(self.score) not in (int, float):
+        is_score = type(self.score) in (int, float) and abs(self.score or 0) < 1e9
+        if self.score is not None and not is_score:
             raise ValueError(f"score is {self.score!r:.40}")
         if not isinstance(self.files, dict):
             raise ValueError(f"files is {self.files!r:.40}")
@@ -102,7 +105,7 @@ def _folders(run_dir: Path) -> list[Path]:
 
 def _file_facts(path: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
             size += len(block)

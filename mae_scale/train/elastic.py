@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mae_scale.files import sha256_of, sync_folder, sync_tree
+from mae_scale.files import read_file, sha256_of, sync_folder, sync_tree
 from mae_scale.launch.distributed import gather_to_all, on_rank0
 from mae_scale.train.deepspeed_state import COUNTERS, EngineState
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.optimizers import EMA
-from mae_scale.train.reading import load_tensors
+from mae_scale.train.reading import load_tensors, state_of
 
 log = logging.getLogger("mae_scale")
 
@@ -73,22 +73,26 @@ def convert(folder: Path, stage: int, order: list[str], doing: Doing = _nobody) 
             (unfinished / "zero" / name).mkdir(parents=True)
 
     on_rank0(prepare)
-    shares = _read_shares(folder, stage, order, doing)
-    step, kept = shares[0].step, [key for key in shares[0].groups if key != WEIGHTS]
+    with state_of(folder):
+        shares = _read_shares(folder, stage, order, doing)
+        kept = [key for key in shares[0].groups if key != WEIGHTS]
+        common = _common(folder, stage, order, shares[0].step, kept)
     sums: dict[str, str] = {}
     for number, name in enumerate(order):
         doing(f"converting {folder.name}, parameter {number + 1} of {len(order)}")
         if number % size == rank:
             for key in (WEIGHTS, *kept):
                 path = unfinished / "zero" / name / f"{key}.pt"
-                torch.save({"param": _whole(shares, name, key)}, path)
+                with state_of(folder):
+                    value = _whole(shares, name, key)
+                torch.save({"param": value}, path)
                 sums[str(path.relative_to(unfinished))] = sha256_of(path)
 
     def finish() -> None:
-        common = unfinished / "common.pt"
-        torch.save(_common(folder, stage, order, step, kept), common)
+        path = unfinished / "common.pt"
+        torch.save(common, path)
         merged = {name: each[name] for each in parts for name in each}
-        merged[common.name] = sha256_of(common)
+        merged[path.name] = sha256_of(path)
         (unfinished / CHECKSUMS).write_text(json.dumps(dict(sorted(merged.items()))))
         sync_tree(unfinished)
         unfinished.rename(universal)
@@ -111,7 +115,7 @@ def _everywhere(value: Any) -> list[Any]:
 def _is_intact(universal: Path, rank: int, size: int) -> bool:
     """Whether this rank's part of the files is as it was written, and all are there."""
     try:
-        expected = json.loads((universal / CHECKSUMS).read_text())
+        expected = json.loads(read_file(universal / CHECKSUMS, 1 << 26))
     except (OSError, ValueError):
         return False
     there = {str(p.relative_to(universal)) for p in universal.rglob("*") if p.is_file()}
@@ -302,5 +306,4 @@ def averages(universal: Path) -> dict[str, torch.Tensor]:
 def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Tensor:
     """Map a file; what is not used of it is not read."""
     path = universal / "zero" / name / f"{key}.pt"
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return (saved["param"] if isinstance(saved, dict) else saved).reshape(shape)
+    return load_tensors(path)["param"].reshape(shape)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.train import elastic
 from mae_scale.train.checkpoint import Commit
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.deepspeed_state import layout
 from mae_scale.train.ds import DeepSpeedEngine
-from mae_scale.train.reading import load_tensors, refuse_code
+from mae_scale.train.reading import load_tensors, refuse_code, state_of
 
 log = logging.getLogger("mae_scale")
 
@@ -75,14 +74,11 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: its files hold something else, or more than tensors.
     """
-    try:
+    with state_of(folder):
         if Commit.read(folder).zero_stage == 3:
             return elastic.weights_of_stage_3(folder)
         state = load_tensors(folder / "mp_rank_00_model_states.pt")["module"]
         return {key: value.float() for key, value in state.items()}
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"checkpoint {folder} does not hold the weights of a run: {what}") from None
 
 
 def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:

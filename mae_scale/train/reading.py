@@ -6,11 +6,13 @@ of COMMITTED.json are no help: who writes the file writes them, too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import pickle
 import re
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST
+from mae_scale.files import TRUST, require_file
+from mae_scale.models.weights import UNREADABLE, check_members, is_plain, why_unreadable
 
 log = logging.getLogger("mae_scale")
 
@@ -39,18 +42,47 @@ def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the file names anything but tensors, plain values and `ALLOWED`, or is damaged.
     """
-    zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+    zipped = False
     safe = os.environ.get(TRUST) != "1"
     try:
-        with safe_globals(ALLOWED):
+        require_file(path)
+        zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+        if zipped:
+            check_members(path)
+        with safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickles of an unusual protocol
             content = torch.load(
                 path, map_location="cpu", weights_only=safe, mmap=mapped and zipped
             )
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, *_MALFORMED) as error:
+    except UNREADABLE as error:
         raise UserError(_refusal(path, error, zipped)) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, no state of a run")
+    if safe:
+        _check_tensors(content, path)
     return content
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if not is_plain(value):
+                raise UserError(f"{path} holds a tensor {list(value.shape)} that is no plain one")
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+@contextlib.contextmanager
+def state_of(folder: Path) -> Iterator[None]:
+    """Turn what a checkpoint of strange content causes into a `UserError` that names its folder."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"checkpoint {folder} does not hold the state of a run: {what}") from error
 
 
 def refuse_code(folder: Path) -> None:
@@ -61,10 +93,6 @@ def refuse_code(folder: Path) -> None:
     """
     for path in sorted(folder.glob("*_states.pt")):
         load_tensors(path)
-
-
-# What an unpickler raises on opcodes that do not fit together.
-_MALFORMED = (AttributeError, ImportError, IndexError, KeyError, TypeError, OverflowError)
 
 
 def _refusal(path: Path, error: Exception, zipped: bool) -> str:
@@ -81,5 +109,4 @@ def _refusal(path: Path, error: Exception, zipped: bool) -> str:
             f"{path} asks for code that no checkpoint of ours needs: {', '.join(names[:5])}{more}; "
             "if you know who made it and why, --trust runs it"
         )
-    first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-    return f"{path} cannot be read as a checkpoint's file: {first}"
+    return f"{path} cannot be read as a checkpoint's file: {why_unreadable(error)}"

@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, differences
+from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import CommonError, UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import open_descriptor, write_atomically
 from mae_scale.train.records import HISTORY, read_metrics
 from mae_scale.world import host
 
@@ -42,7 +41,11 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("[!.]*"))):
         raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        lock = os.fdopen(open_descriptor(run_dir / ".lock", flags), "w")
+    except OSError as error:
+        raise UserError(f"{run_dir}/.lock cannot be opened: {error.strerror}") from None
     try:
         _wait_for(lock, run_dir)
     except OSError as error:  # a file system without locks
@@ -72,7 +75,15 @@ def check_run(run_dir: Path, config: Any) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
-    changed = differences(yaml.safe_load(path.read_text()), config)
+    try:
+        old = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(old, dict):
+        raise UserError(f"{path} is not the config of a run")
+    changed = differences(old, config)
     if changed:
         raise UserError(
             f"{run_dir} was made with another config ({'; '.join(changed)}); "
@@ -107,7 +118,8 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
     row = {"event": event, "step": step, "time": time.time(), "host": host()}
     path = run_dir / HISTORY
     try:
-        with path.open("a") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with os.fdopen(open_descriptor(path, flags), "a") as file:
             file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
     except OSError as error:  # no reason to end a run
         log.warning("%s cannot be written: %s", path, error)

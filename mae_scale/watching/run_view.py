@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
+from mae_scale.files import open_descriptor, read_file
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train.records import HISTORY, METRICS, VALIDATION, readable_rows
 from mae_scale.world import host
@@ -65,11 +66,11 @@ class RunView:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.resolve().name
         try:
-            self.config = yaml.safe_load((folder / "config.yaml").read_text())
+            self.config = read_yaml(folder / "config.yaml")
         except (FileNotFoundError, NotADirectoryError):
             what = "is no run folder: it has no config.yaml" if folder.is_dir() else "is no folder"
             raise UserError(f"{folder} {what}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder}/config.yaml cannot be read: {_line(error)}") from None
         if not isinstance(self.config, dict):
             raise UserError(f"{folder}/config.yaml is not the config of a run")
@@ -149,7 +150,7 @@ class RunView:
 def _saved(folder: Path) -> Saved | None:
     path = folder / "COMMITTED.json"
     try:
-        commit = json.loads(path.read_text())
+        commit = json.loads(read_file(path, 1 << 24))
         saved = Saved(folder, commit, path.stat().st_mtime)
         return saved if saved.bytes >= 0 and commit["step"] >= 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -162,7 +163,7 @@ def _is_locked(folder: Path) -> bool:
     A run that begins while this looks finds the lock taken, and asks again a second later.
     """
     try:
-        with (folder / ".lock").open() as lock:
+        with os.fdopen(open_descriptor(folder / ".lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing gives it back
     except BlockingIOError:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from mae_scale.errors import UserError
 from mae_scale.files import TRUST
+from mae_scale.models.weights import read_weights
 from mae_scale.train.checkpoint import Commit, checkpoint_damage
 from mae_scale.train.loading import load_weights
 from mae_scale.train.reading import load_tensors, refuse_code
@@ -70,6 +72,24 @@ def test_who_trusts_a_folder_can_say_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(TRUST, "1")
     assert list(load_weights(step)) == ["w"]
     assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_was_never_saved_by_torch_is_damaged(tmp_path: Path, protocol: int) -> None:
+    whole = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, whole)
+    old = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, old, _use_new_zipfile_serialization=False)
+    contents = [b"hello", b"", bytes(200), b"{}", whole.getvalue()[:-10], old.getvalue()[:50]]
+    contents += [pickle.dumps(3, protocol), pickle.dumps({"w": "x"}, protocol)]
+    for number, content in enumerate(contents):
+        path = tmp_path / f"{number}.pt"
+        path.write_bytes(content)
+        for read in (load_tensors, read_weights):
+            with pytest.raises(
+                UserError, match=r"it is damaged, or torch\.save has not written it$"
+            ):
+                read(path)
 
 
 def test_what_deepspeed_saves_passes(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from make_shards import make_shards
 
+from mae_scale.data.manifest import remember_index
 from mae_scale.data.remote import is_remote, join, shown
 from mae_scale.data.shards import INDEX_DTYPE, open_shards
 from mae_scale.errors import UserError
+from mae_scale.files import TRUST
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +140,20 @@ def test_a_manifest_names_files_of_its_folder_and_no_commands(
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "https://host/x.tar", "s3://b/x.tar"])
 def test_absolute_names_and_addresses_come_from_indexing_only(
-    folder: Path, tmp_path: Path, file: str
+    folder: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         open_shards(spoil(folder, tmp_path / "own", {}, {"file": file}))
     made_by = {"made_by": {"indexed": ["x"]}}
-    assert (
-        open_shards(spoil(folder, tmp_path / "foreign", made_by, {"file": file})).files[0] == file
-    )
+    foreign = spoil(folder, tmp_path / "foreign", made_by, {"file": file})
+    if file.startswith("/"):  # a folder of somebody else must not choose files on this machine
+        with pytest.raises(UserError, match=r"names tars outside of the folder.*--trust"):
+            open_shards(foreign)
+        monkeypatch.setenv(TRUST, "1")
+        assert open_shards(foreign).files[0] == file
+        monkeypatch.delenv(TRUST)
+        remember_index((foreign / "manifest.json").read_bytes())
+    assert open_shards(foreign).files[0] == file
 
 
 @pytest.mark.parametrize("name", ["x; touch X", "$(touch X).tar", "-x.tar", "a b.tar", "`x`.tar"])

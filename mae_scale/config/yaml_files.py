@@ -1,0 +1,51 @@
+"""Reading YAML that anybody may have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_scale.files import read_file
+
+MOST_BYTES = 1 << 20
+MOST_VALUES = 100_000
+MOST_DEPTH = 30
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file: plain values, lists and dicts, no objects.
+
+    A few lines with aliases can stand for billions of values, or for a dict that holds itself, so
+    that whoever walks through the content would never end. Such files are refused.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is too large for a config.
+        ValueError: it is not valid YAML, or stands for too much; the message is one line.
+    """
+    content = read_file(path, MOST_BYTES)
+    try:
+        value = yaml.safe_load(content.decode())
+    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
+        # Besides its own errors, PyYAML passes on those of the dates and numbers that it makes.
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        found, depth = waiting.pop()
+        count += 1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+        if count + len(waiting) > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+        if isinstance(found, dict):
+            waiting += [(item, depth + 1) for item in found.values()]
+        elif isinstance(found, (list, tuple, set)):
+            waiting += [(item, depth + 1) for item in found]
