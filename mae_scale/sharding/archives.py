@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 from isal import igzip
 from isal.isal_zlib import IsalError
 
-from mae_scale.data.formats import is_image_name
+from mae_scale.data.formats import MAX_FILE, is_image_name
 from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
 from mae_scale.sharding.imagenet import WNID, base_of
@@ -226,6 +226,10 @@ def _unpack(path: Path, spool: IO[bytes]) -> Listed:
                     if is_image_name(name):
                         lost.append((f"{path.name}: {name}", problem))
                 elif member.isfile() and _visible(name):
+                    if member.size > MAX_FILE:
+                        problem = f"it has more than {MAX_FILE:,} bytes"
+                        lost.append((f"{path.name}: {name}", problem))
+                        continue
                     data = tar.extractfile(member).read()  # type: ignore[union-attr]
                     if len(data) != member.size:
                         raise UserError(f"{path} ends inside {printable(name)}: it is cut short")

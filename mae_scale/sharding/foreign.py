@@ -16,7 +16,14 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from isal.isal_zlib import crc32
 
-from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, TooLarge, jpeg_frame, open_image
+from mae_scale.data.formats import (
+    IMAGE_SUFFIXES,
+    MAX_FILE,
+    MAX_PIXELS,
+    TooLarge,
+    jpeg_frame,
+    open_image,
+)
 from mae_scale.data.formats import check_pixels as check_size
 from mae_scale.data.remote import (
     is_remote,
@@ -31,6 +38,7 @@ from mae_scale.data.shards import (
     write_shard_set,
 )
 from mae_scale.errors import RunError, UserError
+from mae_scale.files import open_file
 from mae_scale.launch.console import warn
 from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_in_text, number_labels
 from mae_scale.sharding.places import check_old_index, expand, hide_commands, index_folder
@@ -197,7 +205,7 @@ def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
     job: _Job = shared()
     number, file = numbered
     try:
-        with open_remote(file) if is_remote(file) else Path(file).open("rb") as raw:
+        with open_remote(file) if is_remote(file) else open_file(file) as raw:
             stream = _Counted(raw, job.read, number)
             tar = Indexed(Shard(file, 0, 0, ""), [], [], [], Counter(), True)
             _take_samples(_read_members(stream, file, job), tar, shown(file), job)
@@ -233,6 +241,9 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[SampleFile
             yield SampleFile(key, part, suffix)
         elif not member.isreg() or member.issparse():
             yield SampleFile(key, part, suffix, problem=problem_of(member) or "it is no file")
+        elif member.size > MAX_FILE:
+            problem = f"it has more than {MAX_FILE:,} bytes"
+            yield SampleFile(key, part, suffix, problem=problem)
         else:
             try:
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]

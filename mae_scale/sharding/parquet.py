@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
+from mae_scale.files import require_file
 from mae_scale.sharding.imagenet import base_of
 from mae_scale.sharding.labels import label_text, normal
 from mae_scale.sharding.listing import Entry, Listing
@@ -93,6 +94,7 @@ def _from_parquet(
             f"{file}: parquet files need pyarrow: pip install 'mae-scale[parquet]'"
         ) from None
     try:
+        require_file(file)
         table = parquet.ParquetFile(file)
         image, label = _columns(table.schema_arrow, file)
         names = _class_names(table.schema_arrow, label)

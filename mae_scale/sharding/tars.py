@@ -11,6 +11,25 @@ from typing import IO, Any, NamedTuple
 from mae_scale.data.remote import printable, shown
 from mae_scale.data.tar import BLOCK
 from mae_scale.errors import UserError
+from mae_scale.files import open_file
+
+
+class Header(tarfile.TarInfo):
+    """A header whose long names and attributes, which tarfile reads whole, have a sane size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        beside = (
+            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+            tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+        )  # fmt: skip
+        if self.type in beside and self.size > _MOST_BESIDE:
+            raise tarfile.InvalidHeaderError(  # type: ignore[attr-defined]
+                "a name or an attribute is too long"
+            )
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+_MOST_BESIDE = 1 << 20  # bytes
 
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")  # gz bz2 xz zst zip
 
@@ -38,11 +57,13 @@ def walk_tar(
     """
     where = f"{path} ({inner})" if inner else str(path)
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             if end is None:
                 end = os.fstat(stream.fileno()).st_size
             stream.seek(start)
-            with tarfile.open(fileobj=stream, mode="r:", ignore_zeros=resync) as tar:
+            with tarfile.open(
+                fileobj=stream, mode="r:", ignore_zeros=resync, tarinfo=Header
+            ) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
                     problem = problem_of(member)
@@ -93,7 +114,7 @@ def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
 
 def lacks_end(path: Path, start: int = 0, end: int | None = None) -> bool:
     """Return whether the end marker is missing behind a tar, or one in bytes [start, end)."""
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         end = os.fstat(stream.fileno()).st_size if end is None else end
         size = min(BLOCK, end - start)
         stream.seek(end - size)
@@ -144,7 +165,7 @@ def stream_tar(stream: Tail, file: str) -> Iterator[tuple[tarfile.TarInfo, tarfi
     where = shown(file)
     try:
         # tarfile knows the long names of GNU and pax; "r|" never seeks.
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20, tarinfo=Header) as tar:  # type: ignore[call-overload]
             for member in tar:
                 tar.members = []
                 yield member, tar
