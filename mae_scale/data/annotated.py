@@ -27,6 +27,7 @@ from mae_scale.data.annotated_transforms import (
     decode_pair,
     evaluation_input,
 )
+from mae_scale.data.annotations import IGNORE
 from mae_scale.data.cache import ShardCache
 from mae_scale.data.dataset import Batch, BatchKey, EvalDataset, TrainDataset, draw_epochs
 from mae_scale.data.loader import EvalLoader, TrainLoader
@@ -84,7 +85,10 @@ class AnnotatedTrainDataset(TrainDataset):
                 keys = (self.order.seed, key.epoch, sample)
                 try:
                     image, annotation = read_pair(self, sample)
-                    found, targets[i] = self._transform(image, annotation, self.img_size, keys)
+                    found, targets[i] = self._transform(
+                        image, annotation, self.img_size, keys, self.max_pixels
+                    )
+                    _check_classes(self.shards, targets[i])
                     return found
                 except ValueError as error:
                     damaged[sample] = f"{self.reader.read(sample).name} {error}"
@@ -113,6 +117,18 @@ def read_pair(dataset: TrainDataset | EvalDataset, sample: int) -> tuple[bytearr
     if crc32(annotation.data) != dataset.shards.index["extra_checksum"][sample]:
         raise ValueError(f"has an annotation {annotation.name} of other bytes than were indexed")
     return image.data, annotation.data
+
+
+def _check_classes(shards: ShardSet, targets: Targets) -> None:
+    """Raise a ValueError where a pixel has a class that the shards do not list."""
+    labels = targets.get("segmentation")
+    if labels is not None:
+        largest = int(labels[labels != IGNORE].max(initial=0))
+        if largest >= len(shards.classes):
+            raise ValueError(
+                f"has a mask with the value {largest + 1}; the shards list {len(shards.classes)} "
+                "classes"
+            )
 
 
 def joined(targets: list[Targets]) -> Targets:
@@ -165,7 +181,8 @@ class _SegmentationEvalDataset(EvalDataset):
         (sample,) = (int(position) for position in key.positions)
         self.reader.prepare(key.positions)
         try:
-            image, labels = decode_pair(*read_pair(self, sample))
+            image, labels = decode_pair(*read_pair(self, sample), self.max_pixels)
+            _check_classes(self.shards, {"segmentation": labels})
         except ValueError as error:
             name = self.reader.read(sample).name
             raise UserError(f"{self.shards.root}: {name} {error}") from None

@@ -23,6 +23,7 @@ from mae_scale.data.annotations import (
     shape_mask,
 )
 from mae_scale.data.dataset import empty_images
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.transforms import decode_image, normalize
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
@@ -37,7 +38,12 @@ class Transform(Protocol):
     """Function that makes pixels and targets from the two files of a sample."""
 
     def __call__(
-        self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
+        self,
+        data: bytearray,
+        annotation: bytearray,
+        size: int,
+        keys: tuple[int, int, int],
+        max_pixels: int = MAX_PIXELS,
     ) -> tuple[torch.Tensor, Targets]:
         """Return pixels, uint8 [3, size, size], and the targets of this image.
 
@@ -45,6 +51,7 @@ class Transform(Protocol):
             data, annotation: contents of the image file and of the annotation file.
             size: pixels of a side.
             keys: seed, epoch, sample.
+            max_pixels: a larger image is refused before it is decoded.
 
         Raises:
             ValueError: one of the files is damaged.
@@ -74,12 +81,18 @@ class DetectionTransform:
         self._recipe, self._scale = recipe, scale
 
     def __call__(
-        self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
+        self,
+        data: bytearray,
+        annotation: bytearray,
+        size: int,
+        keys: tuple[int, int, int],
+        max_pixels: int = MAX_PIXELS,
     ) -> tuple[torch.Tensor, Targets]:
         """Make pixels and targets, see `Transform`."""
         scale, place, flip = uniform(Purpose.ANNOTATED_AUGMENT, *keys, np.arange(3)).tolist()
-        image, objects = decode_image(data), objects_of(read_record(annotation))
+        image = decode_image(data, max_pixels)
         height, width = image.shape[1:]
+        objects = objects_of(read_record(annotation), height, width)
         low, high = self._scale
         ratio = size * (low + (high - low) * scale) / max(height, width)
         new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
@@ -163,11 +176,16 @@ class SegmentationTransform:
         self._scale, self._most_of_one, self._colors = scale, most_of_one, colors
 
     def __call__(
-        self, data: bytearray, annotation: bytearray, size: int, keys: tuple[int, int, int]
+        self,
+        data: bytearray,
+        annotation: bytearray,
+        size: int,
+        keys: tuple[int, int, int],
+        max_pixels: int = MAX_PIXELS,
     ) -> tuple[torch.Tensor, Targets]:
         """Make pixels and targets, see `Transform`."""
         u = uniform(Purpose.ANNOTATED_AUGMENT, *keys, np.arange(2 + 2 * 11 + 9)).tolist()
-        image, labels = decode_pair(data, annotation)
+        image, labels = decode_pair(data, annotation, max_pixels)
         low, high = self._scale
         short = size * (low + (high - low) * u[0])
         new_h, new_w = scaled_size(labels.shape[0], labels.shape[1], short)
@@ -196,21 +214,26 @@ def class_numbers(categories: Any) -> Any:
     ids = np.sort(np.array([category["id"] for category in categories], np.int64))
 
     def numbers(found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        places = np.searchsorted(ids, found)
+        places = np.searchsorted(ids, found).clip(max=len(ids) - 1)
+        if (unknown := found[ids[places] != found]).size:
+            raise ValueError(f"has an object of the category {unknown[0]}, which is not listed")
         return np.asarray(places, np.int64)
 
     return numbers
 
 
 def decode_pair(
-    data: bytearray, annotation: bytearray
+    data: bytearray, annotation: bytearray, max_pixels: int = MAX_PIXELS
 ) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
     """Decode an image, uint8 [3, H, W], and its classes from 0, uint8 [H, W], `IGNORE` for none.
 
+    Args:
+        max_pixels: a larger image is refused before it is decoded.
+
     Raises:
-        ValueError: one of the files is damaged, or they have different sizes.
+        ValueError: one of the files is damaged or too large, or they have different sizes.
     """
-    image, values = decode_image(data), read_label_map(annotation)
+    image, values = decode_image(data, max_pixels), read_label_map(annotation, max_pixels)
     if image.shape[1:] != values.shape:
         raise ValueError(
             f"has {tuple(image.shape[1:])} pixels, its mask {values.shape} (height, width)"

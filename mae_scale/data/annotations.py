@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pycocotools import mask as rle
 
 from mae_scale.data.cache import ShardCache
 from mae_scale.data.dataset import ShardReader
+from mae_scale.data.formats import MAX_PIXELS, TooLarge, open_image
 from mae_scale.data.shards import ShardSet, read_manifest
 from mae_scale.errors import UserError
 
 IGNORE = 255  # value in a label map: the pixel is not counted
+_FAR = 4  # a polygon may reach so many sides of its image away
+_LONGEST = 1_000_000  # pixels of a polygon's outline
 
 
 @dataclass
@@ -39,31 +40,75 @@ def read_record(data: bytes | bytearray) -> dict[str, Any]:
         record = json.loads(data)
         if not isinstance(record["annotations"], list):
             raise ValueError("annotations are no list")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"holds no annotations of COCO ({error})") from error
     return record
 
 
-def objects_of(record: dict[str, Any]) -> Objects:
-    """Return the objects of a record that can be trained on."""
-    kept = [
-        annotation
-        for annotation in record["annotations"]
-        if not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
-    ]
-    categories = np.array([annotation["category_id"] for annotation in kept], np.int64)
-    return Objects(categories, [annotation["segmentation"] for annotation in kept])
+def objects_of(record: dict[str, Any], height: int, width: int) -> Objects:
+    """Return the objects of a record that can be trained on.
 
-
-def read_label_map(data: bytes | bytearray) -> npt.NDArray[np.uint8]:
-    """Read a PNG that gives each pixel a class, uint8 [H, W]; a palette is ignored.
+    Args:
+        height, width: pixels of the image.
 
     Raises:
-        ValueError: it is no such image.
+        ValueError: an object is none of COCO's, or has a shape that cannot be this image's.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        kept = [
+            annotation
+            for annotation in record["annotations"]
+            if not annotation.get("iscrowd", 0) and min(map(float, annotation["bbox"][2:])) > 0
+        ]
+        categories = np.array([annotation["category_id"] for annotation in kept], np.int64)
+        shapes = [annotation["segmentation"] for annotation in kept]
+        for shape in shapes:
+            _check_shape(shape, height, width)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"holds an object that is none of COCO's ({error!s:.200})") from None
+    return Objects(categories, shapes)
+
+
+def _check_shape(shape: Any, height: int, width: int) -> None:
+    """Raise a ValueError where drawing a shape would take more than the image's size."""
+    if isinstance(shape, dict):
+        counts = shape["counts"]
+        if list(shape["size"]) != [height, width]:
+            raise ValueError(f"a mask of {shape['size']} pixels, the image has {[height, width]}")
+        if not isinstance(counts, str):
+            runs = np.array(counts, np.int64)
+            if runs.ndim != 1 or (runs < 0).any() or int(runs.sum()) != height * width:
+                raise ValueError("a mask whose run lengths do not add up to its size")
+        elif not counts.isascii():
+            raise ValueError("a mask whose run lengths are no text of COCO's")
+        return
+    if not isinstance(shape, list) or not shape:
+        raise ValueError("neither polygons nor run lengths")
+    for polygon in shape:
+        points = np.array(polygon, np.float64)
+        if points.ndim != 1 or len(points) % 2 or len(points) < 6:
+            raise ValueError("a polygon that is no list of x, y, x, y, ...")
+        points = points.reshape(-1, 2)
+        if not (np.abs(points) <= _FAR * max(height, width)).all():  # false for NaN, too
+            raise ValueError("a polygon far outside of its image")
+        if np.abs(np.diff(points, axis=0)).sum() > _LONGEST:
+            raise ValueError("a polygon whose outline is too long")
+
+
+def read_label_map(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Read a PNG that gives each pixel a class, uint8 [H, W]; a palette is ignored.
+
+    Args:
+        max_pixels: a larger one is refused by its header, before it takes memory.
+
+    Raises:
+        ValueError: it is no such image, or too large.
+    """
+    try:
+        with open_image(data, max_pixels) as image:
             mode, values = image.mode, np.array(image)
+    except TooLarge:
+        raise
     except Exception as error:  # PIL passes on all errors of its decoders
         raise ValueError(f"cannot be decoded ({error})") from error
     if mode not in ("L", "P"):
