@@ -36,9 +36,8 @@ def encoder_of(options: argparse.Namespace, world: World) -> Describer:
     Raises:
         UserError: options or weights that cannot be.
     """
-    for name in ("batch_size", "workers"):
-        least = 1 if name == "batch_size" else 0
-        if getattr(options, name) < least:
+    for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
     if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
         raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
@@ -73,6 +72,7 @@ def loader_of(
         crop_ratio=encoder.crop_ratio,
         pin_memory=world.device.type == "cuda",
         cache_dir=options.cache_dir,
+        max_pixels=options.max_pixels or encoder.max_pixels,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mae_scale.commands.arguments import Parser
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.world import data_workers
 
 
@@ -59,6 +60,12 @@ def parser(prog: str) -> Parser:
     )
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--cache_dir", help="folder into which remote shards are staged")
+    add(
+        "--max_pixels",
+        type=int,
+        help="refuse larger images; default: data.max_pixels of the run, or for weights from "
+        f"elsewhere {MAX_PIXELS}",
+    )
     return parser
 
 

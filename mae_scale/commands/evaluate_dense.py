@@ -92,6 +92,7 @@ def run(
             world_size=world.size,
             workers=options.workers,
             cache_dir=options.cache_dir,
+            max_pixels=options.max_pixels or trained.config.data.max_pixels,
         )
         if task == "detect":
             cache = shard_cache(shards, options.cache_dir, None)

@@ -17,10 +17,11 @@ import torch
 
 from mae_scale.commands import evaluate_dense
 from mae_scale.config.batch import resolve_precision
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import read_file, write_atomically
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import (
@@ -66,9 +67,8 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options that do not fit each other.
     """
-    for name in ("batch_size", "workers"):
-        least = 1 if name == "batch_size" else 0
-        if getattr(options, name) < least:
+    for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
     if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
         raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
@@ -102,6 +102,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             crop_ratio=loaded.crop_ratio if options.crop_ratio is None else options.crop_ratio,
             pin_memory=world.device.type == "cuda",
             cache_dir=options.cache_dir,
+            max_pixels=options.max_pixels or loaded.max_pixels,
         )
         columns, label_of = outputs[name]
         found = evaluate(
@@ -141,6 +142,8 @@ class Loaded:
     """Names of the outputs, in order."""
     crop_ratio: float | None
     step: int | None
+    max_pixels: int = MAX_PIXELS
+    """Most pixels that an image may have."""
 
 
 def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
@@ -161,9 +164,13 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
         path = Path(options.classes)
         try:
             own = path.is_file()
-            classes = json.loads(path.read_text()) if own else open_shards(options.classes).classes
-        except ValueError as error:
+            classes = json.loads(read_file(path)) if own else open_shards(options.classes).classes
+        except OSError as error:
+            raise UserError(f"--classes {path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--classes {path} is not JSON: {error}") from None
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"--classes {path} is no JSON list of names")
     head = [value for key, value in state.items() if key.startswith("head.")]
     if head and len(head[-1]) != len(classes):
         raise UserError(
@@ -190,7 +197,7 @@ def _load_ours(options: argparse.Namespace) -> Loaded:
     same_size = options.img_size in (None, trained.config.model.img_size)
     crop_ratio = getattr(trained.config.model, "crop_ratio", None) if same_size else None
     step = checkpoint.Commit.read(trained.folder).step
-    return Loaded(model, trained.classes, crop_ratio, step)
+    return Loaded(model, trained.classes, crop_ratio, step, trained.config.data.max_pixels)
 
 
 def _named(specs: Sequence[str]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mae_scale.commands.arguments import Parser
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.world import data_workers
 
 
@@ -37,6 +38,11 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--cache_dir", help="folder into which remote shards are staged")
+    parser.add_argument(
+        "--max_pixels", type=int,
+        help="refuse larger images; default: data.max_pixels of the run, or for weights from "
+        f"elsewhere {MAX_PIXELS}",
+    )  # fmt: skip
 
 
 def parser(prog: str) -> Parser:

@@ -38,6 +38,11 @@ def parser(prog: str) -> Parser:
         help="lowest score of an object that is shown (default: %(default)s)",
     )
     add("--ema", action="store_true", help="use the moving average of the weights")
+    add(
+        "--max_pixels",
+        type=int,
+        help="refuse larger images (default: data.max_pixels of the run)",
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from mae_scale.commands import drawing
 from mae_scale.data.transforms import decode_image, default_crop_ratio, eval_crop, normalize
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import read_file, write_atomically
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.world import World
 
@@ -49,18 +49,22 @@ def run(options: argparse.Namespace, world: World) -> None:
     """
     if options.top < 1:
         raise UserError(f"--top {options.top} must be at least 1")
+    if options.max_pixels is not None and options.max_pixels < 1:
+        raise UserError(f"--max_pixels {options.max_pixels} must be at least 1")
     if not 0 <= options.score <= 1:
         raise UserError(f"--score {options.score} must lie in 0 to 1")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is not a folder")
     files = find_images(options.images)
     trained, predict = load(options, world.device)
+    max_pixels = options.max_pixels or trained.config.data.max_pixels
     rows, damaged = [], []
     for file, name in files:
         try:
-            image = decode_image(file.read_bytes())
+            image = decode_image(read_file(file), max_pixels)
         except (ValueError, OSError) as error:
-            log.warning("%s %s", file, error)
+            text = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+            log.warning("%s %s", file, text)
             damaged.append(file)
             continue
         seen = predict(image)

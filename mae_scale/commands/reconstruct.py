@@ -43,8 +43,8 @@ def parser(prog: str) -> Parser:
     add(
         "--max_pixels",
         type=int,
-        default=MAX_PIXELS,
-        help="refuse larger images (default: %(default)s)",
+        help="refuse larger images; default: data.max_pixels of the run, or for weights from "
+        f"elsewhere {MAX_PIXELS}",
     )
     return parser
 

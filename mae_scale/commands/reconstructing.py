@@ -10,6 +10,7 @@ import torch
 from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, is_image_name
 from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
 from mae_scale.errors import UserError
+from mae_scale.files import read_file
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.weights import (
     fit_to_mae,
@@ -33,7 +34,7 @@ def reconstruct(
     seed: int,
     model: str | None = None,
     norm_pix_loss: str | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> None:
     """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
 
@@ -42,6 +43,8 @@ def reconstruct(
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
+    if max_pixels is not None and max_pixels < 1:
+        raise UserError(f"--max_pixels {max_pixels} must be at least 1")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
     files = _evenly(_find_images(images), most)
@@ -51,12 +54,13 @@ def reconstruct(
                 f"--model and --norm_pix_loss are of foreign weights; {weights} is a run"
             )
         folder = checkpoint.find_checkpoint(weights)
-        mae = load_mae(folder)
+        mae, limit = load_mae(folder), TrainedRun.read(folder).config.data.max_pixels
         source = f"{weights} at step {checkpoint.Commit.read(folder).step}"
     else:
         mae, source = load_foreign(weights, model, norm_pix_loss), str(weights)
+        limit = MAX_PIXELS
     size = mae.patch_embed.img_size[0]
-    pixels = torch.stack([_read(file, size, max_pixels) for file in files])
+    pixels = torch.stack([_read(file, size, max_pixels or limit) for file in files])
     number = torch.arange(len(files))
     noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
     inputs = normalize(pixels)
@@ -135,6 +139,8 @@ def _evenly(files: list[Path], most: int) -> list[Path]:
 def _read(file: Path, size: int, max_pixels: int) -> torch.Tensor:
     """The centre of an image as uint8 [3, size, size], its short side resized to fit."""
     try:
-        return eval_crop(decode_image(file.read_bytes(), max_pixels), size, crop_ratio=1.0)
+        return eval_crop(decode_image(read_file(file), max_pixels), size, crop_ratio=1.0)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file} {error}") from None

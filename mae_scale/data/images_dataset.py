@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mae_scale.data.dataset import ShardReader
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.loader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import decode_image
@@ -26,6 +27,7 @@ class ShardDataset(torch.utils.data.Dataset):
         transform: applied to the decoded image, uint8 [3, H, W] RGB; such as one of
             torchvision.transforms.v2. None: the image itself.
         cache_dir: folder into which remote shards are staged.
+        max_pixels: a larger image is refused before it is decoded.
 
     Attributes:
         shards: the `ShardSet`.
@@ -40,10 +42,11 @@ class ShardDataset(torch.utils.data.Dataset):
         spec: str | Path,
         transform: Callable[[torch.Tensor], Any] | None = None,
         cache_dir: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.shards = open_shards(spec, cache_dir)
         self.classes = self.shards.classes
-        self._transform = transform
+        self._transform, self._max_pixels = transform, max_pixels
         self._cache = shard_cache(self.shards, cache_dir, None)
         self._reader: tuple[int, ShardReader] | None = None  # with its process
 
@@ -65,7 +68,7 @@ class ShardDataset(torch.utils.data.Dataset):
             self._reader = os.getpid(), ShardReader(self.shards, self._cache)
         name, data = self._reader[1].read(sample)
         try:
-            image = decode_image(data)
+            image = decode_image(data, self._max_pixels)
         except ValueError as error:
             raise ValueError(f"{self.shards.root}: {name} {error}") from None
         label = int(self.shards.index["label"][sample])

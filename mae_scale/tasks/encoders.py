@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
@@ -28,6 +29,8 @@ class Describer:
     """Share of the short side that its centre crop covers; None: what suits its size."""
     source: str
     """What it is, in words."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels that an image may have: what the run allows."""
 
     @property
     def features(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -59,7 +62,7 @@ def read_describer(
     Raises:
         UserError: there are no such weights, or they do not fit what is asked.
     """
-    crop_ratio = None
+    crop_ratio, max_pixels = None, MAX_PIXELS
     if is_ours(weights):
         trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(weights)))
         model: nn.Module = trained.model(img_size)
@@ -69,6 +72,7 @@ def read_describer(
                 "finetune or linprobe"
             )
         state, source = trained.weights(ema), f"{weights}, {trained.folder.name}"
+        max_pixels = trained.config.data.max_pixels
         if img_size in (None, trained.config.model.img_size):
             crop_ratio = getattr(trained.config.model, "crop_ratio", None)
     else:
@@ -92,7 +96,7 @@ def read_describer(
         pool = model.pool
     # What is missing, such as decoder or head, takes no part in the features.
     model.load_state_dict(found, strict=False)
-    return Describer(model.eval(), pool, crop_ratio, source)
+    return Describer(model.eval(), pool, crop_ratio, source, max_pixels)
 
 
 def _foreign(state: dict[str, torch.Tensor], name: str, img_size: int | None) -> Encoder:

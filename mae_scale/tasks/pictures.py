@@ -45,7 +45,9 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
     fixed: Fixed | None = None
 
     def read() -> Fixed:
-        dataset = EvalDataset(shards, config.model.img_size, 1.0, cache)
+        dataset = EvalDataset(
+            shards, config.model.img_size, 1.0, cache, max_pixels=config.data.max_pixels
+        )
         with closing(dataset.reader):
             return fixed_images(dataset)
 
