@@ -23,7 +23,7 @@ from mae_scale.data.shards import (
 )
 from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
-from mae_scale.files import open_descriptor, open_file, sha256_of
+from mae_scale.files import open_descriptor, sha256_of
 from mae_scale.sharding.annotated import ENDINGS
 from mae_scale.sharding.foreign import split_name
 from mae_scale.sharding.images import decode_error

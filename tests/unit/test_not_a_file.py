@@ -97,9 +97,9 @@ def test_a_tar(folder: Path, put: Callable[[Path], Path]) -> None:
         ShardReader(shards, None).read(0)
     problems = verify(folder, fast=True).problems
     assert any("cannot be read" in problem for problem in problems), problems
-    shutil.rmtree(folder / "tar", ignore_errors=True)
-    with pytest.raises(UserError, match="cannot be read: it is a"):
-        index_shards([str(folder)], folder / "index")
+    if not (folder / "train-000000.tar").is_dir():  # folders with the name of a tar are no tars
+        with pytest.raises(UserError, match="cannot be read: it is a"):
+            index_shards([str(folder)], folder / "index")
 
 
 def test_a_run_folder(tmp_path: Path, put: Callable[[Path], Path]) -> None:
