@@ -438,13 +438,14 @@ def read_config(material: Material, folder: Path) -> None:
         lambda: check_run(folder, good),
         lambda: parse(PretrainConfig, [f"--config={folder / 'config.yaml'}"], "x"),
         lambda: status.status(RunView(folder)),
+        lambda: write_report([folder], folder / "report.html"),
         lambda: read_sweep(folder / "config.yaml", folder, {}),
     ):
         try:
             read()
         except UserError:
             refusals += 1
-    if refusals == 5:
+    if refusals == 6:
         raise UserError("refused by all")
 
 

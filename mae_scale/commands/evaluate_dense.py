@@ -68,8 +68,7 @@ def run(
                 f"{name} has {len(shards.classes)} classes that are not the "
                 f"{len(trained.classes)} of {trained.run_dir}"
             )
-    model = trained.model()
-    model.load_state_dict(trained.weights(options.ema))
+    model = trained.model_with_weights(options.ema)
     model = model.eval().to(world.device)
     half = resolve_precision(options.precision, world.device) == "bf16"
 

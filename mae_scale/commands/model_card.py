@@ -90,12 +90,12 @@ RECIPE = ("seed", "weights", "model.", "augment.", "train.", "optim.", "deepspee
 
 def _steps(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
     facts = [("Steps", f"{commit.step:,}"), ("Images seen", f"{commit.samples:,}")]
-    rows = [r for r in read_metrics(trained.run_dir / METRICS) if r["step"] <= commit.step]
-    if rows:
+    rows = [r for r in read_metrics(trained.run_dir / METRICS) if 0 < r["step"] <= commit.step]
+    if rows and rows[-1].get("epoch") is not None:
         last = rows[-1]
         epochs = last["epoch"] / last["step"] * commit.step
         facts.append(("Epochs", f"{epochs:.4g} of {trained.config.train.epochs}"))
-        if last["loss"] is not None:
+        if last.get("loss") is not None:
             facts.append(("Training loss", f"{last['loss']:.4f} at step {last['step']:,}"))
     trained_by = f"{commit.world_size} processes, ZeRO-{commit.zero_stage}, {commit.precision}"
     return [*facts, ("Trained by", trained_by)]
@@ -121,7 +121,8 @@ def _scores(trained: TrainedRun, step: int) -> list[tuple[str, str]]:
     facts = []
     for prefix, whose in (("", ""), (AVERAGED, " of the moving average")):
         decides = prefix + trained.task.best_by
-        scored = [row for row in rows if decides in row]
+        names = [decides, *(prefix + name for name in trained.task.scores)]
+        scored = [row for row in rows if all(type(row.get(n)) in (int, float) for n in names)]
         if scored:
             best = max(scored, key=lambda row: row[decides])
             values = ", ".join(

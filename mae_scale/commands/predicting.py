@@ -131,8 +131,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[TrainedRun,
             f"{trained.run_dir} is a run of {trained.task.name}; predict takes runs of "
             f"{', '.join(_PREDICTORS)} (mae-scale reconstruct draws what pre-training sees)"
         )
-    model = trained.model()
-    model.load_state_dict(trained.weights(options.ema))
+    model = trained.model_with_weights(options.ema)
     model = model.eval().to(device)
     return trained, _PREDICTORS[trained.task.name](trained, model, device, options)
 

@@ -80,10 +80,9 @@ def reconstruct(
 def load_mae(folder: Path) -> MaskedAutoencoderViT:
     """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
     trained = TrainedRun.read(folder)
-    model = trained.model()
-    if not isinstance(model, MaskedAutoencoderViT):
+    if trained.task.name != "pretrain":
         raise UserError(f"{trained.run_dir} is a run of {trained.task.name}, which has no decoder")
-    model.load_state_dict(trained.weights())
+    model: MaskedAutoencoderViT = trained.model_with_weights()
     return model.eval()
 
 

@@ -84,7 +84,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     line("step", f"{step:,} of {total:,}" if total else f"{step:,}", epochs)
     pace = pace_of(rows)
     if state == "running" and pace and total:
-        left = (total - step) * pace.seconds_per_step
+        left = min((total - step) * pace.seconds_per_step, 1e10)
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
         line("ETA", f"{duration(left)} ({end}), without validations and saves")
     if rows:

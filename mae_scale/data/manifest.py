@@ -43,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or of another version.
     """
-    return parse_manifest(manifest_bytes(folder), str(folder))
+    return parse_manifest(manifest_bytes(folder), str(folder), folder)
 
 
 def manifest_bytes(folder: Path) -> bytes:
@@ -55,12 +55,17 @@ def manifest_bytes(folder: Path) -> bytes:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
 
 
-def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
+def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dict[str, Any]:
     """Parse the manifest to a dict; each entry of `shards` has the keys of `Shard` and no others.
 
     It may come from anybody, so it is treated as data only: a tar is a file below the folder, or in
-    an index of foreign tars an address (never a command), and every count is a whole number. An
-    absolute path counts in an index that this user has made, or with --trust.
+    an index of foreign tars an address (never a command), and every count is a whole number. See
+    `_may_lead_outside` for absolute paths.
+
+    Args:
+        content: bytes of the manifest.
+        root: name of the set for messages.
+        folder: folder of the manifest, where it is a local one.
 
     Raises:
         UserError: it is damaged, of another version, or names a file that it may not name.
@@ -82,24 +87,39 @@ def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
             f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
         ) from None
     outside = [shard["file"] for shard in manifest["shards"] if _is_outside(shard["file"])]
-    if outside and os.environ.get(TRUST) != "1" and not _was_indexed_here(content):
+    if outside and not _may_lead_outside(content, folder, outside):
         raise UserError(
             f"{root}: {MANIFEST} names tars outside of the folder, such as "
-            f"{printable(outside[0])}, and none of your indexes is the same; index the tars "
-            "yourself (`mae-scale index`), or add --trust if you know who made this index"
+            f"{printable(outside[0])}, and you have not made this index here; index the tars "
+            "yourself (`mae-scale index`), or add --trust if you know who made it"
         )
     return manifest
 
 
-# Who has indexed tars elsewhere may read them through that index. A folder that came from somebody
-# else must not choose files on this machine, so the program remembers the indexes that it made.
+def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -> bool:
+    """Return whether an index may name tars outside of its folder, by absolute paths.
+
+    A folder that came from somebody else must not choose files on this machine, and what it says of
+    itself (`made_by`) proves nothing. So the program remembers the indexes that it has made, and
+    accepts those. It also accepts an index whose tars belong to the same other user as the index,
+    who could as well have put them into the folder; and any index under --trust.
+    """
+    if os.environ.get(TRUST) == "1" or _was_indexed_here(content):
+        return True
+    if folder is None:
+        return False
+    try:
+        owners = {path.stat().st_uid for path in [folder / MANIFEST, *map(Path, outside)]}
+    except OSError:
+        return False
+    return len(owners) == 1 and owners != {os.geteuid()}
 
 
 def remember_index(content: bytes) -> None:
-    """Note that this user has made an index, if it names tars outside of its folder.
+    """Remember that this user has made an index, if it names tars outside of its folder.
 
     Args:
-        content: of the manifest.
+        content: bytes of its manifest.
     """
     shards = json.loads(content)["shards"]
     if not any(_is_outside(shard["file"]) for shard in shards):

@@ -184,7 +184,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         content = manifest_bytes(folder)
 
     title = shown(root)
-    manifest = parse_manifest(content, title)
+    manifest = parse_manifest(content, title, None if is_remote(root) else Path(root))
     shards = manifest["shards"]
     tars = tars or root
     if scheme_of(tars) == "pipe":

@@ -78,7 +78,7 @@ class Task:
     def best_score(self, row: Mapping[str, Any]) -> str | None:
         """Name the score of a validation that decides: the moving average's where it keeps one."""
         names = (AVERAGED + self.best_by, self.best_by)
-        return next((n for n in names if isinstance(row.get(n), (int, float))), None)
+        return next((n for n in names if type(row.get(n)) in (int, float)), None)
 
     def best_row(self, rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
         """Give the deciding score and the first validation in which it is highest."""

@@ -53,6 +53,10 @@ def best_checkpoint(path: Path) -> Path:
     return checkpoint.find_checkpoint(best or path)
 
 
+def _sizes(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
 @dataclass
 class TrainedRun:
     """A checkpoint, and the run that it belongs to."""
@@ -102,6 +106,30 @@ class TrainedRun:
             section = dataclasses.replace(config.model, img_size=img_size)
             config = dataclasses.replace(config, model=section)
         return self.task.module.build(config, len(self.classes))
+
+    def model_with_weights(self, ema: bool = False) -> Any:
+        """Build the model of the run with its weights, in fp32 on the CPU; all ranks call.
+
+        Args:
+            ema: as for `weights`.
+
+        Raises:
+            UserError: the checkpoint does not hold the weights of such a model.
+        """
+        state = self.weights(ema)
+        with torch.device("meta"):  # a config that does not belong to the weights takes no memory
+            shapes = {key: value.shape for key, value in self.model().state_dict().items()}
+        found = {key: value.shape for key, value in state.items()}
+        if shapes != found:
+            key = next(k for k in [*shapes, *found] if shapes.get(k) != found.get(k))
+            raise UserError(
+                f"checkpoint {self.folder} does not hold the weights of {self.run_dir}/config.yaml"
+                f": {key} has the shape {_sizes(found.get(key))}, "
+                f"expected {_sizes(shapes.get(key))}"
+            )
+        model = self.model()
+        model.load_state_dict(state)
+        return model
 
     def weights(self, ema: bool = False) -> dict[str, torch.Tensor]:
         """Read the state dict in fp32; all ranks call.

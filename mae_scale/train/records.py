@@ -1,8 +1,9 @@
-"""Reading the records of a run, without torch: those who only look need not wait for it."""
+"""Reading the records of a run without torch, so that who only looks need not wait for it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +16,52 @@ VALIDATION = "validation.jsonl"
 HISTORY = "history.jsonl"
 MOST_BYTES = 1 << 20  # of a row
 
+# Bounds of the numbers in rows that a run writes. Other programs and people may have written rows,
+# too, and whoever shows or computes with a row must not meet a text where a number belongs.
+_BOUNDS = {
+    "step": (0, 2**53), "epoch": (0, 1e12), "samples": (0, 2**53), "images": (0, 2**53),
+    "images_per_second": (1e-9, 1e12), "data_wait": (0, 1e3), "mfu": (0, 1e3),
+    "memory_gb": (0, 1e9), "bad_steps": (0, 2**53), "time": (0, 1e11), "total_steps": (1, 2**53),
+    "steps_per_epoch": (1e-9, 2**53), "world_size": (1, 2**31), "zero_stage": (0, 3),
+}  # fmt: skip
+_WHOLE = ("total_steps", "world_size", "zero_stage", "bad_steps")
+_NUMBERS = ("loss", "lr", "grad_norm")  # null where they are not finite
+_TEXTS = ("event", "host", "task", "precision", "device", "version", "torch", "deepspeed")
+_LARGEST = 1e40  # above every float of 32 bits
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record; lines that cannot be read are left out.
+    """Return the rows of a record, without what cannot be a row of a run.
 
-    Such are a last line that a kill cut short, and what a crash of the machine leaves.
+    Left out are a last line that a kill cut short, what a crash of the machine leaves, and rows
+    that are not `is_sound`.
     """
-    return list(readable_rows(path, whole=True))
+    return [row for row in readable_rows(path, whole=True) if is_sound(row)]
+
+
+def is_sound(row: dict[str, Any]) -> bool:
+    """Return whether a row could have been written by a run: numbers where numbers belong."""
+    return all(_is_sound(key, value) for key, value in row.items())
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    if value is None:
+        return key != "event"
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if type(value) not in (int, float):
+        return key not in _BOUNDS and key not in _NUMBERS
+    if key in _WHOLE and type(value) is not int:
+        return False
+    low, high = _BOUNDS.get(key, (-_LARGEST, _LARGEST))
+    special = type(value) is float and not math.isfinite(value)  # a score may be NaN
+    return low <= value <= high or (special and key not in _BOUNDS)
 
 
 def readable_rows(
     path: Path, last_bytes: int | None = None, whole: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Give the rows of a record one by one; lines that cannot be read are left out.
+    """Yield the rows of a record, whatever their values; lines that are no rows are left out.
 
     Args:
         path: a file, which need not be there.
@@ -52,11 +86,12 @@ def readable_rows(
                 continue
             if whole and not line.endswith(b"\n"):
                 continue
-            if isinstance(row, dict) and _is_count(row.get("step")):
+            if isinstance(row, dict) and is_count(row.get("step")):
                 yield row
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return whether a value from a JSON file is a whole number that is not negative."""
     return type(value) is int and 0 <= value < 2**53
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from mae_scale.files import write_atomically
-from mae_scale.train.records import read_metrics
+from mae_scale.train.records import readable_rows
 
 log = logging.getLogger("mae_scale")
 
@@ -33,7 +33,7 @@ class Rows:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        rows = [row for row in readable_rows(path, whole=True) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._path = path
         self._file = path.open("ab", buffering=0)

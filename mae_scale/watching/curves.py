@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mae_scale.tasks.task import AVERAGED
-from mae_scale.train.records import METRICS, VALIDATION, readable_rows
+from mae_scale.train.records import METRICS, VALIDATION, is_sound, readable_rows
 from mae_scale.watching.charts import Chart, Curve, Values, draw
 from mae_scale.watching.run_view import RunView
 
@@ -60,7 +60,7 @@ class ReportedRun:
 def read_columns(path: Path, keys: tuple[str, ...]) -> Columns:
     """Values of the keys of all rows, float64 [rows]; NaN where a row has none."""
     columns: dict[str, list[float]] = {key: [] for key in keys}
-    for row in readable_rows(path):
+    for row in filter(is_sound, readable_rows(path)):
         for key, column in columns.items():
             value = row.get(key)
             column.append(value if isinstance(value, (int, float)) else np.nan)

@@ -83,15 +83,19 @@ def _signs_of_trouble(run: RunView, rows: Rows, pace: Pace | None, now: float) -
 
 def seconds_to_save(run: RunView, now: float, step: int, pace: Pace | None) -> float | None:
     """Seconds until the next checkpoint; negative: it is overdue; None: nobody can tell."""
-    config = run.config.get("checkpoint") or {}
-    minutes, steps = config.get("every_minutes"), config.get("every_steps")
+    config = run.section("checkpoint")
+    minutes, steps = _interval(config.get("every_minutes")), _interval(config.get("every_steps"))
     waits = []
     if minutes:
-        began = max([run.facts.get("time", now), *(saved.time for saved in run.checkpoints[-1:])])
+        began = max([run.facts.get("time") or now, *(saved.time for saved in run.checkpoints[-1:])])
         waits.append(began + 60 * minutes - now)
     if steps and pace:
         waits.append((steps - step % steps) * pace.seconds_per_step)
     return min(waits, default=None)
+
+
+def _interval(value: Any) -> float | None:
+    return value if type(value) in (int, float) and 0 < value < 1e12 else None
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
 from mae_scale.files import open_descriptor, read_file
 from mae_scale.tasks.task import Task, task_of
-from mae_scale.train.records import HISTORY, METRICS, VALIDATION, readable_rows
+from mae_scale.train.records import HISTORY, METRICS, VALIDATION, is_count, is_sound, readable_rows
 from mae_scale.world import host
 
 YOUNG_S = 120  # a row that is no older was written by a run that lives, if its lock cannot be seen
@@ -74,7 +74,7 @@ class RunView:
             raise UserError(f"{folder}/config.yaml cannot be read: {_line(error)}") from None
         if not isinstance(self.config, dict):
             raise UserError(f"{folder}/config.yaml is not the config of a run")
-        self.history = [row for row in readable_rows(folder / HISTORY) if "event" in row]
+        self.history = [r for r in readable_rows(folder / HISTORY) if "event" in r and is_sound(r)]
         self.checkpoints: list[Saved] = []
         self.uncommitted: list[str] = []
         for step in sorted((folder / "checkpoints").glob("step-*")):
@@ -84,7 +84,8 @@ class RunView:
 
     def last_rows(self, most: int) -> list[dict[str, Any]]:
         """Give the last rows of metrics.jsonl, however long it is."""
-        return list(readable_rows(self.folder / METRICS, 600 * most))[-most:]
+        rows = readable_rows(self.folder / METRICS, 600 * most)
+        return [row for row in rows if _is_of_metrics(row)][-most:]
 
     @property
     def task(self) -> Task:
@@ -97,7 +98,7 @@ class RunView:
 
     def validations(self) -> list[dict[str, Any]]:
         """The rows of validation.jsonl."""
-        return list(readable_rows(self.folder / VALIDATION))
+        return [row for row in readable_rows(self.folder / VALIDATION) if is_sound(row)]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,7 +109,12 @@ class RunView:
     @property
     def model(self) -> str:
         """The model's name."""
-        return str((self.config.get("model") or {}).get("name", "unknown model"))
+        return str(self.section("model").get("name", "unknown model"))
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section of the config; an empty one where it has none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
 
     @property
     def resumes(self) -> list[int]:
@@ -125,7 +131,7 @@ class RunView:
     def last_sign(self) -> float | None:
         """Time of the last row that the run wrote, in seconds since 1970."""
         times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
-        return max((t for t in times if isinstance(t, (int, float))), default=None)
+        return max((t for t in times if t is not None), default=None)
 
     @property
     def state(self) -> str:
@@ -147,13 +153,20 @@ class RunView:
         return "running" if elsewhere and time.time() - sign < YOUNG_S else "failed"
 
 
+def _is_of_metrics(row: dict[str, Any]) -> bool:
+    needed = ("samples", "images_per_second", "data_wait", "time")
+    return is_sound(row) and row["step"] > 0 and all(row.get(key) is not None for key in needed)
+
+
 def _saved(folder: Path) -> Saved | None:
     path = folder / "COMMITTED.json"
     try:
         commit = json.loads(read_file(path, 1 << 24))
         saved = Saved(folder, commit, path.stat().st_mtime)
-        return saved if saved.bytes >= 0 and commit["step"] >= 0 else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        counts = [commit["step"], *(facts["bytes"] for facts in commit["files"].values())]
+        names = [Path(name).name == name for name in commit["files"]]
+        return saved if all(map(is_count, counts)) and all(names) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

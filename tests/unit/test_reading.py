@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -23,7 +24,7 @@ from mae_scale.models.weights import read_weights
 from mae_scale.train.checkpoint import Commit, checkpoint_damage
 from mae_scale.train.loading import load_weights
 from mae_scale.train.reading import load_tensors, refuse_code
-from mae_scale.train.records import read_metrics, readable_rows
+from mae_scale.train.records import is_sound, read_metrics, readable_rows
 
 
 class Bomb:
@@ -157,6 +158,26 @@ def test_any_record_is_read(tmp_path_factory: pytest.TempPathFactory, content: b
     steps = [row["step"] for row in read_metrics(path)]
     assert steps[0] == 1 and 2 in steps and 3 not in steps
     assert [row["step"] for row in readable_rows(path)][-1] == 3
+
+
+SOUND = {
+    "step": 3, "epoch": 0.1, "samples": 24, "loss": 0.7, "lr": 1e-3, "grad_norm": None,
+    "images_per_second": 9.5, "data_wait": 0.0, "mfu": None, "time": 1.8e9, "top1": math.nan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("time", "samples", "images_per_second", "data_wait", "loss", "lr")
+     for value in ("x", [], {}, True, 10**400, 1e300 if key != "loss" else -1e300)]
+    + [("event", None), ("event", 3), ("host", []), ("total_steps", 0), ("total_steps", 2.5),
+       ("world_size", -1), ("time", -1), ("time", math.inf), ("step", math.nan)],
+)  # fmt: skip
+def test_rows_that_no_run_writes_are_left_out(tmp_path: Path, key: str, value: object) -> None:
+    assert is_sound(SOUND) and not is_sound({**SOUND, key: value})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps({**SOUND, key: value})}\n{json.dumps(SOUND)}\n")
+    assert len(read_metrics(path)) == 1
 
 
 def test_a_commit_names_no_files_elsewhere(tmp_path: Path) -> None:

@@ -156,6 +156,22 @@ def test_absolute_names_and_addresses_come_from_indexing_only(
     assert open_shards(foreign).files[0] == file
 
 
+def test_an_index_of_another_user_may_name_that_users_tars(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = tmp_path / "x.tar"
+    tar.touch()
+    made_by = {"made_by": {"indexed": ["x"]}}
+    foreign = spoil(folder, tmp_path / "foreign", made_by, {"file": str(tar)})
+    with pytest.raises(UserError, match="names tars outside"):
+        open_shards(foreign)
+    monkeypatch.setattr("os.geteuid", lambda: tar.stat().st_uid + 1)
+    assert open_shards(foreign).files[0] == str(tar)
+    tar.unlink()  # nobody's
+    with pytest.raises(UserError, match="names tars outside"):
+        open_shards(foreign)
+
+
 @pytest.mark.parametrize("name", ["x; touch X", "$(touch X).tar", "-x.tar", "a b.tar", "`x`.tar"])
 def test_a_name_is_no_part_of_the_users_command(folder: Path, tmp_path: Path, name: str) -> None:
     copy = spoil(folder, tmp_path / "train", {}, {"file": name})
