@@ -74,13 +74,17 @@ def val_archive(archive: Path, workers: int) -> Source:
 
 
 def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
-    """Return a function from a validation image's name to its wnid, and the sorted wnids."""
-    truth = _devkit(folder)
-    table = next(
-        (p for p in (folder / "LOC_val_solution.csv", folder.parent / "LOC_val_solution.csv")
-         if p.is_file()),
-        None,
-    )  # fmt: skip
+    """Return a function from a validation image's name to its wnid, and the sorted wnids.
+
+    Args:
+        folder: folder of the images; the labels lie in it or above it.
+
+    Raises:
+        UserError: there are no labels.
+    """
+    above = _above(folder)
+    truth = next(filter(None, map(_devkit, above)), None)
+    table = next((p for f in above if (p := f / "LOC_val_solution.csv").is_file()), None)
     if truth is not None:
         wnids, classes = truth
 
@@ -109,16 +113,25 @@ def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
         return from_table, kaggle_classes(folder) or sorted(set(by_name.values()))
     raise UserError(
         f"{folder}: the validation images have no labels; put {DEVKIT}.tar.gz or "
-        "LOC_val_solution.csv there, or sort them into class folders"
+        "LOC_val_solution.csv into this folder or the one above, or sort them into class folders"
     )
 
 
 def kaggle_classes(folder: Path) -> list[str] | None:
-    """Read the sorted classes in Kaggle's LOC_synset_mapping.txt; None if it is missing."""
-    for path in (folder / "LOC_synset_mapping.txt", folder.parent / "LOC_synset_mapping.txt"):
+    """Read the sorted classes in Kaggle's LOC_synset_mapping.txt, which lies in a folder or above.
+
+    Returns:
+        None if it is missing.
+    """
+    for path in (above / "LOC_synset_mapping.txt" for above in _above(folder)):
         if path.is_file():
             return sorted(line.split()[0] for line in path.read_text().splitlines() if line.strip())
     return None
+
+
+def _above(folder: Path) -> list[Path]:
+    """Return a folder and four above it: Kaggle's images lie so deep below its tables."""
+    return [folder, *list(folder.absolute().parents)[:4]]
 
 
 def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:

@@ -2,91 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from mae_scale.errors import UserError
 from mae_scale.sharding.imagenet import VAL_NAME, base_of, kaggle_classes, stem_of, val_labels
+from mae_scale.sharding.known import covers, find_known
 from mae_scale.sharding.labels import normal
-from mae_scale.sharding.listing import Entry, Listing, Source, list_images, sorted_source
-from mae_scale.sharding.lists import read_text
+from mae_scale.sharding.listing import Choice, Entry, Listing, Source, list_images, sorted_source
 from mae_scale.sharding.matching import take_list
-from mae_scale.sharding.splits import Folder, classes_of, find_split, refuse_paired, tree_of
+from mae_scale.sharding.splits import (
+    Found,
+    classes_of,
+    classes_with_folders,
+    find_split,
+    refuse_paired,
+    refuse_shared_classes,
+    tree_of,
+    uncovered,
+)
 
 KAGGLE_TREES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
 
-def from_folder(
-    src: Path, split: str, class_depth: int | None, list_file: str | Path | None, sure: bool
-) -> tuple[Source, bool]:
+def from_folder(src: Path, split: str, choice: Choice) -> tuple[Source, bool]:
     """List the images of a split in a folder, and say whether the folder itself has splits.
-
-    Args:
-        class_depth: how many folders of a path are the class; None: this is found by looking, and
-            folders that look like splits or masks are not taken for classes.
-        list_file: list of the images to take, with or without labels.
-        sure: the user has said how to split the images, so there are no splits to look for.
 
     Raises:
         UserError: the split is not there, or it is not clear what the folders are.
     """
-    kaggle = next((src / tree for tree in KAGGLE_TREES if (src / tree).is_dir()), None)
-    if list_file is None and kaggle is None:
-        known = _known(src, split)
-        if known is not None:
-            return known, True
-    root = src if kaggle is None or list_file is not None else kaggle
-    kind = "image folder" if kaggle is None else "Kaggle's ImageNet"
-    listing = list_images(root)
-    return from_listing(listing, root, src, kind, split, class_depth, list_file, sure)
+    if choice.list_file is not None:
+        return from_listing(list_images(src), src, "image folder", split, choice)
+    for folder in covers(src):
+        for tree in KAGGLE_TREES:
+            if (folder / tree).is_dir():
+                listing = list_images(folder / tree)
+                return from_listing(listing, folder / tree, "Kaggle's ImageNet", split, choice)
+    known = find_known(src, split) if choice.class_depth is None else None
+    if known is not None:
+        return known, True
+    return from_listing(list_images(src), src, "image folder", split, choice)
 
 
 def from_listing(
-    listing: Listing,
-    root: Path,
-    src: Path,
-    kind: str,
-    split: str,
-    class_depth: int | None,
-    list_file: str | Path | None,
-    sure: bool,
+    listing: Listing, root: Path, kind: str, split: str, choice: Choice
 ) -> tuple[Source, bool]:
     """Choose the images of a split from a list; see `from_folder`.
 
     Args:
         root: folder or archive that the names in the list begin at.
-        src: the source as the user has given it, where files with labels may lie.
     """
-    if list_file is not None:
-        return take_list(listing, root, Path(list_file), class_depth), True
-    tree = tree_of(listing)
-    sure = sure or class_depth is not None
-    found = find_split(tree, listing, split, src, sure)
-    source = _classes_in(listing, found.folders, root, src, kind, split, class_depth)
-    if not sure:
+    if choice.list_file is not None:
+        return take_list(listing, root, Path(choice.list_file), choice.class_depth), True
+    found = find_split(tree_of(listing), listing, split, root, choice.sure)
+    source = _classes_in(listing, found, root, kind, split, choice)
+    if not choice.sure:
         inside = tuple(f"{f.path}/" if f.path else "" for f in found.folders)
-        refuse_paired(Listing([e for e in listing.images if e.name.startswith(inside)]), src)
+        refuse_paired(Listing([e for e in listing.images if e.name.startswith(inside)]), root)
     source.warnings += found.warnings
+    if choice.class_depth is None and choice.classes is None and "Kaggle" not in kind:
+        source.warnings += _compare_splits(source, found, root, split)
     return source, found.has_splits
 
 
+def _compare_splits(source: Source, found: Found, root: Path, split: str) -> list[str]:
+    """Compare the classes of a split with those of the others.
+
+    Raises:
+        UserError: the classes lie at other depths, so that the folders mean something else.
+    """
+    mine = set(source.classes)
+    lines = []
+    for name, folder in found.others.items():
+        inner = uncovered(folder)
+        if not inner.deep or inner.validation or mine == {"images"}:
+            continue
+        theirs = set(map(normal, classes_of(inner, None).values()))
+        if not {c.count("/") for c in mine} & {c.count("/") for c in theirs}:
+            raise UserError(
+                f"{root}: the classes of {split} lie at another depth than those of {name} "
+                f"({min(mine)} and {min(theirs)}); say with --class-depth how many folders of a "
+                "path are the class"
+            )
+        if mine != theirs and mine & theirs:
+            one = min(mine ^ theirs)
+            lines.append(
+                f"{split} has {len(mine):,} classes and {name} {len(theirs):,} (only one of them "
+                f"has {one}): each numbers its own; --classes with the shards of the other gives "
+                "both the same numbers"
+            )
+    return lines
+
+
 def _classes_in(
-    listing: Listing,
-    folders: Sequence[Folder],
-    root: Path,
-    src: Path,
-    kind: str,
-    split: str,
-    class_depth: int | None,
+    listing: Listing, found: Found, root: Path, kind: str, split: str, choice: Choice
 ) -> Source:
     entries: list[Entry] = []
     warnings: list[str] = []
-    for folder in folders:
+    for folder in found.folders:
         prefix = f"{folder.path}/" if folder.path else ""
         where = root / folder.path
         inside = [e for e in listing.images if e.name.startswith(prefix)]
         if folder.validation and (split == "val" or not folder.children):
-            wnid_of, wnids = val_labels(src)  # validation images as they come out of the tar
+            wnid_of, wnids = val_labels(where)  # validation images as they come out of the tar
             flat = [e for e in inside if "/" not in e.name[len(prefix) :]]
             flat = [e for e in flat if VAL_NAME.fullmatch(stem_of(e.name))]
             if len(flat) < len(inside):
@@ -100,8 +117,16 @@ def _classes_in(
             source.warnings += warnings
             return source
         if not folder.children:
-            warnings.append(f"{where} has no class folders: all images get the class 'images'")
-        class_name = classes_of(folder, class_depth)
+            tables = [n for n in listing.tables if n.startswith(prefix) or not folder.path]
+            hint = f"; if {tables[0]} has labels, give it with --list" if tables else ""
+            warnings.append(
+                f"{where} has no class folders: all images get the class 'images'{hint}"
+            )
+        class_name = classes_of(folder, choice.class_depth)
+        if not choice.sure:
+            refuse_shared_classes(class_name, where)
+            if not any("/" in name for name in class_name.values()):
+                warnings += _say_tops(classes_with_folders(folder), where)
         named = [
             e._replace(class_name=normal(class_name[e.name.rpartition("/")[0]]))
             for e in inside
@@ -121,8 +146,8 @@ def _classes_in(
                 f"in none of them, and are left out (such as {stray[len(prefix) :]})"
             )
         entries += named
-        warnings += _left_out(listing, prefix, where, bool(folder.children))
-    classes = kaggle_classes(src) if kind.startswith("Kaggle") else None
+        warnings += _left_out(listing, prefix, where, class_name if folder.children else None)
+    classes = kaggle_classes(root) if kind.startswith("Kaggle") else None
     unknown = {e.class_name for e in entries} - set(classes) if classes else set()
     if unknown:
         raise UserError(f"{root} has classes that LOC_synset_mapping.txt lacks: {min(unknown)}")
@@ -131,55 +156,32 @@ def _classes_in(
     return source
 
 
-def _left_out(listing: Listing, prefix: str, where: Path, has_classes: bool) -> list[str]:
-    """Say what was left out below a folder, and which folders at its top hold no images."""
+def _say_tops(folders: list[str], where: Path) -> list[str]:
+    return [
+        f"{len(folders):,} classes of {where} have most of their images in folders below them "
+        f"(such as {folders[0]}), which count as the class at the top; say another --class-depth "
+        "if these are classes"
+    ] if folders else []  # fmt: skip
+
+
+def _left_out(
+    listing: Listing, prefix: str, where: Path, class_name: dict[str, str] | None
+) -> list[str]:
+    """Say what was left out below a folder, and which folders hold no images.
+
+    Args:
+        class_name: the class of each folder; None where there are no class folders.
+    """
     below = Listing(left_out=[(n, r) for n, r in listing.left_out if n.startswith(prefix)])
     lines = below.warnings(where)
-    empty = [name[len(prefix) :] for name in listing.empty if name.startswith(prefix)]
-    empty = sorted(name for name in empty if name and "/" not in name)
-    if empty and has_classes:
+    empty = [
+        name[len(prefix) :]
+        for name in sorted(listing.empty)
+        if name.startswith(prefix) and name.rpartition("/")[0] not in (class_name or ())
+    ]
+    if empty and class_name is not None:
         lines.append(
             f"{len(empty):,} folders of {where} hold no images and are no classes: "
             f"{', '.join(empty[:4])}"
         )
     return lines
-
-
-# Datasets whose splits or labels lie in files of their own
-
-
-def _known(src: Path, split: str) -> Source | None:
-    """List the images of Tiny ImageNet, Food-101 or Oxford-IIIT Pets; None for anything else."""
-    for root in (src, src / "tiny-imagenet-200", src / "food-101", src / "oxford-iiit-pet"):
-        if (table := root / "val" / "val_annotations.txt").is_file():
-            if split == "train":
-                listing = list_images(root / "train")
-                folders = [tree_of(listing)]
-                return _classes_in(
-                    listing, folders, root / "train", src, "Tiny ImageNet", split, None
-                )
-            rows = [line.split("\t") for line in read_text(table).splitlines() if line.strip()]
-            wnid = {row[0]: row[1] for row in rows if len(row) > 1}
-            return _labelled(root / "val", "Tiny ImageNet", wnid, table)
-        if (root / "meta" / "train.txt").is_file() and (root / "images").is_dir():
-            name = {"train": "train.txt", "val": "test.txt"}[split]
-            return take_list(list_images(root / "images"), root / "images", root / "meta" / name, 1)
-        if (root / "annotations" / "trainval.txt").is_file() and (root / "images").is_dir():
-            table = root / "annotations" / {"train": "trainval.txt", "val": "test.txt"}[split]
-            rows = [line.split() for line in read_text(table).splitlines() if line[:1] != "#"]
-            breed = {f"{row[0]}.jpg": row[0].rpartition("_")[0] for row in rows if row}
-            return _labelled(root / "images", "Oxford-IIIT Pets", breed, table)
-    return None
-
-
-def _labelled(folder: Path, kind: str, class_of: dict[str, str], table: Path) -> Source:
-    """List the images of a folder that a table names."""
-    entries = [
-        entry._replace(class_name=class_of[base_of(entry.name)])
-        for entry in list_images(folder).images
-        if base_of(entry.name) in class_of
-    ]
-    source = sorted_source(kind, folder, entries)
-    if missing := len(class_of) - len(entries):
-        source.warnings.append(f"{missing:,} images that {table} names are not in {folder}")
-    return source

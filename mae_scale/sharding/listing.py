@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,29 @@ import numpy.typing as npt
 from mae_scale.data.formats import is_image_name
 from mae_scale.files import open_descriptor
 from mae_scale.sharding.labels import normal
-from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, splits_in
+from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, may_list
 
 # Suffixes of files that usually lie beside images and are none.
 _OTHERS = {
     "txt", "csv", "tsv", "json", "xml", "md", "mat", "html", "db", "ini", "yaml", "yml", "log",
     "pdf", "py", "sh", "npy", "pkl", "parquet", "tar", "gz", "tgz", "zip", "dvc",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Choice of the images of a source, and of their classes."""
+
+    list_file: str | Path | None = None  # see `read_list`
+    classes: Sequence[str] | None = None  # only these, numbered in this order
+    class_depth: int | None = None  # folders of a path that are the class; None: found by looking
+    val_share: float | None = None  # part of each class for val, if the source has no splits
+    seed: int = 0  # seed of that split
+
+    @property
+    def sure(self) -> bool:
+        """Whether the user has said that folders are classes, or how to split the images."""
+        return self.val_share is not None or self.class_depth is not None
 
 
 class Entry(NamedTuple):
@@ -178,12 +195,12 @@ def list_images(root: Path) -> Listing:
         listing.images += answer.images
         listing.left_out += answer.left_out
         listing.tables += answer.tables
-        if not answer.images:
-            listing.empty.append(name)
+        listing.empty += answer.empty
     return listing
 
 
 def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> None:
+    images, empty = len(found.images), len(found.empty)
     with os.scandir(folder) as items:
         for item in items:
             name = f"{prefix}/{item.name}"
@@ -204,6 +221,8 @@ def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> N
                 _walk(folder / item.name, name, found, inside)
             else:
                 _take(item, name, found)
+    if len(found.images) == images:
+        found.empty[empty:] = [prefix]
 
 
 def _take(item: os.DirEntry[str], name: str, found: Listing) -> None:
@@ -214,7 +233,7 @@ def _take(item: os.DirEntry[str], name: str, found: Listing) -> None:
         else:
             broken = item.is_symlink()
             found.left_out.append((name, "a broken link" if broken else "not a file"))
-    elif suffix in LIST_SUFFIXES and name.count("/") <= 4 and splits_in(item.name):
+    elif suffix in LIST_SUFFIXES and name.count("/") <= 4 and may_list(item.name):
         found.tables.append(name)
     elif "." not in item.name or suffix not in _OTHERS:
         found.left_out.append((name, f"not known as an image (.{suffix})" if "." in item.name

@@ -102,10 +102,19 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
     behind a blank it is the rest of the line, or the first word if that is a number. A header such
     as ``filename,label`` says which columns these are. Lines that begin with # are left out.
 
+    JSON may be a list of records with such keys, one record in each line, paths with their labels,
+    or what iNaturalist and COCO have: ``images`` with ``annotations`` that name a category each.
+
     Raises:
         UserError: it cannot be read, or is empty.
     """
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    text = read_text(path)
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        rows = _json_rows(text, path)
+        if not rows:
+            raise UserError(f"{path} names no images")
+        return rows
+    lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     separator = next((s for s in "\t,;" if lines and s in lines[0]), None)
     try:
@@ -134,6 +143,39 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
     if not rows:
         raise UserError(f"{path} names no images")
     return rows
+
+
+def _json_rows(text: str, path: Path) -> list[tuple[str, str | None]]:
+    """Return the images of a list in JSON, each with its label."""
+    try:
+        if path.suffix.lower() == ".json":
+            found = json.loads(text)
+        else:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {printable(str(error))}") from None
+    try:
+        if isinstance(found, dict) and "images" in found and "annotations" in found:
+            name = {c["id"]: c.get("name", c["id"]) for c in found.get("categories", [])}
+            if len(set(name.values())) < len(name):
+                name = {}
+            file_of = {image["id"]: image["file_name"] for image in found["images"]}
+            return [
+                (file_of[a["image_id"]], label_text(name.get(a["category_id"], a["category_id"])))
+                for a in found["annotations"]
+            ]
+        if isinstance(found, dict):
+            return [(str(key), label_text(value)) for key, value in found.items()]
+        if all(isinstance(row, str) for row in found):
+            return [(row, None) for row in found]
+        first = {key.lower(): key for key in found[0]} if found else {}
+        key = next((first[name] for name in first if name in _HEADERS), None)
+        label = next((first[name] for name in first if name in _LABELS), None)
+        if key is not None:
+            return [(str(row[key]), label_text(row.get(label))) for row in found]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        pass
+    raise UserError(f"{path} is no list of images and labels in a form that is known")
 
 
 def _fields(line: str) -> list[str]:

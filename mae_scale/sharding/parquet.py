@@ -67,14 +67,20 @@ def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list
         OSError: there is no room.
     """
     listing, classes = Listing(), None
+    unlabelled: list[Entry] = []
     left_out: Counter[str] = Counter()
     for file in files:
-        entries, names = _from_parquet(file, spool, left_out)
+        entries, names = _from_parquet(file, spool, left_out, unlabelled)
         if names is not None:
             if classes is not None and classes != names:
                 raise UserError(f"{file} lists other classes than {files[0]}")
             classes = names
         listing.images += entries
+    if unlabelled and not listing.images:
+        listing.images, classes = unlabelled, ["images"]
+        listing.notes.append("no row has a label: all images get the class 'images'")
+    elif unlabelled:
+        left_out["there is no label"] = len(unlabelled)
     if not listing.images:
         why = f" ({', '.join(left_out)})" if left_out else ""
         raise UserError(f"{files[0]} and {len(files) - 1} more hold no images{why}")
@@ -84,7 +90,7 @@ def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list
 
 
 def _from_parquet(
-    file: Path, spool: IO[bytes], left_out: Counter[str]
+    file: Path, spool: IO[bytes], left_out: Counter[str], unlabelled: list[Entry]
 ) -> tuple[list[Entry], list[str] | None]:
     try:
         import pyarrow as arrow
@@ -113,11 +119,9 @@ def _from_parquet(
                     left_out[f"there are no bytes in {image}"] += 1
                     continue
                 class_name = _class_of(rows[label][i], names, where) if label else folder
-                if class_name is None:
-                    left_out["there is no label"] += 1
-                    continue
                 base = base_of(name or "") or f"{file.stem}_{number - 1:08d}.jpg"
-                entries.append(Entry(class_name, f"{class_name}/{base}", len(data), spool.tell()))
+                to, known = (unlabelled, "images") if class_name is None else (entries, class_name)
+                to.append(Entry(known, f"{known}/{base}", len(data), spool.tell()))
                 spool.write(data)
     except (arrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -15,7 +15,6 @@ The same images in another form give the same list, so they give the same shards
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,10 @@ from mae_scale.sharding.archives import (
     stem_of_tar,
 )
 from mae_scale.sharding.imagenet import compare_with_imagenet, train_archive, val_archive
+from mae_scale.sharding.known import covers
 from mae_scale.sharding.labels import number_by
 from mae_scale.sharding.layouts import KAGGLE_TREES, from_folder, from_listing
-from mae_scale.sharding.listing import Source, sorted_source
+from mae_scale.sharding.listing import Choice, Source, sorted_source
 from mae_scale.sharding.matching import numbered
 from mae_scale.sharding.parquet import find_parquet, read_parquet
 from mae_scale.sharding.words import split_word
@@ -44,17 +44,6 @@ from mae_scale.sharding.words import split_word
 __all__ = ["Choice", "Source", "find_source"]
 
 _SPLIT_SALT = 0x5EED  # separates this use of the seed from all others
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Choice of the images of a source, and of their classes."""
-
-    list_file: str | Path | None = None  # see `read_list`
-    classes: Sequence[str] | None = None  # only these, numbered in this order
-    class_depth: int | None = None  # folders of a path that are the class; None: found by looking
-    val_share: float | None = None  # part of each class for val, if the source has no splits
-    seed: int = 0  # seed of that split
 
 
 def find_source(
@@ -120,7 +109,7 @@ def _look(
     if packed is not None:
         return packed
     other = [path.name for path in src.glob("ILSVRC2012_img_*.tar")]
-    kaggle = any((src / tree).is_dir() for tree in KAGGLE_TREES)
+    kaggle = any((folder / tree).is_dir() for folder in covers(src) for tree in KAGGLE_TREES)
     if (
         other
         and not kaggle
@@ -128,15 +117,13 @@ def _look(
         and not any(p.is_dir() and split_word(p.name)[0] for p in src.iterdir())
     ):
         raise UserError(f"{src} has {', '.join(other)} but no {archive.name}")
-    sure = choice.val_share is not None
-    return from_folder(src, split, choice.class_depth, choice.list_file, sure)
+    return from_folder(src, split, choice)
 
 
 def _packed(
     src: Path, split: str, workers: int, choice: Choice, work: Path | None
 ) -> tuple[Source, bool] | None:
     """Find the images in parquet files or tars; None where there are none."""
-    sure = choice.val_share is not None or choice.class_depth is not None
     if holds_images(src):
         # What was unpacked counts, and not the archive beside it, unless only this is of the split.
         folders = [p.name for p in src.iterdir() if p.is_dir()]
@@ -162,9 +149,9 @@ def _packed(
             if files:
                 listing, classes = read_parquet(files, stream)
             else:
-                listing = read_archives(tars, src, workers, stream, sure)
+                listing = read_archives(tars, src, workers, stream, choice.sure)
     else:
-        listing = read_archives(tars, src, workers, None, sure)
+        listing = read_archives(tars, src, workers, None, choice.sure)
     if not listing.images:
         names = ", ".join(path.name for path in tars[:3])
         raise UserError(f"{src} holds no images: there are none in {names}")
@@ -174,9 +161,7 @@ def _packed(
         )
         has_splits = named
     else:
-        source, has_splits = from_listing(
-            listing, src, src, "tars", split, choice.class_depth, choice.list_file, sure
-        )
+        source, has_splits = from_listing(listing, src, "tars", split, choice)
     source.warnings += listing.notes
     source.archives = [*tars, *([spool] if spooled else [])]
     return source, has_splits

@@ -69,6 +69,7 @@ class Found(NamedTuple):
     folders: list[Folder]
     has_splits: bool  # the source says by folders which images are train, and which val
     warnings: list[str]
+    others: dict[str, Folder]  # the folders of the other splits, by name
 
 
 def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool) -> Found:
@@ -81,7 +82,7 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool
         UserError: there are splits but not this one, or it is not clear whether there are.
     """
     if sure:
-        return Found([root], False, [])
+        return Found([root], False, [], {})
     warnings = []
     while True:
         chosen = _split_folders(root, split, src)
@@ -99,7 +100,7 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool
         _refuse_masks(root, src)
         _refuse_shared_names(root, src)
         _refuse_lists(root, listing, src)
-        return Found([root], False, warnings)
+        return Found([root], False, warnings, {})
     rest = {n: f for n, f in root.children.items() if f not in chosen and not split_word(n)[1]}
     if rest:
         count = sum(folder.total for folder in rest.values())
@@ -109,10 +110,23 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool
         )
     if root.direct:
         warnings.append(_left_out_text(root.direct, src / root.path, "beside the splits"))
+    others = {n: f for n, f in root.children.items() if f not in chosen and split_word(n)[1]}
+    inside = []
     for folder in chosen:
         _refuse_inner_splits(folder, src)
         _refuse_masks(folder, src)
-    return Found(chosen, True, warnings)
+        inner = uncovered(folder)
+        if inner is not folder and folder.direct:
+            warnings.append(_left_out_text(folder.direct, src / folder.path, "beside a folder"))
+        inside.append(inner)
+    return Found(inside, True, warnings, others)
+
+
+def uncovered(folder: Folder) -> Folder:
+    """Return the folder below a split that holds its classes: train, or train/images."""
+    while len(folder.children) == 1 and next(iter(folder.children)).lower() in IMAGE_FOLDERS:
+        folder = next(iter(folder.children.values()))
+    return folder
 
 
 def _left_out_text(count: int, folder: Path, where: str) -> str:
@@ -135,7 +149,8 @@ def _split_folders(root: Folder, split: str, src: Path) -> list[Folder] | None:
         return None
     splits = {words[name][0] for name in exact}
     others = {name for name in set(tops) - exact if not looks_like_masks(name)}
-    deep = {name for name in exact if tops[name].deep or tops[name].validation}
+    within = {name: uncovered(tops[name]) for name in exact}
+    deep = {name for name in exact if within[name].deep or within[name].validation}
     if len(splits) > 1 or not set(tops) - exact:
         mine = {name for name in exact if words[name][0] == split}
         if deep and mine and not mine & deep:
@@ -155,7 +170,7 @@ def _split_folders(root: Folder, split: str, src: Path) -> list[Folder] | None:
         return _of_split(root, exact, split, src)
     if not deep:
         return None  # train is the name of a class
-    if any(tops[name].deep for name in others) or any(len(tops[n].children) > 1 for n in exact):
+    if any(tops[name].deep for name in others) or any(len(within[n].children) > 1 for n in exact):
         raise _unclear(src, exact)
     return None
 
@@ -240,6 +255,22 @@ def _refuse_shared_names(root: Folder, src: Path) -> None:
         )
 
 
+def refuse_shared_classes(class_name: dict[str, str], where: Path) -> None:
+    """Refuse classes of several folders that end in the same names, as the parts of a split do."""
+    ends: dict[str, set[str]] = {}
+    for name in set(class_name.values()):
+        if "/" in name:
+            ends.setdefault(name.rpartition("/")[2], set()).add(name)
+    shared = sorted(end for end, names in ends.items() if len(names) > 1)
+    if shared and 2 * len(shared) >= len(ends):
+        two = " and ".join(sorted(ends[shared[0]])[:2])
+        raise UserError(
+            f"{where}: it is not clear what the classes are, since {len(shared):,} of them would "
+            f"end in the same name as another ({two}); give one of the folders as SRC, or say with "
+            "--class-depth how many folders of a path are the class"
+        )
+
+
 def _refuse_lists(root: Folder, listing: Listing, src: Path) -> None:
     """Refuse a source whose splits are said by files such as train.txt and test.txt."""
     spoken: dict[str, set[str]] = {}
@@ -247,10 +278,11 @@ def _refuse_lists(root: Folder, listing: Listing, src: Path) -> None:
         if splits := splits_in(stem_of(name)):
             spoken[name] = splits
     if len(set().union(*spoken.values())) > 1:
+        text = all(name.lower().endswith((".mat", ".xlsx")) for name in spoken)
+        how = "a text with a path and a label in each line" if text else "such a list"
         raise UserError(
             f"{src} has no folders of splits, but {', '.join(sorted(spoken)[:3])} look like lists "
-            "of splits; give such a list with --list, or take all images as one split with "
-            "--class-depth"
+            f"of splits; give {how} with --list, or take all images as one split with --class-depth"
         )
 
 
@@ -310,13 +342,20 @@ def classes_anywhere(root: Folder, depth: int | None) -> dict[str, str]:
     while True:
         if depth is not None:
             return classes_of(root, depth)
-        splits = [f for name, f in root.children.items() if split_word(name)[1]]
+        splits = [uncovered(f) for name, f in root.children.items() if split_word(name)[1]]
         if any(folder.deep for folder in splits):
             return {k: v for folder in splits for k, v in classes_of(folder, None).items()}
         inner = next(iter(root.children.values())) if len(root.children) == 1 else None
         if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
             return classes_of(root, None)
         root = inner
+
+
+def classes_with_folders(root: Folder) -> list[str]:
+    """Return folders below those classes that, unlike others, have most images in such folders."""
+    tops = [f for f in root.children.values() if f.direct < f.total - f.direct]
+    mixed = len(tops) < len(root.children)
+    return sorted(f"{f.path}/{min(f.children)}" for f in tops) if mixed else []
 
 
 def _name_classes(folder: Folder, skip: int, found: dict[str, str], at_once: bool) -> None:

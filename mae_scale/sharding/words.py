@@ -8,12 +8,14 @@ from functools import lru_cache
 
 _SPLITS = {
     "train": "train training trn trainval entrenamiento entrainement apprentissage treino "
-    "treinamento addestramento allenamento trening egitim обучение тренировка "
+    "treinamento addestramento allenamento trening treningowy treningowe opleiding traning "
+    "koulutus egitim latih تدريب обучение тренировка "
     "обучающая 训练 訓練 学習 학습 훈련",
     "val": "val valid validation dev eval evaluation validierung validacion validacao convalida "
-    "walidacja dogrulama валидация проверка 验证 驗證 検証 검증",
-    "test": "test tests testing tst prueba pruebas essai teste verifica тест 测试 測試 "
-    "テスト 테스트",
+    "validazione walidacja walidacyjny walidacyjne validatie validering validointi dogrulama "
+    "валидация проверка 验证 驗證 検証 검증",
+    "test": "test tests testing tst prueba pruebas essai teste verifica testowy testowe testi "
+    "teszt uji اختبار тест 测试 測試 テスト 테스트",
     "other": "unlabeled unlabelled",
 }
 _NFKD = {
@@ -25,7 +27,7 @@ _NFKD = {
 _OTHER_WORDS = (
     "x t v s k in px img imgs image images photos pictures bilder jpg jpeg png folder dir set sets "
     "data dataset daten sdaten split part parts imagenet ilsvrc large small full standard crop "
-    "cropped resized mini tiny final new raw all tr ts 集 集合 数据 сет выборка"
+    "cropped resized mini tiny final new raw all tr ts 集 集合 数据 用 用データ сет выборка"
 )
 _NEUTRAL = set(_OTHER_WORDS.split())
 _GLUED = {unicodedata.normalize("NFKD", word) for word in _NEUTRAL if len(word) > 2 or word > "z"}
@@ -38,7 +40,7 @@ _MASKS = {
 }  # fmt: skip
 _BESIDE_MASKS = {"class", "object", "color", "colour", "fine", "coarse", "instance", "semantic",
                  "panoptic", "visuals", "ground", "truth", "binary", "instances"}  # fmt: skip
-IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "jpg", "photos"}
+IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "jpg", "jpeg", "png", "photos"}
 # Folders that systems and tools put beside images, with small copies of these.
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 LIST_SUFFIXES = {"txt", "csv", "tsv", "json", "jsonl", "lst", "mat", "xlsx"}
@@ -47,7 +49,12 @@ LIST_SUFFIXES = {"txt", "csv", "tsv", "json", "jsonl", "lst", "mat", "xlsx"}
 def _tokens(name: str) -> list[str]:
     """Return the words of a name: TrainSet, train_set and trainset are the same two."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    plain = unicodedata.normalize("NFKD", parted).casefold()
+    tokens = _words(name)
+    return tokens if any(t in _NFKD or t in _MASKS for t in tokens) else _words(parted)
+
+
+def _words(name: str) -> list[str]:
+    plain = unicodedata.normalize("NFKD", name).casefold()
     plain = "".join(c for c in plain if not unicodedata.combining(c) or c > "\u3000")
     tokens = []
     for token in re.findall(r"(?:[^\W\d_]|[\u3099\u309a])+", plain):
@@ -81,6 +88,12 @@ def split_word(name: str) -> tuple[str | None, bool]:
 def own_word(name: str) -> str:
     """Return the first word of a name that means a split, such as "train" or "trainval"."""
     return next((_NFKD[token][1] for token in _tokens(name) if token in _NFKD), "")
+
+
+def may_list(name: str) -> bool:
+    """Return whether a file's name says that it lists images: of splits, or with their labels."""
+    stem = name.partition(".")[0].casefold()
+    return stem in ("metadata", "labels", "image_labels", "imagelabels") or bool(splits_in(name))
 
 
 def splits_in(name: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import tarfile
@@ -81,6 +82,25 @@ def pets(src: Path) -> None:
     (src / "annotations/test.txt").write_text("")
 
 
+def birds(src: Path) -> None:
+    names = [f"{c}/{c}_{i}.jpg" for c in ("001.Albatross", "002.Auklet") for i in "123"]
+    tree(src / "CUB_200_2011", *(f"images/{name}" for name in names))
+    tree(src, "segmentations/001.Albatross/1.png")
+    for table, lines in {"images": names, "train_test_split": ["1"] * 6}.items():
+        text = "".join(f"{i} {line}\n" for i, line in enumerate(lines, 1))
+        (src / "CUB_200_2011" / f"{table}.txt").write_text(text)
+
+
+def species(src: Path) -> None:
+    names = [f"train_val2018/Aves/{c}/{c}{i}.jpg" for c in (2, 10) for i in range(4)]
+    tree(src, *names)
+    chosen = [{"id": i, "file_name": n} for i, n in enumerate(names) if not n.endswith("3.jpg")]
+    labels = [{"image_id": c["id"], "category_id": int(c["id"] > 3)} for c in chosen]
+    (src.parent / "train2018.json").write_text(
+        json.dumps({"images": chosen, "annotations": labels})
+    )
+
+
 def flat_with_list(src: Path) -> None:
     tree(src, *(f"Places365_val_{i}.jpg" for i in range(6)))
     lines = (f"Places365_val_{i}.jpg {i % 2}\n" for i in range(6))
@@ -99,6 +119,8 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "Tiny ImageNet": tiny,
     "Food-101": food,
     "Oxford-IIIT Pets": pets,
+    "CUB-200-2011": birds,
+    "iNaturalist 2018": species,
     "folders of classes below": lambda src: tree(src, *(f"{s}/{c}/{i}.jpg" for s in ("train", "val")
                                                         for c in "ab" for i in "123")),
     "folders of classes and no": lambda src: tree(src, *(f"{c}/{i}.jpg" for c in "ab"

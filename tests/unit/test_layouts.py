@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from make_trees import counts, tree
+from scipy.io import savemat
 
 from mae_scale.errors import UserError
 from mae_scale.sharding.lists import read_classes
@@ -56,6 +58,9 @@ LANDS: dict[str, tuple[list[str], str, dict[str, int]]] = {
               {"with_mask": 1, "without_mask": 1}),
     "folders of systems": (["a/1.jpg", "b/2.jpg", "__MACOSX/a/3.jpg", "a/@eaDir/1.jpg/S.jpg"],
                            "train", {"a": 1, "b": 1}),
+    "a cover in a split": (["train/images/a/1.jpg", "val/images/a/2.jpg"], "val", {"a": 1}),
+    "Dutch": (["opleiding/a/1.jpg", "validatie/a/2.jpg"], "train", {"a": 1}),
+    "both cases": (["TrAiN/a/1.jpg", "vAl/a/2.jpg"], "val", {"a": 1}),
     "classes that speak of splits": (["bullet_train/1.jpg", "freight_train/2.jpg"], "train",
                                      {"bullet_train": 1, "freight_train": 1}),
 }  # fmt: skip
@@ -72,6 +77,36 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "masks in a split": (["train/images/1.jpg", "train/masks/1.png"], "train", "masks"),
     "a missing split": (["train/a/1.jpg", "test/a/1.jpg"], "val", "no val split"),
     "flat validation": (["train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"], "val", "--list"),
+    "no labels of Tiny ImageNet": (
+        ["train/n1/images/1.jpg", "train/n2/images/1.jpg", *TINY_VAL],
+        "val",
+        "no class folders",
+    ),
+    "corruptions": (
+        [f"{g}/{s}/{c}/1.jpg" for g in ("noise/shot", "weather/snow") for s in "12" for c in "ab"],
+        "val",
+        "end in the same name",
+    ),
+    "folds in a split": (
+        [*(f"train/fold{f}/{c}/1.jpg" for f in "12" for c in "ab"), "val/a/2.jpg"],
+        "train",
+        "end in the same name",
+    ),
+    "splits in unknown words": (
+        ["latihan/a/1.jpg", "ujian/a/1.jpg", "ujian/b/1.jpg"],
+        "train",
+        "end in the same name",
+    ),
+    "other depths": (
+        ["train/a/x/1.jpg", "train/b/y/1.jpg", "val/a/1.jpg", "val/b/1.jpg"],
+        "val",
+        "at another depth than those of train",
+    ),
+    "several datasets": (
+        ["food-101/images/a/1.jpg", "CUB_200_2011/images/a/2.jpg"],
+        "train",
+        "several datasets",
+    ),
     "splits or classes": (["train/a/1.jpg", "holdout/a/1.jpg"], "train", "splits or classes"),
     "unknown words": (
         ["alfa/a/1.jpg", "alfa/b/1.jpg", "beta/a/1.jpg", "beta/b/1.jpg"],
@@ -149,6 +184,25 @@ def test_folders_beside_splits_are_named(tmp_path: Path) -> None:
     assert "1 images lie in" in warnings
 
 
+def test_what_changes_labels_is_said(tmp_path: Path) -> None:
+    src = tree(tmp_path, *(f"train/{c}/1.jpg" for c in "abc"), "val/b/1.jpg", "val/c/1.jpg")
+    (src / "val/a").mkdir()
+    warnings = "\n".join(find_source(src, "val").warnings)
+    assert "val has 2 classes and train 3 (only one of them has a)" in warnings
+    assert "1 folders of" in warnings and "hold no images and are no classes: a" in warnings
+    chosen = find_source(src, "val", choice=Choice(classes=["a", "b", "c"]))
+    assert chosen.labels.tolist() == [1, 2] and "val has 2" not in "".join(chosen.warnings)
+    mixed = tree(tmp_path / "mixed", "a/1.jpg", "a/2.jpg", "b/x/1.jpg")
+    source = find_source(mixed, "train")
+    assert counts(source) == {"a": 2, "b": 1} and "such as b/x" in source.warnings[0]
+    flat = tree(tmp_path / "flat", "train/1.jpg")
+    (flat / "train/metadata.csv").write_text("file_name,label\n1.jpg,cat\n")
+    source = find_source(flat, "train")
+    assert "if train/metadata.csv has labels, give it with --list" in source.warnings[0]
+    listed = find_source(flat, "train", choice=Choice(flat / "train/metadata.csv"))
+    assert counts(listed) == {"cat": 1}
+
+
 def test_names_that_a_terminal_cannot_show(tmp_path: Path) -> None:
     src = tree(tmp_path, "a\nb/1.jpg", "c/2.jpg", os.fsdecode(b"caf\xe9/\xff.jpg"))
     source = find_source(src, "train")
@@ -179,6 +233,25 @@ def test_pets_and_food(tmp_path: Path) -> None:
     assert counts(find_source(food, "val")) == {"pie": 1}
 
 
+def test_birds_aircraft_and_flowers(tmp_path: Path) -> None:
+    birds = tree(tmp_path / "b/CUB_200_2011", *(f"images/00{i % 2}.x/{i}.jpg" for i in range(4)))
+    tree(tmp_path / "b/segmentations", "000.x/0.png")
+    (birds / "images.txt").write_text("".join(f"{i} 00{i % 2}.x/{i}.jpg\n" for i in range(4)))
+    (birds / "train_test_split.txt").write_text("0 1\n1 1\n2 1\n3 0\n")
+    assert counts(find_source(tmp_path / "b", "train")) == {"000.x": 2, "001.x": 1}
+    assert counts(find_source(birds, "val")) == {"001.x": 1}
+    planes = tree(tmp_path / "p/fgvc/data", "images/1.jpg", "images/2.jpg").parent
+    for split, line in (("train", "1 Cessna 172"), ("val", "2 707-320")):
+        (planes / f"data/images_variant_{split}.txt").write_text(f"{line}\n")
+    assert counts(find_source(tmp_path / "p", "train")) == {"Cessna 172": 1}
+    assert counts(find_source(planes, "val")) == {"707-320": 1}
+    flowers = tree(tmp_path / "f", *(f"jpg/image_0000{i}.jpg" for i in range(1, 5)))
+    savemat(flowers / "imagelabels.mat", {"labels": [[3, 1, 3, 2]]})
+    savemat(flowers / "setid.mat", {"trnid": [[1, 2]], "valid": [[4]], "tstid": [[3]]})
+    assert counts(find_source(flowers, "train")) == {"1": 1, "2": 0, "3": 1}
+    assert counts(find_source(flowers, "val")) == {"1": 0, "2": 1, "3": 0}
+
+
 def test_lists(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", "n1/n1_1.JPEG", "n1/n1_2.JPEG", "n2/n2_1.JPEG", "n2/n2_2.JPEG")
 
@@ -207,6 +280,35 @@ def test_lists(tmp_path: Path) -> None:
             listed(text)
     with pytest.raises(UserError, match="in 1 of 2 lines only"):
         listed("n1_1.JPEG 1\nn2_1.JPEG\n")
+
+
+INATURALIST = {
+    "images": [{"id": 7, "file_name": "t/n1/n1_1.jpg"}, {"id": 8, "file_name": "n2_1.jpg"}],
+    "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 8, "category_id": 0}],
+    "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "ant"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.json", json.dumps(INATURALIST)),
+        ("x.json", '[{"file_name": "n1_1.jpg", "label": "ant"}, {"id": 3, "file_name": "n2_1", '
+                   '"label": "cat"}]'),
+        ("x.jsonl", '{"path": "n1_1.jpg", "cls": "ant"}\n{"path": "n2_1.jpg", "cls": "cat"}\n'),
+        ("x.json", '{"n1/n1_1.jpg": "ant", "n2/n2_1.jpg": "cat"}'),
+    ],
+)  # fmt: skip
+def test_lists_in_json(tmp_path: Path, name: str, text: str) -> None:
+    src = tree(tmp_path / "src", "n1/n1_1.jpg", "n1/n1_2.jpg", "n2/n2_1.jpg")
+    (tmp_path / name).write_text(text)
+    source = find_source(src, "train", choice=Choice(tmp_path / name))
+    assert counts(source) == {"ant": 1, "cat": 1}
+    assert [source.file_name(i) for i in range(2)] == ["n1_1.jpg", "n2_1.jpg"]
+    for spoilt in (text[:-9], '[{"a": 1}]', "[1]", "[]"):
+        (tmp_path / name).write_text(spoilt)
+        with pytest.raises(UserError, match=name):
+            find_source(src, "train", choice=Choice(tmp_path / name))
 
 
 def test_paths_of_a_list_are_those_of_the_source(tmp_path: Path) -> None:
