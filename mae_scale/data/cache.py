@@ -6,6 +6,7 @@ locks, so they need not know each other. A shard is in the folder whole or not a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -27,6 +28,7 @@ _WAIT_S = 1.0  # before the second try; doubles
 _STALL_S = 60.0  # a transfer that brings no byte for so long is given up
 _CHUNK = 1 << 20
 _ROOM_POLL_S = 0.2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FetchError(OSError):
@@ -86,9 +88,18 @@ class ShardCache:
                 return self._open_copy(path)
             part = path.with_suffix(".part")
             try:
-                with part.open("wb") as stream:
-                    self._make_room(part, size)
-                    _with_retries(url, lambda: _download(url, stream, size, sha256))
+                try:
+                    with part.open("wb") as stream:
+                        self._make_room(part, size)
+                        _with_retries(url, lambda: _download(url, stream, size, sha256))
+                except OSError as error:
+                    if error.errno not in _NO_ROOM:
+                        raise
+                    raise FetchError(
+                        f"{shown(url)} ({size:,} bytes) does not fit into the cache folder "
+                        f"{self._folder}: {error.strerror}; give another one (data.cache_dir), or "
+                        "limit it (data.cache_gb)"
+                    ) from None
                 descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
                 part.rename(path)
                 return descriptor
@@ -149,6 +160,8 @@ def _with_retries(url: str, attempt: Callable[[], Any]) -> Any:
         try:
             return attempt()
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
             if number + 1 == _TRIES:
                 raise FetchError(
                     f"{shown(url)} cannot be fetched ({_TRIES} tries): {error}"

@@ -84,6 +84,11 @@ def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list
     if not listing.images:
         why = f" ({', '.join(left_out)})" if left_out else ""
         raise UserError(f"{files[0]} and {len(files) - 1} more hold no images{why}")
+    if {e.class_name for e in listing.images} == {"images"} and not unlabelled:
+        listing.notes.append(
+            f"{files[0]} has no column of labels (looked for {', '.join(_LABELS[:4])}, …): all "
+            "images get the class 'images'"
+        )
     for reason, count in left_out.items():
         listing.notes.append(f"{count:,} rows of {files[0].parent} are left out: {reason}")
     return listing, classes
@@ -133,11 +138,35 @@ def _from_parquet(
 
 
 def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
+    """Return the columns of images and of labels, found by metadata, by name, or by type."""
     names = list(schema.names)
-    image = next((n for n in _IMAGES if n in names), None)
-    if image is None:
+    lower = {name.lower(): name for name in reversed(names)}
+    features = _features(schema)
+    kind = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict) and n in names}
+    images = [n for n in names if kind.get(n) == "Image"]
+    images = images[:1] or [lower[n] for n in _IMAGES if n in lower]
+    images = images or _binary(schema)
+    if not images:
         raise UserError(f"{file} has no column image; it has: {', '.join(map(printable, names))}")
-    return image, next((n for n in _LABELS if n in names), None)
+    labels = [lower[n] for n in _LABELS if n in lower and lower[n] != images[0]]
+    labels += [n for n in names if kind.get(n) == "ClassLabel"]
+    return images[0], next(iter(labels), None)
+
+
+def _binary(schema: Any) -> list[str]:
+    """Return the column that holds bytes, if there is only one."""
+    types = {field.name: field.type for field in schema}
+    names = [n for n, t in types.items() if str(t) in ("binary", "large_binary", "binary_view")]
+    return names if len(names) == 1 else []
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Return the description of the columns that Hugging Face's datasets put into the metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def _partition(file: Path) -> str:
@@ -147,13 +176,10 @@ def _partition(file: Path) -> str:
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
-    """Read the names that Hugging Face's datasets put into the metadata of the schema."""
-    try:
-        facts = json.loads((schema.metadata or {})[b"huggingface"])
-        names = facts["info"]["features"][label]["names"]
-        return [normal(str(name)) for name in names] if isinstance(names, list) else None
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
+    """Return the names of the classes in the metadata; None where there are none."""
+    feature = _features(schema).get(label) if label else None
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return [normal(str(name)) for name in names] if isinstance(names, list) else None
 
 
 def _bytes_of(value: Any, where: str) -> tuple[bytes | None, str | None]:
@@ -181,6 +207,8 @@ def _class_of(value: Any, names: list[str] | None, where: str) -> str | None:
         value = next(iter(value.values()))
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
+    if isinstance(value, bool):
+        value = int(value)
     if isinstance(value, (list, dict)):
         raise UserError(f"{where} has several labels, or a label of type {type(value).__name__}")
     text = label_text(value)

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from make_disks import full_disk
 from make_shards import make_shards
 
 from mae_scale.data import cache as cache_module
@@ -116,6 +117,16 @@ def content_of(descriptor: int) -> bytes:
 
 def files_in(folder: Path, ending: str) -> list[Path]:
     return sorted(folder.glob(f"*{ending}"))
+
+
+def test_a_full_disk_is_named_at_once(server: Server, folder: Path, tmp_path: Path) -> None:
+    size = (folder / NAME).stat().st_size
+    with full_disk(tmp_path / "disk") as disk:
+        cache = ShardCache(disk / "cache")
+        with pytest.raises(FetchError, match=r"does not fit into the cache folder .*cache_gb"):
+            cache.open(f"{server.url}/{NAME}", size)
+        assert not files_in(disk / "cache", ".part")
+    assert server.requests.get(NAME, 0) <= 1  # trying again would not help
 
 
 def test_a_shard_is_fetched_once_and_kept(server: Server, folder: Path, tmp_path: Path) -> None:

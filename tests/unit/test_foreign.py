@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
-import resource
-import signal
-import subprocess
 import tarfile
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from make_trees import jpg
+from make_disks import full_disk, read_only_disk
+from make_trees import jpg, tree
 
+from mae_scale.cli import main
+from mae_scale.data.cache import ShardCache
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import NO_LABEL, open_shards
 from mae_scale.errors import RunError, UserError
-from mae_scale.sharding import foreign
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.labels import label_text
 from mae_scale.sharding.verify import verify
@@ -283,48 +279,25 @@ def test_an_index_of_others_stays(tmp_path: Path) -> None:
         index_shards([str(tmp_path)])
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of one megabyte; where that is not allowed, limit the size of files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0:
-        yield folder
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-    else:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        yield folder
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-
-
-def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path) -> None:
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
     write(tmp_path / "tars" / "x.tar", samples())
-    with suppress(OSError), (small_disk / "other").open("wb") as stream:
-        stream.write(bytes(1 << 20))
-    with pytest.raises(RunError, match=r"no room in .* for the index"):
-        index_shards([str(tmp_path / "tars")], small_disk / "index")
-    assert not any((small_disk / "index").iterdir())
+    with full_disk(tmp_path / "disk") as disk:
+        with pytest.raises(RunError, match=r"no room in .* for the index"):
+            index_shards([str(tmp_path / "tars")], disk / "index")
+        assert not any((disk / "index").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "words"),
-    [(errno.EROFS, UserError, "--out"), (errno.ENOSPC, RunError, "no room")],
-)
-def test_read_only_and_full_disks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type, words: str
-) -> None:
-    write(tmp_path / "x.tar", samples(3))
-
-    def fails(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(foreign, "write_shard_set", fails)
-    with pytest.raises(kind, match=words):
-        index_shards([str(tmp_path)])
+def test_a_disk_that_is_read_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "tars" / "x.tar", samples(3))
+    tree(tmp_path / "images", "a/1.jpg", "b/2.jpg")
+    with read_only_disk(tmp_path / "disk") as disk:
+        for out in (disk, disk / "index"):
+            assert main(["index", str(tmp_path / "tars"), "--out", str(out)]) == 2
+            assert main(["shard", str(tmp_path / "images"), str(out), "--split", "train"]) == 2
+            said = capsys.readouterr().err.splitlines()
+            assert len(said) == 2 and all("cannot be written" in line for line in said), said
+            with pytest.raises(UserError, match=r"cannot be written.*data\.cache_dir"):
+                ShardCache(out)
 
 
 def test_hidden_tars_and_unknown_schemes(tmp_path: Path) -> None:

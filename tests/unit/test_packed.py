@@ -150,6 +150,11 @@ def test_parquet_as_others_write_it(tmp_path: Path) -> None:
         "train-0.parquet": (
             {"image": [list(image) for image in images], "label": [[1]] * 6}, {"0": 0, "1": 6}),
         "train/label=cat/0.parquet": ({"image": images}, {"cat": 6}),
+        "train_0.parquet": (
+            {"foto": images, "Label": [i > 3 for i in range(6)], "id": list(range(6))},
+            {"0": 4, "1": 2}),
+        "train/x.parquet": (
+            {"image": images, "label": [None, -1] * 3, "url": ["x"] * 6}, {"images": 6}),
         "part-0.parquet": ({"image": images, "label": [2.0] * 6}, {"0": 0, "1": 0, "2": 6}),
     }  # fmt: skip
     for number, (name, (columns, expected)) in enumerate(tables.items()):
