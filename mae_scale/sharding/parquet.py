@@ -110,7 +110,7 @@ def _from_parquet(
         image, label = _columns(table.schema_arrow, file)
         names = _class_names(table.schema_arrow, label)
         folder = _partition(file)
-        entries = []
+        entries: list[Entry] = []
         number = 0
         for batch in table.iter_batches(_BATCH, columns=[image, label] if label else [image]):
             rows = dict(
