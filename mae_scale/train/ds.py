@@ -17,7 +17,14 @@ from deepspeed.runtime import utils
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import (
+    parameter_offload,
+    partitioned_param_coordinator,
+    stage3,
+    stage_1_and_2,
+)
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
 # inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
@@ -43,12 +50,25 @@ def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float 
 for _module in (stage_1_and_2, stage3, utils):
     _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
+# Neither of the two asks the device: a norm that is not finite is infinite here, and the optimiser
+# is kept from stepping on the device (`nonfinite.StepGuard`).
+stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+
+# Ranges for NVIDIA's profiler around some 2,000 calls of a step under ZeRO-3. PyTorch's profiler,
+# which `train.profile` uses, does not show them.
+deepspeed.utils.nvtx.enable_nvtx = False
+
+stage3_modules = (parameter_offload, partitioned_param_coordinator)
+
 __all__ = [
     "DeepSpeedBF16Config",
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
     "DeepSpeedEngine",
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
     "FP16_UnfusedOptimizer",
     "TorchCheckpointEngine",
     "deepspeed",
+    "stage3_modules",
 ]

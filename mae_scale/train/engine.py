@@ -17,6 +17,8 @@ from mae_scale.train.ds import (
     DeepSpeedEngine,
     deepspeed,
 )
+from mae_scale.train.fewer_operators import use_fewer_operators
+from mae_scale.train.fewer_operators_stage3 import use_fewer_operators_at_stage_3
 from mae_scale.train.optimizers import keep_moving_average, make_optimizer
 
 
@@ -87,6 +89,10 @@ def build_engine(
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
         step_without_reads(engine)
+    if stage in (1, 2):
+        use_fewer_operators(engine.optimizer)
+    if stage == 3:
+        use_fewer_operators_at_stage_3(engine.optimizer)
     if optim.average_decay is not None:
         keep_moving_average(engine, optim.average_decay)
     return engine

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Host time, operators and reads by the host in a training step, beside plain PyTorch.
+
+The model has ViT-L's depth (24 blocks and 8) and a width of 16, so that arithmetic costs nothing
+and what remains is what the host does for each step: Python, dispatch, hooks, hand-written loops.
+On a GPU this is the time in which it must be done with a step, or the GPU waits for it.
+
+- plain: DistributedDataParallel, autocast to bf16, fused AdamW with two groups
+- zero0 to zero3: `Stepper.hand_over`, the step of `mae-scale pretrain`, in bf16
+
+One process without a GPU. All ways stand in this process and take turns, round after round; a
+round's host time is the shortest of its steps, and a ratio is the median of the ratios within the
+rounds. An operator that only gives a view is no kernel. A read is `_local_scalar_dense`: on a GPU
+the host would wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import header
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.data.transforms import normalize
+from mae_scale.launch.distributed import process_group
+from mae_scale.launch.stopping import StopRequest
+from mae_scale.launch.watchdog import Watchdog
+from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.engine import build_engine
+from mae_scale.train.step import Stepper, Wishes
+from mae_scale.world import World
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+AIMS = {"zero0": 1.3, "zero1": 1.3, "zero2": 1.3, "zero3": 2.0}
+BATCH = 2
+Step = Callable[[], object]
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by their qualified names, and those that give no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        self.counts[name] += 1
+        if not func.is_view and name not in NO_KERNELS:
+            self.kernels[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Neither views by their schema nor work for a device.
+NO_KERNELS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view",
+              "aten::new_empty", "aten::new_empty_strided", "aten::set_", "aten::_reshape_alias",
+              "profiler::_record_function_enter_new", "profiler::_record_function_exit",
+              "aten::detach_", "aten::lift_fresh"}  # fmt: skip
+
+
+def small_model(depth: int, decoder_depth: int) -> MaskedAutoencoderViT:
+    """A model of this depth in which nothing is worth mentioning but the number of operators."""
+    torch.manual_seed(0)
+    return build_mae(
+        "mae_vit_large_patch16", img_size=32, embed_dim=16, num_heads=1, decoder_embed_dim=16,
+        decoder_num_heads=1, depth=depth, decoder_depth=decoder_depth,
+    )  # fmt: skip
+
+
+def a_batch() -> dict[str, torch.Tensor]:
+    images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
+    return {"image": images, "sample": torch.arange(BATCH), "epoch": torch.zeros(BATCH).long()}
+
+
+def plain_step(model: MaskedAutoencoderViT, batch: dict[str, torch.Tensor]) -> Step:
+    """A step of PyTorch alone."""
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    wrapped = DistributedDataParallel(model)
+
+    def step() -> None:
+        noise = model.noise(0, batch["epoch"], batch["sample"])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, _ = wrapped(normalize(batch["image"]), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(
+    stage: str,
+    model: MaskedAutoencoderViT,
+    batch: dict[str, torch.Tensor],
+    world: World,
+    watchdog: Watchdog,
+) -> Step:
+    """A step of `mae-scale pretrain`; its numbers are read one step late, as there."""
+    train, optim = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH), OptimConfig()
+    engine = build_engine(model, optim, fill_deepspeed_config(stage, train, world, "bf16"))
+
+    def loss_of(engine: Any, batch: dict[str, torch.Tensor], *_: int) -> torch.Tensor:
+        noise = model.noise(0, batch["epoch"], batch["sample"])
+        return engine(normalize(batch["image"]), noise)[0]
+
+    stepper = Stepper(
+        engine=engine, loss_of=loss_of, world=world, watchdog=watchdog, stop=StopRequest(), seed=0,
+        train=train, optim=optim, steps_per_epoch=10, accumulation=1,
+    )  # fmt: skip
+    batches, steps = itertools.repeat(batch), itertools.count()
+    return lambda: stepper.hand_over(batches, next(steps), Wishes())
+
+
+def shortest(step: Step, steps: int) -> float:
+    """Milliseconds of CPU time of the shortest of some steps: other processes do not count."""
+    times = []
+    for _ in range(steps):
+        began = time.process_time()
+        step()
+        times.append(time.process_time() - began)
+    return 1e3 * min(times)
+
+
+def table(depth: int, decoder_depth: int, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """A row for each way: host_ms, ratio, operators, kernels, reads, and the counts by name."""
+    batch, world = a_batch(), World()
+    with process_group(world, 600) as watchdog:
+        ways: dict[str, Step] = {"plain": plain_step(small_model(depth, decoder_depth), batch)}
+        for stage in STAGES:
+            model = small_model(depth, decoder_depth)
+            ways[stage] = our_step(stage, model, batch, world, watchdog)
+        for step in ways.values():
+            shortest(step, 3)
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, step in ways.items():
+                times[way].append(shortest(step, steps))
+        rows = []
+        for way, step in ways.items():
+            with Operators() as operators:
+                step()
+            ratios = [own / plain for own, plain in zip(times[way], times["plain"], strict=True)]
+            rows.append({
+                "way": way, "host_ms": statistics.median(times[way]),
+                "ratio": statistics.median(ratios), "operators": operators.counts.total(),
+                "kernels": operators.kernels.total(),
+                "reads": operators.counts["aten::_local_scalar_dense"],
+                "by_name": operators.kernels,
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, nargs=2, default=(24, 8), help="encoder, decoder")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=4, help="of a round; the shortest counts")
+    parser.add_argument("--names", type=int, default=0, help="so many kernels of each way by name")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["MAE_SCALE_DEVICE"] = "cpu"
+    rows = table(*args.depth, args.rounds, args.steps)
+    print(header("deepspeed"))
+    print(f"{args.depth[0]} + {args.depth[1]} blocks; {args.rounds} rounds of {args.steps} steps")
+    print(f"{'':8}{'host ms':>9}{'x plain':>9}{'aim':>6}{'operators':>11}{'kernels':>9}"
+          f"{'x plain':>9}{'reads':>7}")  # fmt: skip
+    for row in rows:
+        share = row["kernels"] / rows[0]["kernels"]
+        print(f"{row['way']:8}{row['host_ms']:9.1f}{row['ratio']:9.2f}"
+              f"{AIMS.get(row['way'], 1.0):6.1f}{row['operators']:11,}{row['kernels']:9,}"
+              f"{share:9.2f}{row['reads']:7}")  # fmt: skip
+    for row in rows if args.names else ():
+        names = ", ".join(
+            f"{name} {count}" for name, count in row["by_name"].most_common(args.names)
+        )
+        print(f"{row['way']}: {names}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""ZeRO 1 and 2 in bf16 with fewer operators: what DeepSpeed does for each parameter, done for many.
+
+DeepSpeed 0.19 converts, copies, adds and measures the gradient of each parameter on its own: about
+7 operators for each of a ViT-L's 400 parameters. At small micro-batches a GPU then waits for the
+host. Here the gradients of a bucket are copied, sent and added together. Every number is the one
+that DeepSpeed computes, to the bit; what is saved is the same, too.
+
+It also waits for the stream of reductions on the device, where DeepSpeed lets the host wait for all
+that the device has been given to do (`overlap_comm`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mae_scale.train.ds import DeepSpeedZeroOptimizer, deepspeed
+
+# Values that are converted at once to the fp64 of norms. It bounds the memory that this takes.
+NORM_CHUNK = 1 << 24
+
+dist = deepspeed.comm
+unflatten = torch._C._nn.unflatten_dense_tensors
+
+
+def use_fewer_operators(optimizer: Any) -> None:
+    """Let a ZeRO optimiser of stage 1 or 2 do its work for many parameters at once, if it can."""
+    plain = not (
+        optimizer.cpu_offload
+        or optimizer.has_moe_layers
+        or optimizer.zenflow
+        or not optimizer.contiguous_gradients
+        or not optimizer.reduce_scatter
+        or not optimizer.use_multi_rank_bucket_allreduce
+        or not optimizer.gradient_average
+        or optimizer.sequence_parallel_size > 1
+        or len(optimizer.ipg_buckets) != 1
+    )
+    groups = range(len(optimizer.bit16_groups))
+    if plain and all(optimizer._use_compact_grad_partition_buffer(i) for i in groups):
+        optimizer.__class__ = FewerOperators
+
+
+class FewerOperators(DeepSpeedZeroOptimizer):
+    """The optimiser of ZeRO 1 and 2 for bf16 weights, whose fp32 gradients lie in one piece."""
+
+    params_already_reduced: list[bool]
+
+    def should_refresh_expected_hook_count(self) -> bool:
+        """DeepSpeed counts hooks for those who call `loss.backward()` on their own."""
+        return False
+
+    # Gradients as they come
+
+    def process_gradients(self, param: torch.nn.Parameter, i: int) -> None:
+        """Take the gradient of a parameter, when the backward pass has computed it."""
+        self.setup_buckets()
+        if self.partition_gradients or (
+            self.overlap_comm and self.is_gradient_accumulation_boundary()
+        ):
+            self._collect(param, i)
+
+    def fill_grad_accum_attribute(self) -> None:
+        """Add the gradients of a micro-batch of stage 1 to the sums, in fp32."""
+        for group in self.bit16_groups:
+            have = [p for p in group if p.grad is not None]
+            for part in _parts(have, self.reduce_bucket_size):
+                flat = torch.empty(
+                    sum(p.numel() for p in part), dtype=self.gradient_accumulation_dtype,
+                    device=part[0].device,
+                )  # fmt: skip
+                grads = [p.grad for p in part]
+                views = unflatten(flat, grads)
+                torch._foreach_copy_(views, grads)
+                old = [(p, v) for p, v in zip(part, views, strict=True) if p.grad_accum is not None]
+                if old:
+                    torch._foreach_add_([p.grad_accum for p, _ in old], [view for _, view in old])
+                for p, view in zip(part, views, strict=True):
+                    p.grad = None
+                    if p.grad_accum is None:
+                        p.grad_accum = view
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Send all gradients of stage 1, after the last backward pass of a step."""
+        self.setup_buckets()
+        if not self.overlap_comm:
+            for i, group in enumerate(self.bit16_groups):
+                for param in group:
+                    if param.grad is not None or param.grad_accum is not None:
+                        self._collect(param, i)
+        self.overlapping_partition_gradients_reduce_epilogue()
+
+    def _collect(self, param: torch.nn.Parameter, i: int) -> None:
+        number = param.numel()
+        if number == 0:
+            return
+        (bucket,) = self.ipg_buckets.values()
+        if bucket.elements + number > self.reduce_bucket_size:
+            self.reduce_ipg_grads()
+            if self.overlap_comm:
+                bucket.index = 1 - bucket.index
+        param_id = self.get_param_id(param)
+        if self.params_already_reduced[param_id]:
+            raise RuntimeError(f"parameter {param_id} has two gradients in one backward pass")
+        self.params_already_reduced[param_id] = True
+        bucket.params.append((i, param, param_id))
+        bucket.elements += number
+        if self.overlap_comm and self.reduction_stream is not None:
+            bucket.copy_streams.add(deepspeed.get_accelerator().current_stream())
+
+    # Buckets
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Sum the gradients of the bucket over all ranks, and keep this rank's share of them."""
+        (bucket,) = self.ipg_buckets.values()
+        if not bucket.params:
+            return
+        tensor = self._filled(bucket)
+        if not (self.overlap_comm and self.reduction_stream is not None):
+            self._send(tensor, bucket)
+        else:
+            accelerator = deepspeed.get_accelerator()
+            now = accelerator.current_stream()
+            self.reduction_stream.wait_stream(now)
+            # The earlier reductions have read the buffer that is filled next.
+            now.wait_stream(self.reduction_stream)
+            with accelerator.stream(self.reduction_stream):
+                tensor.record_stream(self.reduction_stream)
+                self._send(tensor, bucket)
+        bucket.clear()
+
+    def _filled(self, bucket: Any) -> torch.Tensor:
+        """The bucket's gradients in one piece: in fp32 at stage 1, in bf16 at stage 2."""
+        params = [param for _, param, _ in bucket.params]
+        if bucket.copy_streams:  # the backward pass may have computed on several streams
+            now = deepspeed.get_accelerator().current_stream()
+            for stream in bucket.copy_streams - {now}:
+                now.wait_stream(stream)
+        if bucket.elements <= self.reduce_bucket_size:
+            tensor = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
+        else:  # one parameter that is larger than the bucket
+            dtype = self._gradient_reduction_buffer_dtype()
+            tensor = torch.empty(bucket.elements, dtype=dtype, device=params[0].device)
+        views = unflatten(tensor, params)
+        fresh = [(v, p.grad) for v, p in zip(views, params, strict=True) if p.grad is not None]
+        if fresh:
+            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
+        summed = [(v, p) for v, p in zip(views, params, strict=True) if _accumulated(p) is not None]
+        both = [(view, p.grad_accum) for view, p in summed if p.grad is not None]
+        if both:
+            torch._foreach_add_([view for view, _ in both], [total for _, total in both])
+        only = [(view, p.grad_accum) for view, p in summed if p.grad is None]
+        if only:
+            torch._foreach_copy_([view for view, _ in only], [total for _, total in only])
+        for param in params:
+            param.grad = param.grad_accum = None
+        return tensor
+
+    def _send(self, tensor: torch.Tensor, bucket: Any) -> None:
+        tensor.div_(dist.get_world_size(group=self.dp_process_group))
+        total = tensor.to(self.communication_data_type)
+        dist.all_reduce(total, group=self.dp_process_group)
+        params = [param for _, param, _ in bucket.params]
+        mine, shares = [], []
+        for view, (i, param, param_id) in zip(
+            unflatten(total.to(self.gradient_accumulation_dtype), params),
+            bucket.params, strict=True,
+        ):  # fmt: skip
+            share = self._shares(i).get(param_id)
+            if share is None:
+                continue
+            start, place = share
+            if place.shape != param.shape:
+                view = view.view(-1).narrow(0, start, place.numel())
+            mine.append(view)
+            shares.append(place)
+        if mine:
+            torch._foreach_add_(shares, mine)
+
+    def _shares(self, i: int) -> dict[int, tuple[int, torch.Tensor]]:
+        """Where the gradients of a group go: first value and view of this rank's part, by id."""
+        group = self._get_compact_grad_partition_buffer(i)
+        if not hasattr(group, "shares"):
+            rank = dist.get_rank(group=self.real_dp_process_group[i])
+            starts = self.grad_start_offset[i][rank]
+            ids = [self.get_param_id(p) for p in self.params_in_partition[i]]
+            views = [view for view in group if not getattr(view, "_zero_padding", False)]
+            group.shares = {
+                param_id: (int(starts[param_id]), view)
+                for param_id, view in zip(ids, views, strict=True)
+            }
+        return group.shares
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Send the last bucket, and let what follows wait for all of them, on the device."""
+        self.reduce_ipg_grads()
+        self.params_already_reduced = [False] * len(self.params_already_reduced)
+        if self.overlap_comm and self.reduction_stream is not None:
+            deepspeed.get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        if self.is_gradient_accumulation_boundary():
+            for i, _ in enumerate(self.bit16_groups):
+                self._get_compact_grad_partition_buffer(i)
+        self._release_ipg_buffers()
+        self._clear_param_grad_only()
+        self._epilogue_ran_this_backward = True
+
+    # The step
+
+    def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
+        """L2 norm of the gradient over all ranks: a scalar, infinite where it is not finite."""
+        squares = torch.stack([self._square_of_norm(i) for i, _ in enumerate(self.bit16_groups)])
+        dist.all_reduce(squares, group=self.dp_process_group)
+        norm = torch.linalg.vector_norm(squares.pow(0.5))
+        return norm.masked_fill(~torch.isfinite(norm), float("inf"))
+
+    def _square_of_norm(self, i: int) -> torch.Tensor:
+        views = [v for v in self.averaged_gradients[i] if not getattr(v, "_zero_padding", False)]
+        norms = norms_of(views)
+        if not norms:
+            return torch.zeros((), device=self.averaged_gradients[i].flat_partition.device)
+        return torch.stack(norms).pow(2.0).sum().float()
+
+    def _update_model_bit16_weights(self, group_index: int) -> None:
+        """Link the parameters to the flat weights, unless they are."""
+        flat = self.bit16_groups_flat[group_index]
+        group = self.round_robin_bit16_groups[group_index]
+        offsets = self.round_robin_bit16_offsets[group_index]
+        linked = all(
+            group[k].data_ptr() == flat.data_ptr() + offsets[k] * flat.element_size()
+            for k in (0, len(group) - 1)
+        )
+        if not linked:
+            super()._update_model_bit16_weights(group_index)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Step on this rank's share of all groups at once, and gather the new weights."""
+        if self.check_grad_overflow or self.clip_grad or self.loss_scale != 1:
+            super().step(closure)
+            return
+        self.micro_step_id = -1
+        self.overflow = False
+        self._global_grad_norm = self.scaled_global_norm()
+        self._update_scale(False)  # a count in DeepSpeed's state dict
+        for i, master in enumerate(self.single_partition_of_fp32_groups):
+            master.grad = self.averaged_gradients[i].flat_partition
+            self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        shares = [
+            partitions[dist.get_rank(group=self.real_dp_process_group[i])]
+            for i, partitions in enumerate(self.parallel_partitioned_bit16_groups)
+        ]
+        torch._foreach_copy_(shares, list(self.single_partition_of_fp32_groups))
+        for i, master in enumerate(self.single_partition_of_fp32_groups):
+            master.grad = None
+            if dist.get_world_size(group=self.real_dp_process_group[i]) > 1:
+                group = self.real_dp_process_group[i]
+                dist.all_gather_into_tensor(self.bit16_groups_flat[i], shares[i], group)
+            self._update_model_bit16_weights(i)
+
+
+def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """L2 norm of each tensor, computed in fp64."""
+    norms: list[torch.Tensor] = []
+    for part in _parts(tensors, NORM_CHUNK):
+        size = sum(tensor.numel() for tensor in part)
+        high = unflatten(torch.empty(size, dtype=torch.float64, device=part[0].device), part)
+        torch._foreach_copy_(high, part)
+        norms += torch._foreach_norm(high)
+    return norms
+
+
+def _accumulated(param: torch.nn.Parameter) -> torch.Tensor | None:
+    return getattr(param, "grad_accum", None)
+
+
+def _parts(tensors: list[Any], most: int) -> list[list[Any]]:
+    """Cut a list into parts of at most so many values each, or of one tensor."""
+    parts: list[list[Any]] = []
+    size = 0
+    for tensor in tensors:
+        if not parts or size + tensor.numel() > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.numel()
+    return parts

@@ -1,0 +1,20 @@
+"""Fewer operators change no bit of weights, moments and gradient norms."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_states_are_those_of_deepspeeds_own_steps() -> None:
+    """On two ranks; accumulation, layer-wise decay, small and double buckets, small sub-groups."""
+    worker = Path(__file__).with_name("fewer_operators_worker.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, worker],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same bits") == 16, done.stdout + done.stderr
