@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,12 +24,16 @@ from mae_scale.world import World, compute_threads, cpus, host, is_slurm_task, s
 
 T = TypeVar("T")
 
+log = logging.getLogger("mae_scale")
+
 # What `start` sets for DeepSpeed and torch, where a launcher has not.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # When a peer is gone torch's own watchdog ends the process within seconds, naming nobody. With 2 it
 # only ends the communication: the next collective raises, and ours says which rank it was.
 NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+
+END_S = 60  # for the process group to end, once all ranks have come there
 
 # Stores that this process serves. They outlive their process group: a slower rank may still be
 # reading there, and the next group of the same processes meets at the same port.
@@ -219,11 +225,19 @@ def set_collective_timeout(hang_timeout: float) -> None:
 
 
 def finish(watchdog: Watchdog) -> None:
-    """Leave the process group when all ranks have come this far."""
+    """Leave the process group when all ranks have come this far.
+
+    Everything is done by then. So a rank whose group does not come to an end, as NCCL's may not if
+    another rank is gone, says so and goes on without.
+    """
     watchdog.leave()
     dist.barrier()
     watchdog.stop()
-    _destroy()
+    ending = threading.Thread(target=_destroy, name="end of the process group", daemon=True)
+    ending.start()
+    ending.join(END_S)
+    if ending.is_alive():
+        log.warning("the process group has not ended for %g s; leaving it behind", END_S)
 
 
 def _destroy() -> None:
