@@ -43,6 +43,28 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
+# On GPUs a bucket of gradients holds this share of the model, so that all but the last of them are
+# sent while the backward pass computes. Messages of fewer values use links badly.
+BUCKETS, SMALLEST_BUCKET = 8, 10_000_000
+
+
+def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any]:
+    """Choose for a GPU when gradients are sent, by the size of the model.
+
+    The `reduce_bucket_size` of a config in ds_configs/ is then the largest one. A file that the
+    user has written says itself what it wants.
+
+    Args:
+        name: of a file in ds_configs/, or a path.
+        zero: its section `zero_optimization`.
+        trained: number of parameters that are trained.
+    """
+    if not zero.get("stage", 0) or not (DS_CONFIGS / f"{name}.json").is_file():
+        return zero
+    size = min(zero["reduce_bucket_size"], max(trained // BUCKETS, SMALLEST_BUCKET))
+    return {**zero, "overlap_comm": True, "reduce_bucket_size": size}
+
+
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
-from mae_scale.config.deepspeed import check_stage
+from mae_scale.config.deepspeed import check_stage, fit_to_model
 from mae_scale.config.identity import identity_hash
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
@@ -44,6 +44,7 @@ from mae_scale.train.profiling import StepProfiler, profiled_steps
 from mae_scale.train.records import VALIDATION, read_metrics
 from mae_scale.train.run_dir import add_history, note_restart
 from mae_scale.train.step import Batch, Stepper
+from mae_scale.train.upload import uploads
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -144,6 +145,10 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         The exit code: 0 finished, 85 stopped early.
     """
     model, loader = parts.model, parts.loader
+    if world.device.type == "cuda":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        zero = fit_to_model(config.deepspeed, ds_config["zero_optimization"], trained)
+        ds_config = {**ds_config, "zero_optimization": zero}
     trace = profiled_steps(config.train)  # raises a UserError if they are wrong
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
@@ -217,9 +222,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
             steps_per_epoch=loader.steps_per_epoch,
             accumulation=accumulation_steps(config.train, world.size),
         )
+        way = (world.device, config.data.worker_processes)
         if config.replay is not None:
             log.info("going to step %d from step %d, writing nothing", config.replay, step)
-            found = replay(stepper, engine, loader.batches(step), step, config.replay)
+            with uploads(loader.batches(step), *way) as batches:
+                found = replay(stepper, engine, batches, step, config.replay)
             log.info("%s", found)
             return 0
         if world.rank == 0:
@@ -270,7 +277,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
             pictures=parts.pictures,
             step=step,
         )
-        finished = loop.run(loader.batches(step), validate_first=validates_first)
+        with uploads(loader.batches(step), *way) as batches:
+            finished = loop.run(batches, validate_first=validates_first)
         step = loop.step
         if world.rank == 0:
             add_history(run_dir, "finished" if finished else "stopped", step)

@@ -112,10 +112,14 @@ class Stepper:
         self._seed, self._train, self._optim = seed, train, optim
         self._steps_per_epoch, self._accumulation = steps_per_epoch, accumulation
         self._guard = StepGuard(engine, optim.clip_grad)
-        self._copies = torch.cuda.Stream() if engine.device.type == "cuda" else None
 
     def hand_over(self, batches: Iterator[Batch], step: int, wishes: Wishes) -> StepResult:
         """Hand one optimiser step over to the device, after `step` steps done.
+
+        Args:
+            batches: on the device.
+            step: steps done.
+            wishes: of this rank.
 
         Raises:
             RunError: a sample is damaged, or a shard cannot be read.
@@ -132,7 +136,7 @@ class Stepper:
             samples.append(batch["sample"])
             self._watchdog.doing(f"computing step {step + 1}")
             with record_function("forward"):
-                loss = self._loss_of(self._engine, self._to_device(batch), step, micro)
+                loss = self._loss_of(self._engine, batch, step, micro)
             losses[micro] = loss.detach()
             with record_function("backward"):
                 self._engine.backward(loss)
@@ -169,22 +173,10 @@ class Stepper:
         except (UserError, OSError) as error:
             raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
 
-    def _to_device(self, batch: Batch) -> Batch:
-        """Copy a batch, on a GPU beside what is being computed there."""
-        if self._copies is None:
-            return batch
-        with torch.cuda.stream(self._copies):
-            moved = {k: v.to(self._engine.device, non_blocking=True) for k, v in batch.items()}
-        now = torch.cuda.current_stream()
-        now.wait_stream(self._copies)
-        for value in moved.values():
-            value.record_stream(now)
-        return moved
-
     def _agree(self, loss: torch.Tensor, wishes: Wishes) -> torch.Tensor:
         """Mean loss over the ranks, and how many want to stop, save, or have written; float64."""
         values = [wishes.stop, wishes.save and self._world.rank == 0, wishes.written]
-        own = torch.tensor(values, dtype=torch.float64, pin_memory=self._copies is not None)
+        own = torch.tensor(values, dtype=torch.float64, pin_memory=loss.is_cuda)
         shared = torch.cat([loss.view(1), own.to(loss.device, non_blocking=True)])
         dist.all_reduce(shared)
         shared[0] /= self._world.size

@@ -1,0 +1,29 @@
+"""A run goes on where the optimiser's groups are laid out in another way than before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from runs import REPOSITORY, Run, in_one_process
+
+
+def test_smaller_sub_groups_convert_the_checkpoint(run: Run) -> None:
+    """`sub_group_size` says nowhere else in a checkpoint how ZeRO-3 has cut it."""
+    config = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["sub_group_size"] = 20_000
+    small = run.run_dir.parent / "small_sub_groups.json"
+    small.write_text(json.dumps(config))
+    folder = run.run_dir.parent
+    whole = replace(run, run_dir=folder / "whole", settings={"deepspeed": "zero3"})
+    whole.settings["train.max_steps"] = 4
+    before = replace(run, settings={**whole.settings, "train.max_steps": 2})
+    after = replace(run, settings={**whole.settings, "deepspeed": str(small)})
+    process = in_one_process([(whole, ""), (before, ""), (after, "")])
+    output, _ = process.communicate(timeout=300)
+    assert "exit codes: [0, 0, 0]" in output, output
+    assert output.count("was saved with other groups of the optimiser") == 1, output
+    losses = [row["loss"] for row in after.rows()]
+    assert len(losses) == 4
+    assert losses == pytest.approx([row["loss"] for row in whole.rows()], rel=1e-5)
