@@ -17,6 +17,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import warm
 
 # A deadline would fail tests where the machine is busy.
 hypothesis.settings.register_profile("busy", deadline=None)
@@ -31,6 +32,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CLASSES = 250
+
+subprocess.Popen = warm.Popen  # type: ignore[misc]
 
 # Ignored where pytest runs in the background or under nohup, and so in all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

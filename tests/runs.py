@@ -148,8 +148,10 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     found = {}
     for member in family:
-        if "mae_scale" in " ".join(member.cmdline()[:4]) and "RANK" in member.environ():
-            found.setdefault(member.environ()["RANK"], member)  # the parent of its data workers
+        if member.name().startswith("rank "):  # see warm.py
+            found.setdefault(member.name(), member)  # the parent of its data workers
+        elif "mae_scale" in " ".join(member.cmdline()[:4]) and "RANK" in member.environ():
+            found.setdefault(f"rank {member.environ()['RANK']}", member)
     return [found[rank] for rank in sorted(found)]
 
 

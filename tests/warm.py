@@ -1,0 +1,227 @@
+"""Starts the programs under test from a process that has imported torch, timm and DeepSpeed.
+
+Importing them takes about five CPU seconds, and a test of interruptions starts ten processes. So
+`Popen` lets a server fork what would begin with `python -m mae_scale` or with a launcher; anything
+else starts as always. What is forked is a process of its own and a child of the one that asked for
+it: with the arguments, variables, folder, open files, process group and signal handlers that the
+command would have had. Launchers start their ranks in the same way.
+
+MAE_SCALE_TEST_COLD=1 in the environment starts everything as always.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import inspect
+import io
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+MODULES = ("mae_scale", *LAUNCHERS)
+# Variables that Python and its libraries read when they start.
+AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "MALLOC_", "ATEN_")
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+
+cold = subprocess.Popen
+signature = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class Popen(subprocess.Popen[Any]):
+    """`subprocess.Popen` that lets the server fork what it has imported."""
+
+    server: socket.socket | None = None
+    """The connection to this process's server."""
+    known: dict[str, str] | None = None
+    """The variables that the server was started with."""
+
+    def _execute_child(self, *args: Any) -> None:
+        given = signature.bind(self, *args).arguments
+        command, env = given["args"], given["env"]
+        request = None if isinstance(command, (str, bytes)) else warm_request(command, env)
+        if request is None or given["preexec_fn"] or given["pass_fds"] or given["shell"]:
+            cold._execute_child(self, *args)  # type: ignore[attr-defined]
+            return
+        request["cwd"] = str(Path(given["cwd"] or ".").resolve())
+        request["session"] = given["start_new_session"]
+        request["group"] = given["process_group"]
+        pipes = (given["p2cread"], given["c2pwrite"], given["errwrite"])
+        self.pid = ask(request, [fd if own == -1 else own for fd, own in enumerate(pipes)])
+        self._child_created = True
+        self._close_pipe_fds(  # type: ignore[attr-defined]
+            *(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread",
+                                       "errwrite"))
+        )  # fmt: skip
+
+
+def warm_request(command: list[Any], env: dict[str, str] | None) -> dict[str, Any] | None:
+    """Give what the server needs to know of a command, or None where it is not for the server."""
+    words = [os.fspath(word) for word in command]
+    env = dict(os.environ) if env is None else {**env}
+    unbuffered = words[1:2] == ["-u"]
+    rest = words[1 + unbuffered :]
+    if words[0] != sys.executable or rest[:1] != ["-m"] or rest[1] not in MODULES:
+        return None
+    if "MAE_SCALE_TEST_COLD" in env:
+        return None
+    known = dict(os.environ) if Popen.known is None else Popen.known
+    if at_the_start(env) != at_the_start(known):
+        return None
+    return {"module": rest[1], "arguments": rest[2:], "env": env, "unbuffered": unbuffered}
+
+
+def at_the_start(env: dict[str, str]) -> dict[str, str]:
+    """Give the variables that a forked process would read too late."""
+    return {key: value for key, value in env.items() if key.startswith(AT_THE_START)}
+
+
+def ask(request: dict[str, Any], files: list[int]) -> int:
+    """Let the server fork a process whose parent is this one; give its id."""
+    if Popen.server is None:
+        Popen.server = start_server()
+    content = json.dumps(request).encode()
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes a child of this one
+    try:
+        socket.send_fds(Popen.server, [len(content).to_bytes(4, "little")], files)
+        Popen.server.sendall(content)
+        answer = exactly(Popen.server, 4)
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    if not answer:
+        raise RuntimeError("the server that starts programs has died")
+    return int.from_bytes(answer, "little")
+
+
+def exactly(connection: socket.socket, size: int) -> bytes:
+    """Read that many bytes; fewer where the other end is gone."""
+    content = b""
+    while len(content) < size and (piece := connection.recv(size - len(content))):
+        content += piece
+    return content
+
+
+def start_server() -> socket.socket:
+    """Start the server of this process; it ends when this process does."""
+    ours, its = socket.socketpair()
+    command = [sys.executable, __file__, str(its.fileno())]
+    process = cold(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    its.close()
+    Popen.known = dict(os.environ)
+
+    def end(pid: int = os.getpid()) -> None:
+        if os.getpid() == pid:  # not a fork of this process
+            ours.close()
+            process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+def serve(connection: socket.socket) -> dict[str, Any] | None:
+    """Fork a process for each request, undisturbed by signals to its process group.
+
+    Returns:
+        The request, in a forked process; None in the server, when nobody can ask any more.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        header, files, *_ = socket.recv_fds(connection, 4, 3)
+        if not header:
+            return None
+        request = json.loads(exactly(connection, int.from_bytes(header, "little")))
+        read, write = os.pipe()
+        middle = os.fork()
+        if middle == 0:
+            if (pid := os.fork()) == 0:
+                os.close(read)
+                os.close(write)
+                connection.close()
+                return {**request, "files": files}
+            os.write(write, pid.to_bytes(4, "little"))
+            os._exit(0)
+        os.waitpid(middle, 0)  # now the child has lost its parent
+        connection.sendall(os.read(read, 4))
+        for fd in (read, write, *files):
+            os.close(fd)
+
+
+def become(request: dict[str, Any]) -> None:
+    """Give this process what the command would have had, and run the module."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["session"]:
+        os.setsid()
+    elif request["group"] is not None and request["group"] >= 0:
+        os.setpgid(0, request["group"])
+    for fd, own in enumerate(request["files"]):
+        os.dup2(own, fd)
+    for own in request["files"]:
+        os.close(own)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    if (rank := os.environ.get("RANK")) is not None:
+        prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # /proc keeps the server's variables
+    whole_lines = not request["unbuffered"]
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = io.TextIOWrapper(
+            os.fdopen(fd, "wb", buffering=-1 if whole_lines else 0, closefd=False),
+            encoding="utf-8",
+            errors="strict" if fd == 1 else "backslashreplace",
+            line_buffering=fd == 2 or os.isatty(fd),
+            write_through=not whole_lines,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.path[0] = request["cwd"]
+    sys.argv = ["-m", *request["arguments"]]
+    module = request["module"]
+    if module in LAUNCHERS:
+        start_a_launchers_server()
+    sys.modules.pop(module if module in LAUNCHERS else f"{module}.__main__", None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def start_a_launchers_server() -> None:
+    """Fork a server for the ranks while this process has no threads yet."""
+    ours, its = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        if (request := serve(its)) is None:
+            os._exit(0)
+        become(request)
+        sys.exit()  # not back into the launcher
+    its.close()
+    Popen.server, Popen.known = ours, dict(os.environ)
+    subprocess.Popen = Popen  # type: ignore[misc]
+
+
+def import_all() -> None:
+    """Import what the programs import."""
+    for name in ("torch._dynamo", "torch.utils.tensorboard", *LAUNCHERS):
+        importlib.import_module(name)
+    import mae_scale
+
+    for module in pkgutil.walk_packages(mae_scale.__path__, "mae_scale."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+if __name__ == "__main__":
+    import_all()
+    if asked := serve(socket.socket(fileno=int(sys.argv[1]))):
+        become(asked)
