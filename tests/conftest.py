@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CLASSES = 250
 
-subprocess.Popen = warm.Popen  # type: ignore[misc]
+warm.install()
 
 # Ignored where pytest runs in the background or under nohup, and so in all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

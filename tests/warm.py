@@ -1,10 +1,10 @@
 """Starts the programs under test from a process that has imported torch, timm and DeepSpeed.
 
 Importing them takes about five CPU seconds, and a test of interruptions starts ten processes. So
-`Popen` lets a server fork what would begin with `python -m mae_scale` or with a launcher; anything
-else starts as always. What is forked is a process of its own and a child of the one that asked for
-it: with the arguments, variables, folder, open files, process group and signal handlers that the
-command would have had. Launchers start their ranks in the same way.
+a server forks what `subprocess.Popen` would start as `python -m mae_scale`, as a launcher or as a
+script of the tests; anything else starts as always. What is forked is a process of its own and a
+child of the one that asked for it: with the arguments, variables, folder, open files, process group
+and signal handlers that the command would have had. Launchers start their ranks in the same way.
 
 MAE_SCALE_TEST_COLD=1 in the environment starts everything as always.
 """
@@ -24,45 +24,54 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 MODULES = ("mae_scale", *LAUNCHERS)
+TESTS = Path(__file__).parent
+SCRIPTS = (TESTS / "unit", TESTS / "integration", TESTS / "slurm")
+# What is imported when it is first needed. DeepSpeed's Muon brings the compiler to every run.
+AT_FIRST_USE = (
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 # Variables that Python and its libraries read when they start.
 AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "MALLOC_", "ATEN_")
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 
-cold = subprocess.Popen
-signature = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+signature = inspect.signature(cold)
 prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
-class Popen(subprocess.Popen[Any]):
-    """`subprocess.Popen` that lets the server fork what it has imported."""
+class Server:
+    """What this process knows of its server."""
 
-    server: socket.socket | None = None
-    """The connection to this process's server."""
-    known: dict[str, str] | None = None
-    """The variables that the server was started with."""
+    connection: socket.socket | None = None
+    env: dict[str, str] | None = None  # that it was started with
 
-    def _execute_child(self, *args: Any) -> None:
-        given = signature.bind(self, *args).arguments
-        command, env = given["args"], given["env"]
-        request = None if isinstance(command, (str, bytes)) else warm_request(command, env)
-        if request is None or given["preexec_fn"] or given["pass_fds"] or given["shell"]:
-            cold._execute_child(self, *args)  # type: ignore[attr-defined]
-            return
-        request["cwd"] = str(Path(given["cwd"] or ".").resolve())
-        request["session"] = given["start_new_session"]
-        request["group"] = given["process_group"]
-        pipes = (given["p2cread"], given["c2pwrite"], given["errwrite"])
-        self.pid = ask(request, [fd if own == -1 else own for fd, own in enumerate(pipes)])
-        self._child_created = True
-        self._close_pipe_fds(  # type: ignore[attr-defined]
-            *(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread",
-                                       "errwrite"))
-        )  # fmt: skip
+
+def execute_child(self: Any, *args: Any) -> None:
+    """Take the place of `subprocess.Popen._execute_child`: let the server fork what it can."""
+    given = signature.bind(self, *args).arguments
+    command, env = given["args"], given["env"]
+    request = None if isinstance(command, (str, bytes)) else warm_request(list(command), env)
+    if request is None or given["preexec_fn"] or given["pass_fds"] or given["shell"]:
+        cold(self, *args)
+        return
+    request["cwd"] = str(Path(given["cwd"] or ".").resolve())
+    request["session"] = given["start_new_session"]
+    request["group"] = given["process_group"]
+    pipes = (given["p2cread"], given["c2pwrite"], given["errwrite"])
+    self.pid = ask(request, [fd if own == -1 else own for fd, own in enumerate(pipes)])
+    self._child_created = True
+    self._close_pipe_fds(
+        *(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread",
+                                   "errwrite"))
+    )  # fmt: skip
 
 
 def warm_request(command: list[Any], env: dict[str, str] | None) -> dict[str, Any] | None:
@@ -71,14 +80,22 @@ def warm_request(command: list[Any], env: dict[str, str] | None) -> dict[str, An
     env = dict(os.environ) if env is None else {**env}
     unbuffered = words[1:2] == ["-u"]
     rest = words[1 + unbuffered :]
-    if words[0] != sys.executable or rest[:1] != ["-m"] or rest[1] not in MODULES:
+    module = rest[:1] == ["-m"]
+    if not rest[module:]:
+        return None
+    program, arguments = (rest[1], rest[2:]) if module else (rest[0], rest[1:])
+    ours = program in MODULES if module else Path(program).parent in SCRIPTS
+    if words[0] != sys.executable or not ours:
         return None
     if "MAE_SCALE_TEST_COLD" in env:
         return None
-    known = dict(os.environ) if Popen.known is None else Popen.known
+    known = dict(os.environ) if Server.env is None else Server.env
     if at_the_start(env) != at_the_start(known):
         return None
-    return {"module": rest[1], "arguments": rest[2:], "env": env, "unbuffered": unbuffered}
+    return {
+        "module": module, "program": program, "arguments": arguments,
+        "env": env, "unbuffered": unbuffered,
+    }  # fmt: skip
 
 
 def at_the_start(env: dict[str, str]) -> dict[str, str]:
@@ -88,14 +105,14 @@ def at_the_start(env: dict[str, str]) -> dict[str, str]:
 
 def ask(request: dict[str, Any], files: list[int]) -> int:
     """Let the server fork a process whose parent is this one; give its id."""
-    if Popen.server is None:
-        Popen.server = start_server()
+    if Server.connection is None:
+        Server.connection = start_server()
     content = json.dumps(request).encode()
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes a child of this one
     try:
-        socket.send_fds(Popen.server, [len(content).to_bytes(4, "little")], files)
-        Popen.server.sendall(content)
-        answer = exactly(Popen.server, 4)
+        socket.send_fds(Server.connection, [len(content).to_bytes(4, "little")], files)
+        Server.connection.sendall(content)
+        answer = exactly(Server.connection, 4)
     finally:
         prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     if not answer:
@@ -115,9 +132,9 @@ def start_server() -> socket.socket:
     """Start the server of this process; it ends when this process does."""
     ours, its = socket.socketpair()
     command = [sys.executable, __file__, str(its.fileno())]
-    process = cold(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
     its.close()
-    Popen.known = dict(os.environ)
+    Server.env = dict(os.environ)
 
     def end(pid: int = os.getpid()) -> None:
         if os.getpid() == pid:  # not a fork of this process
@@ -144,10 +161,13 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
         read, write = os.pipe()
         middle = os.fork()
         if middle == 0:
+            middle = os.getpid()
             if (pid := os.fork()) == 0:
                 os.close(read)
                 os.close(write)
                 connection.close()
+                while os.getppid() == middle:  # a program may ask at once who its parent is
+                    time.sleep(0.001)
                 return {**request, "files": files}
             os.write(write, pid.to_bytes(4, "little"))
             os._exit(0)
@@ -187,13 +207,18 @@ def become(request: dict[str, Any]) -> None:
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    sys.path[0] = request["cwd"]
-    sys.argv = ["-m", *request["arguments"]]
-    module = request["module"]
-    if module in LAUNCHERS:
+    program = request["program"]
+    if program in LAUNCHERS:
         start_a_launchers_server()
-    sys.modules.pop(module if module in LAUNCHERS else f"{module}.__main__", None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if request["module"]:
+        sys.path[0] = request["cwd"]
+        sys.argv = ["-m", *request["arguments"]]
+        sys.modules.pop(program if program in LAUNCHERS else f"{program}.__main__", None)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(program).parent)
+        sys.argv = [program, *request["arguments"]]
+        runpy.run_path(program, run_name="__main__")
 
 
 def start_a_launchers_server() -> None:
@@ -206,13 +231,18 @@ def start_a_launchers_server() -> None:
         become(request)
         sys.exit()  # not back into the launcher
     its.close()
-    Popen.server, Popen.known = ours, dict(os.environ)
-    subprocess.Popen = Popen  # type: ignore[misc]
+    Server.connection, Server.env = ours, dict(os.environ)
+    install()
+
+
+def install() -> None:
+    """Let `subprocess.Popen` of this process start programs by the server."""
+    subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
 
 
 def import_all() -> None:
     """Import what the programs import."""
-    for name in ("torch._dynamo", "torch.utils.tensorboard", *LAUNCHERS):
+    for name in (*AT_FIRST_USE, *LAUNCHERS):
         importlib.import_module(name)
     import mae_scale
 
