@@ -134,7 +134,11 @@ def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
     """
     parser = _Parser(exit_on_error=False)
     parser.add_class_arguments(config_class)
-    _check_known(flatten(content), config_keys(config_class), " in the run's config.yaml")
+    known = config_keys(config_class)
+    _check_known(flatten(content), known, " in the run's config.yaml")
+    for key, value in content.items():
+        if not isinstance(value, dict) and any(name.startswith(f"{key}.") for name in known):
+            raise UserError(f"{key} in the run's config.yaml is no section but {value!r:.40}")
     namespace = parser.parse_object(content)
     return _plain(config_class(**vars(parser.instantiate(namespace))))
 
