@@ -11,18 +11,24 @@ STOPPED = 85  # exit code: stopped early, start me again (the number of ERESTART
 
 
 class UserError(Exception):
-    """Bad input, exit code 2. The message says what is wrong, where, and what would be right."""
+    """An error in what the user gave; it ends the program with exit code 2.
+
+    The message is one line. It says what is wrong, where, and what would be right.
+    """
 
     on_all_ranks = False
     """Whether every rank of the process group has raised the same."""
 
 
 class RunError(Exception):
-    """A run that cannot go on though the program is right, exit code 1: bad data, a NaN loss."""
+    """An error that ends a run though the user gave nothing wrong: bad data, a loss that is NaN.
+
+    The exit code is 1.
+    """
 
 
 class CommonError(RunError):
-    """One that is raised on all ranks alike, so that they end together and it is said once."""
+    """A `RunError` that all ranks raise alike, so that they end together and it is said once."""
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -51,7 +51,7 @@ def require_file(path: str | Path) -> None:
 
 
 def open_descriptor(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file and return its descriptor; never wait for it.
+    """Open a regular file without waiting, and return its descriptor.
 
     Args:
         flags: as for `os.open`. With O_CREAT the file need not be there.

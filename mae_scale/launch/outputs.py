@@ -19,20 +19,20 @@ import time
 PATIENCE_S = 5.0  # for a pipe or terminal whose reader does not read, before text is dropped
 PIECE = 4096  # bytes that a pipe takes whole once it is writable (PIPE_BUF)
 
-# Line feeds, tabs, carriage returns, and the few sequences that tqdm and `status` themselves use
-# stay. Text from outside, such as a file's name, must not move the cursor or rename the window.
+# Line feeds, tabs, carriage returns, and the few sequences that tqdm and `status` use are kept.
+# Text from outside, such as the name of a file, must not move the cursor or rename the window.
 OWN = r"\x1b\[(?:A|H\x1b\[2J|0m|3[123]m)"
 UNWANTED = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 CONTROL = re.compile(rf"({OWN})|[{UNWANTED}]")
 
 
 def one_line(text: object) -> str:
-    """Text for a message: control characters, line ends among them, are shown as escapes."""
+    """Return a text for a message, in which control characters and line ends are escapes."""
     return "".join(c if c.isprintable() else _escape(c) for c in str(text))
 
 
 def printable(text: str) -> str:
-    """Text of several lines, without what would move the cursor."""
+    """Return a text of several lines, in which what would move the cursor is an escape."""
     return CONTROL.sub(lambda match: match[1] or _escape(match[0]), text)
 
 
@@ -41,13 +41,13 @@ def _escape(character: str) -> str:
 
 
 class Descriptor(io.RawIOBase):
-    """Standard output or error of this process.
+    """The standard output or error of this process.
 
     Args:
-        number: of the descriptor.
-        drops: what cannot be written is dropped; else it raises `OSError`. Text is also dropped
-            where the reader of a pipe or terminal has not read for `PATIENCE_S` seconds, until it
-            reads again.
+        number: number of the descriptor.
+        drops: whether text that cannot be written is dropped; otherwise it raises an `OSError`.
+            Text is also dropped while the reader of a pipe or terminal does not read, once it has
+            not read for `PATIENCE_S` seconds.
     """
 
     def __init__(self, number: int, drops: bool) -> None:
@@ -93,7 +93,7 @@ class Descriptor(io.RawIOBase):
 
 
 class Output(io.TextIOWrapper):
-    """Text for a person: any name can be printed, whatever the locale, and moves no cursor."""
+    """A stream of text for people: it prints any name in any locale, and moves no cursor."""
 
     def write(self, text: str) -> int:
         super().write(printable(text))
@@ -107,8 +107,9 @@ def take_over(drops: bool = True) -> None:
     is opened, such as a checkpoint, would get the number and the output.
 
     Args:
-        drops: what stdout cannot take is dropped; else it raises, as a command needs whose
-            product is what it prints. What stderr cannot take is always dropped.
+        drops: whether text that stdout cannot take is dropped. Otherwise it raises, which a
+            command needs whose product is what it prints. What stderr cannot take is always
+            dropped.
     """
     for number in (0, 1, 2):  # first of all: a file opened below must not get one of them
         try:

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
-from mae_scale.files import read_file
+from mae_scale.files import open_file, read_file
 from mae_scale.sharding.annotated import AnnotatedSource
 
 _THREADS = 8  # number of threads that read the headers of images
@@ -170,6 +170,9 @@ def _check_images(file: Path, folder: Path, images: list[dict[str, Any]]) -> Non
             raise UserError(
                 f"{file}: image {image['id']} needs a file_name, a height and a width in pixels"
             )
+        name = PurePosixPath(image["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{file}: image {image['id']} has a file_name that leaves {folder}")
     paths = [f"{folder}/{image['file_name']}" for image in images]
     missing = [Path(path).name for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
@@ -194,7 +197,7 @@ def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
 def image_size(path: str) -> tuple[int, int] | None:
     """Read height and width from the header; None for what is no image, which is found later."""
     try:
-        with Image.open(path) as image:
+        with open_file(path) as file, Image.open(file) as image:
             return image.height, image.width
     except Exception:  # PIL passes on all errors of its readers
         return None

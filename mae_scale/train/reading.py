@@ -1,7 +1,7 @@
 """Reading a checkpoint's files without running the code that a pickle may hold.
 
-Run folders are passed on. Python's pickle calls whatever function a file names, and the checksums
-of COMMITTED.json are no help: who writes the file writes them, too.
+People pass run folders on. Python's pickle calls whatever function a file names, and the checksums
+of COMMITTED.json do not help, since whoever writes the file can write them, too.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
-    """Give what `torch.save` wrote into a checkpoint's file, on the CPU.
+    """Return what `torch.save` wrote into a checkpoint's file, on the CPU.
 
     Args:
-        path: of the file.
+        path: the file.
         mapped: map the tensors instead of reading them, where the file's form allows it.
 
     Raises:

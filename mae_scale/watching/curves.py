@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -13,7 +14,7 @@ import numpy as np
 from mae_scale.tasks.task import AVERAGED
 from mae_scale.train.records import METRICS, VALIDATION, is_sound, readable_rows
 from mae_scale.watching.charts import Chart, Curve, Values, draw
-from mae_scale.watching.run_view import RunView
+from mae_scale.watching.run_view import RunView, is_of_metrics
 
 METRIC_KEYS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second",
                "data_wait", "memory_gb", "mfu", "bad_steps")  # fmt: skip
@@ -32,7 +33,7 @@ class ReportedRun:
     @cached_property
     def metrics(self) -> Columns:
         """Columns of metrics.jsonl, NaN where a value is not finite."""
-        return read_columns(self.view.folder / METRICS, METRIC_KEYS)
+        return read_columns(self.view.folder / METRICS, METRIC_KEYS, is_of_metrics)
 
     @cached_property
     def validations(self) -> Columns:
@@ -57,10 +58,16 @@ class ReportedRun:
         return float(np.nansum(np.diff(samples, prepend=0.0) / rate))
 
 
-def read_columns(path: Path, keys: tuple[str, ...]) -> Columns:
-    """Values of the keys of all rows, float64 [rows]; NaN where a row has none."""
+def read_columns(
+    path: Path, keys: tuple[str, ...], counts: Callable[[dict[str, Any]], bool] = is_sound
+) -> Columns:
+    """Return the values of the keys of all rows, float64 [rows]; NaN where a row has none.
+
+    Args:
+        counts: says which rows count.
+    """
     columns: dict[str, list[float]] = {key: [] for key in keys}
-    for row in filter(is_sound, readable_rows(path)):
+    for row in filter(counts, readable_rows(path)):
         for key, column in columns.items():
             value = row.get(key)
             column.append(value if isinstance(value, (int, float)) else np.nan)

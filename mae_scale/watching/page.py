@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from mae_scale.config.identity import flatten
+from mae_scale.data.formats import MAX_FILE, open_image
 from mae_scale.errors import UserError
-from mae_scale.files import write_atomically
+from mae_scale.files import read_file, write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.watching.charts import spread
 from mae_scale.watching.curves import ReportedRun, curves
 from mae_scale.watching.health import duration
 from mae_scale.watching.run_view import SESSION, RunView
 
+_MOST_PIXELS = 1 << 26  # of a picture; those of a run have a tenth of it
 PICTURES = 6  # of a run, at the most
 PICTURE_SIDE = 1000  # pixels
 ROWS = 40  # of a table, the last ones
@@ -145,9 +146,9 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
 def _figure(caption: str, path: Path) -> str:
     stream = io.BytesIO()
     try:
-        with Image.open(path) as image:
+        with open_image(read_file(path, MAX_FILE), _MOST_PIXELS) as image:
             picture = image.convert("RGB")
-    except OSError:  # PIL's own error is one, too
+    except Exception:  # PIL passes on all errors of its decoders
         return f"<figure><figcaption>{escape(path.name)} cannot be read</figcaption></figure>"
     picture.thumbnail((PICTURE_SIDE, 4 * PICTURE_SIDE))
     picture.save(stream, "JPEG", quality=85)

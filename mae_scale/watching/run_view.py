@@ -85,7 +85,7 @@ class RunView:
     def last_rows(self, most: int) -> list[dict[str, Any]]:
         """Give the last rows of metrics.jsonl, however long it is."""
         rows = readable_rows(self.folder / METRICS, 600 * most)
-        return [row for row in rows if _is_of_metrics(row)][-most:]
+        return [row for row in rows if is_of_metrics(row)][-most:]
 
     @property
     def task(self) -> Task:
@@ -153,9 +153,10 @@ class RunView:
         return "running" if elsewhere and time.time() - sign < YOUNG_S else "failed"
 
 
-def _is_of_metrics(row: dict[str, Any]) -> bool:
-    needed = ("samples", "images_per_second", "data_wait", "time")
-    return is_sound(row) and row["step"] > 0 and all(row.get(key) is not None for key in needed)
+def is_of_metrics(row: dict[str, Any]) -> bool:
+    """Return whether a row of metrics.jsonl is whole enough for curves and rates."""
+    positive = all(row.get(key) for key in ("step", "epoch", "samples", "images_per_second"))
+    return is_sound(row) and positive and None not in (row.get("data_wait"), row.get("time"))
 
 
 def _saved(folder: Path) -> Saved | None:

@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from chaos import ALONE, DEEPSPEED, SRUN, TORCHRUN, Chain
+from chaos_chain import Chain
+from chaos_faults import ALONE, DEEPSPEED, SRUN, TORCHRUN
 
 pytestmark = pytest.mark.alone
 
@@ -18,6 +19,8 @@ ON_ONE_PROCESS = [
     (ALONE, "truncated file", "any"),
     (ALONE, "disk full", "any"),
     (ALONE, "SIGUSR1", "save: begun"),
+    (ALONE, "reader gone", "any"),
+    (ALONE, "no room for records", "any"),
     (ALONE, "commit of another run", "any"),
     (ALONE, "SIGTERM", "start-up"),
 ]
