@@ -59,7 +59,7 @@ SETTINGS = {
 }
 CLOCK = ("images_per_second", "data_wait", "memory_gb", "mfu", "time")
 FEW = 30  # steps that a leg goes on at most before its fault, so that chains stay short
-PATIENCE_S = 120
+PATIENCE_S = 600  # a loaded machine is slow; only a run that hangs takes so long
 
 DECODER = {"model.decoder_embed_dim": 64, "model.decoder_depth": 1}
 

@@ -34,6 +34,7 @@ from fuzz_inputs import (
 )
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as rle
 
 from mae_scale.commands import evaluating, status
 from mae_scale.commands.reconstructing import load_foreign, load_mae
@@ -328,7 +329,8 @@ def read_lists(material: Material, folder: Path) -> None:
 def coco_document(material: Material) -> dict[str, Any]:
     shape = [[10.0, 8.0, 40.0, 8.0, 40.0, 30.0, 10.0, 30.0]]
     runs = {"size": [60, 80], "counts": [600, 600, 3600]}
-    text = {"size": [60, 80], "counts": "PPYo1"}
+    mask = rle.encode(np.asfortranarray(np.eye(60, 80, dtype=np.uint8)))
+    text = {"size": [60, 80], "counts": mask["counts"].decode()}
     return {
         "info": {},
         "images": [{"id": 3, "file_name": "a.jpg", "height": 60, "width": 80}],
