@@ -28,11 +28,7 @@ from mae_scale.data.order import SampleOrder
 from mae_scale.data.remote import is_remote, shown
 from mae_scale.data.shards import ShardSet
 from mae_scale.data.tar import BLOCK, read_header
-from mae_scale.data.transforms import (
-    TRAIN_UNIFORMS,
-    decode_image,
-    eval_crop,
-)
+from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop
 from mae_scale.errors import UserError
 from mae_scale.files import NotAFile, open_descriptor
 from mae_scale.randomness import Purpose, uniform
@@ -140,14 +136,12 @@ class ShardReader:
                 if isinstance(error, NotAFile):
                     raise UserError(f"{file} cannot be read: {error.strerror}") from None
                 if attempt + 1 == _READ_TRIES:
-                    raise OSError(
-                        f"{file} cannot be read ({_READ_TRIES} tries): {error}"
-                    ) from error
+                    what = f"{file} cannot be read ({_READ_TRIES} tries): {error}"
+                    raise OSError(what) from error
                 time.sleep(_READ_WAIT_S * 2**attempt)
         found = read_header(header) if got == BLOCK + size else None
         if found is None:
             raise self._changed(shard, f"no member lies at offset {offset}")
-        # No image is so large that a ustar header cannot hold its size.
         if size != found.size:
             raise self._changed(shard, f"{found.name} is not of the indexed {size} bytes")
         return Member(found.name, data)
@@ -402,5 +396,5 @@ class EvalDataset(_BatchDataset):
 
 def empty_images(count: int, size: int) -> torch.Tensor:
     """Return uint8 [count, 3, size, size], uninitialised, laid out as decoder and resize write."""
-    shape = (count, 3, size, size)
-    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    layout = torch.channels_last
+    return torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=layout)
