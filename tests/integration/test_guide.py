@@ -16,6 +16,7 @@ import pytest
 
 from mae_scale.cli import COMMANDS, main
 from mae_scale.data.shards import open_shards
+from mae_scale.tasks.task import TASKS
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
@@ -111,7 +112,7 @@ def own_command(words: list[str]) -> list[str] | None:
         at = templates[0]
         assert (REPOSITORY / words[at]).is_file(), words
         name = Path(words[at]).stem
-        return [name, *words[at + 1 :]] if name in COMMANDS else None
+        return [name, *words[at + 1 :]] if name in (*TASKS, *COMMANDS) else None
     return None
 
 
