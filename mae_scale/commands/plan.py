@@ -51,6 +51,9 @@ def parser(prog: str) -> Parser:
     add("--checkpoint_minutes", type=float, help="between two checkpoints; default: the config's")
     add("--restart_minutes", type=float, default=5.0, help="from the end of a job to its next step "
         "(default: 5)")  # fmt: skip
+    add("--host_ms", type=float, default=0.7, help="milliseconds in which the host hands a block "
+        "over to a GPU, forward and backward (default: %(default)s; measure it with "
+        "benchmarks/host_time.py)")  # fmt: skip
     add("--json", type=Path, help="file to write all numbers to")
     return parser
 
@@ -76,7 +79,7 @@ def config_arguments(name: str, rest: list[str]) -> list[str]:
 
 def _check_cluster(options: argparse.Namespace) -> None:
     for name in ("memory_gb", "tflops", "mfu", "network_gbs", "disk_gbs", "images_per_core",
-                 "checkpoint_minutes", "gpus_per_node"):  # fmt: skip
+                 "host_ms", "checkpoint_minutes", "gpus_per_node"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value:g} must be more than 0")

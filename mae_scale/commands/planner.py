@@ -100,6 +100,7 @@ def _clusters(options: argparse.Namespace) -> list[Cluster]:
             disk_gbs=options.disk_gbs,
             images_per_core=options.images_per_core,
             restart_minutes=options.restart_minutes,
+            host_ms=options.host_ms,
         )
         for number in numbers
     ]

@@ -46,7 +46,10 @@ class Peer:
     """Seconds since the rank last went on to something else."""
 
     def update(self, record: dict[str, Any]) -> None:
-        """Take in the record of this second. Counted, not measured: a suspended job is no hang."""
+        """Take in the record of this second.
+
+        Seconds are counted and not measured: a job that was suspended as a whole does not hang.
+        """
         same = record.get("beat") == self.record.get("beat")
         self.silent = self.silent + BEAT_S if same else 0.0
         moved = record.get("moves") != self.record.get("moves")
@@ -59,7 +62,7 @@ class Peer:
 
 
 def find_lost(peers: list[Peer], limit: float) -> str | None:
-    """Ranks that gave no sign of life for `limit` seconds, in words; None if there is none."""
+    """Name the ranks that gave no sign of life for `limit` seconds; None if there is none."""
     silent = [peer for peer in peers if peer.silent >= limit]
     if not silent:
         return None
@@ -67,10 +70,10 @@ def find_lost(peers: list[Peer], limit: float) -> str | None:
 
 
 def find_stuck(peers: list[Peer], limit: float) -> str | None:
-    """Ranks for which all others have waited `limit` seconds, in words; None if there is none.
+    """Name the ranks for which all others have waited `limit` seconds; None if there is none.
 
-    All ranks do the same things in the same order, so those that are behind keep the others
-    waiting; among those that are as far, it is those that are not in a collective operation.
+    All ranks do the same things in the same order, so the ranks that are behind keep the others
+    waiting. Where several are equally far, it is those that are not in a collective operation.
     """
     if not all(peer.still >= limit for peer in peers):
         return None
@@ -138,12 +141,12 @@ class Watchdog:
             self._threads[-1].start()
 
     def doing(self, what: str) -> None:
-        """Say what this rank does from now on. All ranks say the same things in the same order."""
+        """Say what this rank does from now on. All ranks say the same in the same order."""
         self._record["doing"] = what
-        self._record["moves"] += 1  # after it: who has moved does already say what it does
+        self._record["moves"] += 1  # after it, so that what is said always fits the count
 
     def leave(self) -> None:
-        """Accept from now on that other ranks end, and that the store ends with rank 0."""
+        """From now on other ranks may end, and the store may end with rank 0."""
         self._leaving = True
 
     def stop(self) -> None:
@@ -245,7 +248,11 @@ class Watchdog:
                 self._end(verdict)
 
     def _go_without_store(self, me: Peer) -> None:
-        """The store is rank 0's, and has gone with it; if it is torchrun's, the run is to stop."""
+        """Decide what follows from a store that does not answer.
+
+        It is part of rank 0 and has ended with that. Under torchrun it is part of the launcher;
+        then this process stops as if it had been asked to.
+        """
         torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if torchruns and self._store_is_gone and self._stop_request is not None:
             self._stop_request.set(LAUNCHER_ENDED)
@@ -257,7 +264,7 @@ class Watchdog:
             self._end(f"lost {self._peers[0]}: its store does not answer")
 
     def _end(self, verdict: str) -> NoReturn:
-        # Not through the main thread, which may wait for ever. Data workers watch for it.
+        # The main thread may wait for ever, so it is not asked to end. Data workers end with it.
         with suppress(OSError):  # a terminal that was closed
             print(f"mae-scale: error: {one_line(verdict)}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
-from mae_scale.config.deepspeed import check_stage, load_deepspeed_config
+from mae_scale.config.deepspeed import check_stage, fit_to_model, load_deepspeed_config
 from mae_scale.config.sections import RunConfig
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder
@@ -37,6 +37,7 @@ CHECKPOINTING: tuple[tuple[str | int, bool], ...] = (
 )  # fmt: skip
 AS_FAST = 0.98  # of the fastest: the estimates are no better than that
 BUSY_TOKENS = 2048  # rows of the encoder's matrices from which on a GPU can reach its MFU
+HOST_OF_STAGE_3 = 2  # times as long as under other stages the host takes for a block
 BACKWARD = 2 / 3  # of the time of a step, in which gradients can be sent
 
 
@@ -62,6 +63,8 @@ class Cluster:
     """Images that a core decodes and crops in a second."""
     restart_minutes: float
     """From the end of a job to its next step."""
+    host_ms: float
+    """Milliseconds that the host takes to hand over a block, forward and backward."""
 
     @property
     def nodes(self) -> int:
@@ -121,6 +124,8 @@ class Row:
     """Seconds of a step that are spent waiting for the network."""
     compute_s: float | None
     """Seconds of computing in a step; None where the peak is not known, as on a CPU."""
+    host_s: float
+    """Seconds in which the host hands a step over to the device; a step takes no less."""
     recompute_share: float
     """Share of the computing that activation checkpointing adds."""
     images_per_second: float | None
@@ -128,7 +133,12 @@ class Row:
     checkpoint: float
     """Bytes of a checkpoint, of all ranks."""
     busy: bool
-    """Whether the micro-batch is large enough for the stated MFU."""
+    """Whether the micro-batch is large enough for the stated MFU, and for the host to keep up."""
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step: of computing and of waiting, or what the host takes."""
+        return self.compute_s and max(self.compute_s + self.network_s, self.host_s)
 
     @property
     def memory(self) -> float:
@@ -141,7 +151,7 @@ class Row:
 
 
 def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
-    """All settings that are worth a look, or the one value of each that is fixed.
+    """Compute a row for each setting that is worth a look; settings that are fixed stay so.
 
     Raises:
         UserError: the batch does not divide among the GPUs, or a fixed setting cannot be.
@@ -172,7 +182,7 @@ def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
 
 
 def micro_batches(job: PlannedRun, gpus: int) -> list[int]:
-    """Powers of two that divide a GPU's share of the global batch.
+    """List the powers of two that divide a GPU's share of the global batch.
 
     Raises:
         UserError: there is no such share.
@@ -217,6 +227,8 @@ def _row(
     precision = resolve_precision(train.precision, torch.device(kind))
     run = trained_by(job.config.optim, job.model, precision, train.grad_reduce)
     accumulation = train.global_batch_size // (micro * gpus)
+    if not cluster.is_cpu:
+        zero = fit_to_model(name, zero, run.trained)
     states = model_states(run, zero, gpus, accumulates=accumulation > 1)
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     parts = activation_parts(job.model, sizes(dtype, kind))
@@ -234,8 +246,13 @@ def _row(
         flops = job.flops * (1 + again) * train.global_batch_size / gpus
         compute = flops / (peak_flops * cluster.mfu)
         hidden = sent.overlapped / (cluster.network_gbs * 1e9)
-        exposed -= min(hidden, BACKWARD * compute)
+        exposed -= min(hidden, BACKWARD * compute * sent.window)
+    handing_over = accumulation * _passes(job.model) / 3 * cluster.host_ms / 1e3
+    if zero.get("stage") == 3:
+        handing_over *= HOST_OF_STAGE_3
     largest = train.global_batch_size // gpus
+    enough = micro >= min(largest, -(-BUSY_TOKENS // job.model.encoder_tokens))
+    keeps_up = compute is None or compute + exposed >= handing_over or micro == largest
     return Row(
         deepspeed=name,
         checkpointing=every,
@@ -252,18 +269,26 @@ def _row(
         sent=sent.gradients + sent.weights,
         network_s=exposed,
         compute_s=compute,
+        host_s=handing_over,
         recompute_share=again / (1 + again),
-        images_per_second=compute and train.global_batch_size / (compute + exposed),
+        images_per_second=compute
+        and train.global_batch_size / max(compute + exposed, handing_over),
         checkpoint=run.checkpoint_bytes(zero.get("stage", 0)),
-        busy=micro >= min(largest, -(-BUSY_TOKENS // job.model.encoder_tokens)),
+        busy=enough and keeps_up,
     )
 
 
-def choose(found: list[Row]) -> Row | None:
-    """The fastest setting that fits; of those as fast the first that the documentation names.
+def _passes(model: Encoder) -> int:
+    """Count the passes through a block in a micro-batch, a backward one for two."""
+    blocks = [*model.blocks, *getattr(model, "decoder_blocks", ())]
+    return sum(3 if any(p.requires_grad for p in block.parameters()) else 1 for block in blocks)
 
-    ZeRO-3 is for what does not fit otherwise. Settings that wait for host memory come last, for
-    their speed is not known, and micro-batches on which a GPU is not busy before them.
+
+def choose(found: list[Row]) -> Row | None:
+    """Pick the fastest setting that fits; of equally fast ones the first in the docs' order.
+
+    ZeRO-3 is for what does not fit otherwise. Settings that wait for host memory come last, since
+    their speed is not known; before them come micro-batches that do not keep a GPU busy.
     """
     fitting = [row for row in found if row.fits]
     if len({row.deepspeed for row in found}) > 1:

@@ -22,7 +22,7 @@ ALL_REDUCE_AT_ONCE = 500_000_000  # values that stage 0 sends at once
 
 @dataclass(frozen=True)
 class ParameterStates:
-    """The values that a run keeps for each of its parameters.
+    """What a run keeps for each of its parameters.
 
     Args:
         parameters: of the model, those that are not trained included.
@@ -112,6 +112,11 @@ def overlaps(zero: dict[str, Any]) -> bool:
     return bool(zero.get("overlap_comm", zero.get("stage", 0) == 3))
 
 
+def bucket_size(zero: dict[str, Any]) -> int:
+    """Gradients that are sent at once; the default is DeepSpeed's."""
+    return int(zero.get("reduce_bucket_size", 500_000_000))
+
+
 def model_states(
     run: ParameterStates, zero: dict[str, Any], ranks: int, *, accumulates: bool = True
 ) -> ModelStates:
@@ -128,7 +133,7 @@ def model_states(
     gradients = FP32 * trained / (ranks if stage > 1 else 1)
     weights = value * run.parameters / (ranks if stage > 2 else 1)
     bucket, backward, sending, host = 0.0, 0.0, 0.0, 0.0
-    size = zero.get("reduce_bucket_size", 500_000_000)
+    size = bucket_size(zero)
     buffers = 2 if overlaps(zero) else 1
     step = FP32 * trained / ranks  # the gradients of a rank in one piece
     cast = ITEMSIZE[run.grad_reduce] if run.grad_reduce != run.precision else 0
@@ -153,7 +158,7 @@ def model_states(
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
         host = optimizer + 2 * FP32 * trained / ranks  # gradients as they come, and for the step
         optimizer = gradients = step = 0
-    early = trained > size if stage == 2 else stage == 3
+    early = stage == 3 or (trained > size and (stage == 2 or (stage == 1 and overlaps(zero))))
     return ModelStates(
         weights=weights,
         gradients=gradients,
@@ -174,11 +179,13 @@ class Traffic:
     gradients: float
     weights: float
     overlapped: float
-    """Bytes of both that DeepSpeed sends while it computes."""
+    """Bytes of both that are sent while the backward pass computes, if they get done there."""
+    window: float
+    """Share of a step's backward passes in which they are sent: stage 1 waits for the last one."""
 
 
 def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
-    """Compute what DeepSpeed 0.19 sends: stages 0 and 1 once a step, 2 and 3 per micro-batch.
+    """Compute what is sent: under stages 0 and 1 once a step, under 2 and 3 per micro-batch.
 
     A ring passes on (N - 1) / N of a tensor to gather or to reduce-scatter it, twice that to
     all-reduce it. Stages 1 and 2 all-reduce the gradients, too (DeepSpeed's
@@ -194,5 +201,9 @@ def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation
         weights = gathers * share * run.itemsize * run.parameters
     else:
         weights = share * run.itemsize * run.trained if stage > 0 else 0.0
-    overlapped = gradients + (weights if stage == 3 else 0) if overlaps(zero) else 0.0
-    return Traffic(gradients, weights, overlapped if stage > 0 else 0.0)
+    overlapped = 0.0
+    if stage > 0 and overlaps(zero) and run.trained:
+        # The last bucket is sent when the backward pass has ended.
+        full = (run.trained - 1) // bucket_size(zero) * bucket_size(zero)
+        overlapped = gradients * full / run.trained + (weights if stage == 3 else 0)
+    return Traffic(gradients, weights, overlapped, 1 / accumulation if stage == 1 else 1)

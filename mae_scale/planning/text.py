@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from mae_scale.launch.console import size_text
-from mae_scale.planning.choice import HEADROOM, Cluster, Row, RunPlan
+from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan
 
 
 def recomputed(row: Row) -> str:
@@ -112,9 +112,9 @@ def _consequences(plan: RunPlan) -> list[str]:
     job, cluster, chosen = plan.job, plan.cluster, plan.chosen
     assert chosen is not None
     rate, lines = chosen.images_per_second, []
-    if rate is not None and plan.seconds is not None and chosen.compute_s is not None:
+    step = chosen.step_s
+    if rate is not None and plan.seconds is not None and step is not None:
         hours = plan.seconds / 3600
-        step = chosen.compute_s + chosen.network_s
         lines += [
             f"time         {rate:,.0f} images/s ({rate / cluster.gpus:,.0f} a GPU), steps of "
             f"{step:.2f} s, epochs of {job.images / rate / 60:,.1f} minutes, "
@@ -122,6 +122,7 @@ def _consequences(plan: RunPlan) -> list[str]:
             f"network      {size_text(chosen.sent)} sent by each GPU for a step; "
             f"{chosen.network_s / step:.1%} of the time is spent waiting for it",
         ]
+        lines.append(f"host         {_host_limit(plan, chosen)}")
         if chosen.recompute_share:
             lines.append(f"recomputing  {chosen.recompute_share:.0%} of the computing")
         a_node = rate / cluster.gpus * cluster.gpus_per_node
@@ -145,6 +146,16 @@ def _consequences(plan: RunPlan) -> list[str]:
     return lines
 
 
+def _host_limit(plan: RunPlan, chosen: Row) -> str:
+    """Say from which micro-batch on the GPU, and not the host, decides how long a step takes."""
+    text = f"{chosen.host_s:.3f} s to hand a step over to the GPU"
+    alike = [row for row in plan.rows if _same_checkpointing(row, chosen)]
+    fast = [row.micro_batch for row in alike if row.step_s and row.step_s > row.host_s]
+    if not fast:
+        return f"{text}, which is longer than the GPU takes, whatever the micro-batch"
+    return f"{text}; from a micro-batch of {min(fast)} on the GPU takes longer"
+
+
 def comparison(plans: list[RunPlan]) -> str:
     """A line for each config and number of GPUs."""
     width = max(len(plan.name) for plan in plans) + 2
@@ -159,7 +170,7 @@ def comparison(plans: list[RunPlan]) -> str:
             lines.append(f"{start}nothing fits into {plan.cluster.memory_gb:g} GB")
             continue
         rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
-        wait = row.compute_s and row.network_s / (row.compute_s + row.network_s)
+        wait = row.step_s and row.network_s / row.step_s
         lines.append(
             f"{start}{Path(row.deepspeed).stem:14.13}{recomputed(row):15}{row.micro_batch:5}{row.accumulation:6}"
             f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
@@ -188,9 +199,11 @@ def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
             f"- MFU {cluster.mfu:g} of {cluster.tflops:g} TFLOP/s (fp32: TF32, half of it) while a "
             "GPU computes; recomputing takes time of its own, and so does waiting for the "
             "network; a GPU is kept busy by a micro-batch of 2048 visible tokens or more",
-            f"- {cluster.network_gbs:g} GB/s of bus bandwidth; zero2 and zero3 send during the "
-            "backward pass, zero0 and zero1 after it; copies to host memory are not in the time: "
+            f"- {cluster.network_gbs:g} GB/s of bus bandwidth; zero1, zero2 and zero3 send during "
+            "the backward pass, zero0 after it; copies to host memory are not in the time: "
             "where there are some, img/s is a bound",
+            f"- the host takes {cluster.host_ms:g} ms for a block's forward and backward pass, "
+            f"{HOST_OF_STAGE_3} times as long under zero3; a step takes no less",
             f"- {cluster.images_per_core:g} images/s a core (fine-tuning's augmentation takes "
             f"more), {job.image_bytes / 1e3:.0f} kB an image",
         ]

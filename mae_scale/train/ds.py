@@ -50,12 +50,12 @@ def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float 
 for _module in (stage_1_and_2, stage3, utils):
     _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
-# Neither of the two asks the device: a norm that is not finite is infinite here, and the optimiser
-# is kept from stepping on the device (`nonfinite.StepGuard`).
+# DeepSpeed asks the device whether the norm is finite, to skip the step. `nonfinite.StepGuard` does
+# that on the device: such a norm is infinite there, and the optimiser then changes nothing.
 stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
-# Ranges for NVIDIA's profiler around some 2,000 calls of a step under ZeRO-3. PyTorch's profiler,
-# which `train.profile` uses, does not show them.
+# DeepSpeed marks some 2,000 calls of a step under ZeRO-3 for NVIDIA's profiler, which takes time.
+# PyTorch's profiler, which `train.profile` uses, does not show these marks.
 deepspeed.utils.nvtx.enable_nvtx = False
 
 stage3_modules = (parameter_offload, partitioned_param_coordinator)

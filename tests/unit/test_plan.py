@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mae_scale.cli import main
 from mae_scale.config.classification import FinetuneOptimConfig, LarsConfig
-from mae_scale.config.deepspeed import load_deepspeed_config
+from mae_scale.config.deepspeed import fit_to_model, load_deepspeed_config
 from mae_scale.config.parsing import recipe_names
 from mae_scale.config.sections import OptimConfig
 from mae_scale.models import build_classifier, build_mae
@@ -189,6 +189,26 @@ def test_messages() -> None:
     assert all(traffic(run, zero, 1, 8).gradients == 0 for zero in zeros)
 
 
+def test_buckets_follow_the_size_of_the_model() -> None:
+    """So that all but the last bucket is sent while the backward pass computes."""
+    for params, expected in ((30 * 10**6, 10**7), (112 * 10**6, 14 * 10**6), (10**9, 5 * 10**7)):
+        zero = load_deepspeed_config("zero1")["zero_optimization"]
+        fitting = fit_to_model("zero1", zero, params)
+        assert (fitting["overlap_comm"], fitting["reduce_bucket_size"]) == (True, expected)
+        sent = traffic(ParameterStates(params, params, "bf16"), fitting, 4, accumulation=2)
+        buckets = -(-params // expected)
+        assert sent.overlapped / sent.gradients == pytest.approx((buckets - 1) * expected / params)
+        assert sent.window == 1 / 2
+    stage2 = load_deepspeed_config("zero2")["zero_optimization"]
+    base = ParameterStates(112 * 10**6, 112 * 10**6, "bf16")
+    assert traffic(base, stage2, 4, 1).overlapped == 0  # one bucket holds the whole model
+    assert traffic(base, fit_to_model("zero2", stage2, 112 * 10**6), 4, 1).overlapped > 0
+    own = {"stage": 2, "reduce_bucket_size": 7}
+    assert fit_to_model("my/zero2.json", own, 10**9) == own
+    stage0 = load_deepspeed_config("zero0")["zero_optimization"]
+    assert fit_to_model("zero0", stage0, 10**9) == stage0
+
+
 def test_size_of_a_checkpoint() -> None:
     with torch.device("meta"):
         model = build_classifier("mae_vit_tiny_patch16", 10)
@@ -252,13 +272,34 @@ def test_a_small_gpu_makes_it_recompute_and_shard(capsys: pytest.CaptureFixture[
         plan(capsys, *arguments, "--memory_gb", size, "--gpu", "A100-40GB")[1]
         for size in ("80", "6")
     )
-    assert "--deepspeed zero2 " in large and "--train.activation_checkpointing none" in large
+    assert "--deepspeed zero1 " in large and "--train.activation_checkpointing none" in large
     assert "--deepspeed zero1 " not in small
     code, _, err = plan(capsys, *arguments, "--memory_gb", "0.5", "--gpu", "A100-40GB")
     assert code == 2 and len(err.splitlines()) == 1
     needed = re.search(r"does not fit into 0.5 GB .* needs ([0-9.]+) GB", err)
     assert needed
     assert plan(capsys, *arguments, "--memory_gb", needed[1], "--gpu", "A100-40GB")[0] == 0
+
+
+def test_a_slow_host_is_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A step takes no less than the host needs for it; larger micro-batches need less."""
+    file = tmp_path / "plan.json"
+    rates = {}
+    for host_ms in ("0.001", "10"):
+        _, out, _ = plan(
+            capsys, "--config", "pretrain_vit_base", "--gpus", "8", "--deepspeed", "zero1",
+            "--host_ms", host_ms, "--json", str(file),
+        )  # fmt: skip
+        (found,) = json.loads(file.read_text())["plans"]
+        rates[host_ms] = {row["micro_batch"]: row for row in found["rows"] if row["fits"]}
+        (line,) = [line for line in out.splitlines() if line.startswith("host  ")]
+        least = int(re.search(r"from a micro-batch of (\d+) on the GPU takes longer", line)[1])
+        assert least == (1 if host_ms == "0.001" else 256), line
+    slow = rates["10"][16]
+    # 12 + 8 blocks of 10 ms, for each micro-batch
+    assert slow["host_s"] == pytest.approx(slow["accumulation"] * 20 * 0.01)
+    assert slow["images_per_second"] == pytest.approx(4096 / slow["host_s"])
+    assert rates["0.001"][16]["images_per_second"] > 2 * slow["images_per_second"]
 
 
 def test_where_nothing_fits_a_comparison_says_so(capsys: pytest.CaptureFixture[str]) -> None:
