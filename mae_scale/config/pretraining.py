@@ -32,6 +32,9 @@ class ModelConfig(EncoderConfig):
     of DALL-E's dVAE encoder."""
     vocabulary_size: From1 = 8192
     """Number of different ids that the tokenizer gives."""
+    fewer_passes: bool = False
+    """Whether the pixels of visible patches are gathered before they are projected, a quarter of
+    the work, and targets are normalised in one pass. The numbers are the same but for rounding."""
     decoder_embed_dim: From1 | None = None
     """Width of the decoder, in channels; null takes the architecture's (paper Table 1b)."""
     decoder_depth: From1 | None = None

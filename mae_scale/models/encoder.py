@@ -12,6 +12,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mae_scale.errors import UserError
@@ -22,6 +23,19 @@ Pool = Literal["mean", "token"]  # what describes an image: the mean of its patc
 
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
+
+
+class PatchProjection(nn.Conv2d):
+    """The projection of patches: a convolution of images, or a linear map of chosen patches.
+
+    Both give the same numbers but for rounding, since the stride is the kernel's size.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] -> [B, D, H / p, W / p]; patches [B, K, 3, p, p] -> [B, K, D]."""
+        if x.ndim == 4:
+            return super().forward(x)
+        return F.linear(x.flatten(2), self.weight.flatten(1), self.bias)
 
 
 class Encoder(nn.Module):
@@ -143,6 +157,23 @@ class Encoder(nn.Module):
     def offloads(self) -> bool:
         """Whether the inputs of recomputed blocks wait in host memory."""
         return self._offload
+
+    def embed_chosen_patches(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Embed some patches as `embed_patches` does; nothing is computed of the others.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            ids: int64 [B, K], numbers of the patches row by row.
+
+        Returns:
+            [B, K, D].
+        """
+        b, p, grid = len(images), self.patch_size, self.patch_embed.grid_size[0]
+        patches = images.reshape(b, -1, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        image = torch.arange(b, device=ids.device)[:, None]
+        chosen = patches[image, ids // grid, ids % grid]
+        projection = self.patch_embed.proj
+        return projection(chosen.to(projection.weight.dtype)) + self.pos_embed[0, 1:][ids]
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
         """Float [B, 3, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""

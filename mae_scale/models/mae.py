@@ -10,6 +10,7 @@ from torch import nn
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.models.encoder import (
     Encoder,
+    PatchProjection,
     Pool,
     check_transformer,
     layer_norm,
@@ -98,6 +99,8 @@ class MaskedAutoencoderViT(Encoder):
         norm_pix_loss: predict pixels normalised within their patch (paper section 3).
         pca_components: coefficients under "pca".
         vocabulary_size: different ids under "tokens".
+        fewer_passes: gather the pixels of visible patches before they are projected, and normalise
+            the target in one pass. The numbers are the same but for rounding.
 
     Raises:
         UserError: sizes, a mask ratio or switches that do not fit each other.
@@ -122,6 +125,7 @@ class MaskedAutoencoderViT(Encoder):
         norm_pix_loss: bool = False,
         pca_components: int = 96,
         vocabulary_size: int = 8192,
+        fewer_passes: bool = False,
     ) -> None:
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=mlp_ratio)
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
@@ -135,6 +139,9 @@ class MaskedAutoencoderViT(Encoder):
             )
         self.mask_ratio, self.mask_sampling = mask_ratio, mask_sampling
         self.mask_tokens_in_encoder = mask_tokens_in_encoder
+        self.projects_visible_only = fewer_passes and not mask_tokens_in_encoder
+        if self.projects_visible_only:
+            self.patch_embed.proj.__class__ = PatchProjection  # whose weights are drawn already
         self._target, self.norm_pix_loss = target, norm_pix_loss
         tokens = 1 + self.num_patches
         self.pos_embed.requires_grad_(False)
@@ -156,6 +163,7 @@ class MaskedAutoencoderViT(Encoder):
             norm_pix_loss=norm_pix_loss,
             pca_components=pca_components,
             vocabulary_size=vocabulary_size,
+            fewer_passes=fewer_passes,
         )
         self.decoder_pred = nn.Linear(width, predicted.width)
         self.add_module(target, predicted)  # its keys begin with its name, as `pca.mean`
@@ -269,8 +277,11 @@ class MaskedAutoencoderViT(Encoder):
         Returns:
             [B, 1 + K, embed_dim].
         """
-        x = self.embed_patches(images)
-        x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
+        if self.projects_visible_only:
+            x = self.embed_chosen_patches(images, ids_keep)
+        else:
+            x = self.embed_patches(images)
+            x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
         return self.norm(self.run_blocks(self.blocks, self.prepend_cls_token(x)))
 
     def forward_encoder_with_mask_tokens(

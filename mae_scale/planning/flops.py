@@ -1,9 +1,10 @@
 """Floating-point operations of an image, by formula.
 
-Counted are matrix products (attention's among them) and the patch convolution, 2 operations for a
-multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
-Norms, activations, softmax and the optimiser are not, and neither are activations computed again
-under activation checkpointing: they are a cost of the implementation, not of the model.
+Counted are matrix products (attention's among them) and the projection of patches, 2 operations
+for a multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv 2204.02311,
+appendix B). Norms, activations, softmax and the optimiser are not, and neither are activations
+computed again under activation checkpointing: they are a cost of the implementation, not of the
+model.
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ def _hidden(blocks: Any) -> int:
     return blocks[0].mlp.fc1.out_features
 
 
-def patch_embed_flops(num_patches: int, patch_size: int, width: int) -> int:
-    """Forward operations of the projection of all patches, kept or not."""
-    return 2 * num_patches * patch_size**2 * 3 * width
+def patch_embed_flops(patches: int, patch_size: int, width: int) -> int:
+    """Forward operations of the projection of so many patches."""
+    return 2 * patches * patch_size**2 * 3 * width
+
+
+def _projected(model: MaskedAutoencoderViT) -> int:
+    """Count the patches of an image that are projected: all of them, kept or not, by default."""
+    return model.encoder_tokens - 1 if model.projects_visible_only else model.num_patches
 
 
 def forward_flops(model: MaskedAutoencoderViT) -> int:
     """Operations of the forward pass of one image at the model's own mask ratio."""
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
-    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim)
     visible = model.encoder_tokens
     tokens = 1 + model.num_patches
     encoder = blocks_flops(len(model.blocks), visible, embed_dim, _hidden(model.blocks))
@@ -58,7 +64,7 @@ def training_flops(model: MaskedAutoencoderViT) -> int:
     for that of the input. The images have no gradient, which saves the patch embedding one.
     """
     embed_dim = model.decoder_embed.in_features
-    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim)
     return 3 * forward_flops(model) - patch_embed
 
 

@@ -66,7 +66,7 @@ def host_bytes(parts: Iterable[Part]) -> float:
 
 
 def peak_bytes(parts: Iterable[Part], images: int) -> float:
-    """The most that so many images take on the device, and one weight's gradient beside them."""
+    """Find the most that so many images take on the device, with one weight's gradient."""
     kept, peak = 0.0, 0.0
     for part in parts:
         kept += part.kept
@@ -75,7 +75,7 @@ def peak_bytes(parts: Iterable[Part], images: int) -> float:
 
 
 def activation_parts(model: Encoder, size: Sizes) -> list[Part]:
-    """The parts of a training step, as the model is set: checkpointing, offload, frozen blocks.
+    """List the parts of a training step, as checkpointing, offload and frozen blocks make them.
 
     Args:
         model: masked autoencoder or classifier; may be on the meta device.
@@ -88,7 +88,7 @@ def activation_parts(model: Encoder, size: Sizes) -> list[Part]:
 
 
 def blocks_parts(model: Encoder, blocks: Iterable[Any], tokens: int, size: Sizes) -> list[Part]:
-    """One part for each of the transformer blocks, which see so many tokens of an image."""
+    """Make a part for each of the transformer blocks, which see so many tokens of an image."""
     return [_block_part(model, number, block, tokens, size) for number, block in enumerate(blocks)]
 
 
@@ -124,7 +124,7 @@ def _image_bytes(model: Encoder) -> int:
 
 
 def _batch(model: Encoder, image_is_kept: bool) -> int:
-    """The image as it came, in uint8, and normalised in fp32, which all of the forward pass has."""
+    """Count the image in uint8 and in fp32: both are there during the whole forward pass."""
     return _image_bytes(model) * (1 if image_is_kept else 1 + FP32)
 
 
@@ -133,17 +133,21 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
     visible, tokens = model.encoder_tokens, 1 + patches
     outputs = model.decoder_pred.out_features
-    embedded = patches * embed_dim * value
+    only_visible = model.projects_visible_only
+    seen = visible - 1 if only_visible else patches
+    embedded = seen * embed_dim * value
     predicted = tokens * outputs * value
     difference = patches * outputs * FP32  # of prediction and target; the logarithm of softmax
     # The order of the patches, and all of them to take the visible ones from; or which to replace.
     masked = patches if model.mask_tokens_in_encoder else patches * INT64 + embedded
+    if only_visible:
+        masked = 0  # nothing is taken from what has a gradient
     # Visible and mask tokens, not yet in order, and that order.
     ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
     ids = patches * INT64 if model.target.needs_tokenizer else 0
     return [
         Part(  # the image
-            kept=_image_bytes(model) * value + masked,
+            kept=_image_bytes(model) * seen // patches * value + masked,
             passing=2 * embedded,
             gradient=model.patch_embed.proj.weight.numel() * value,
         ),
@@ -159,7 +163,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
         ),
         Part(  # the loss: the mask; the target and the square are there beside the difference
             kept=difference + patches * FP32 + ids,
-            passing=2 * difference + predicted + _batch(model, value == FP32),
+            passing=2 * difference + predicted + _batch(model, value == FP32 and seen == patches),
         ),
     ]
 

@@ -28,7 +28,13 @@ def test_formula_equals_pytorchs_counter(name: str, mask_ratio: float) -> None:
 
 @pytest.mark.parametrize(
     "switches",
-    [{"mask_tokens_in_encoder": True}, {"target": "tokens"}, {"mask_sampling": "grid"}],
+    [
+        {"mask_tokens_in_encoder": True},
+        {"target": "tokens"},
+        {"mask_sampling": "grid"},
+        {"fewer_passes": True},
+        {"fewer_passes": True, "mask_tokens_in_encoder": True},
+    ],
 )
 def test_formula_of_the_switches(switches: dict) -> None:
     with torch.device("meta"):

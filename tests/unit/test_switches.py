@@ -43,6 +43,27 @@ def edges(mask: torch.Tensor) -> float:
     return float(sum(pairs) / 2)
 
 
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_fewer_passes_give_the_same_numbers(norm_pix_loss: bool) -> None:
+    """Loss, prediction and every gradient, but for rounding; the weights have the same keys."""
+    found = []
+    for fewer in (False, True):
+        model = mae(fewer_passes=fewer, norm_pix_loss=norm_pix_loss).double()
+        noise = torch.rand(4, model.num_patches, generator=torch.Generator().manual_seed(1))
+        loss, pred, _ = model(IMAGES.double(), noise)
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((model.state_dict(), loss, pred, grads))
+    (state, loss, pred, grads), (other_state, other_loss, other_pred, other_grads) = found
+    assert all(torch.equal(state[key], other_state[key]) for key in state.keys() | other_state)
+    # The target is in fp32, whatever the model.
+    assert other_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(other_pred, pred, rtol=1e-9, atol=1e-9)
+    assert grads.keys() == other_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(other_grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_blocks_are_few_and_the_share_is_exact(ratio: float) -> None:
     """About half as many edges as random patches have, at the most; every place has its turn."""
