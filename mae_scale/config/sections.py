@@ -116,6 +116,9 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on
     CPUs."""
+    autocast: bool = False
+    """Whether, under bf16, weights and what goes from block to block are fp32 and torch.autocast
+    computes layers in bf16, as in the authors' code; otherwise both are bf16."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over the ranks; bf16 halves what is sent."""
     activation_checkpointing: Literal["none", "full"] | From1 = changeable("none")

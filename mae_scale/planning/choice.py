@@ -225,12 +225,13 @@ def _row(
     train, gpus = job.config.train, cluster.gpus
     kind = "cpu" if cluster.is_cpu else "cuda"
     precision = resolve_precision(train.precision, torch.device(kind))
-    run = trained_by(job.config.optim, job.model, precision, train.grad_reduce)
+    weights = "fp32" if train.autocast else precision
+    run = trained_by(job.config.optim, job.model, weights, train.grad_reduce)
     accumulation = train.global_batch_size // (micro * gpus)
     if not cluster.is_cpu:
         zero = fit_to_model(name, zero, run.trained)
     states = model_states(run, zero, gpus, accumulates=accumulation > 1)
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = activation_parts(job.model, sizes(dtype, kind))
     kept = micro * kept_bytes(parts)
     host = states.host + micro * host_bytes(parts)
@@ -242,7 +243,7 @@ def _row(
     exposed = (sent.gradients + sent.weights) / (cluster.network_gbs * 1e9)
     if cluster.tflops is not None:
         # fp32 on a GPU is TF32, whose peak is half of bf16's.
-        peak_flops = cluster.tflops * 1e12 * (1 if run.precision == "bf16" else 0.5)
+        peak_flops = cluster.tflops * 1e12 * (1 if precision == "bf16" else 0.5)
         flops = job.flops * (1 + again) * train.global_batch_size / gpus
         compute = flops / (peak_flops * cluster.mfu)
         hidden = sent.overlapped / (cluster.network_gbs * 1e9)

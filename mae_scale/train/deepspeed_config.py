@@ -28,7 +28,7 @@ DECIDED_ELSEWHERE = {
 }
 
 
-_FP32 = " with weights in fp32, which detection needs"
+_FP32 = " with weights in fp32, which train.autocast or the task asks for"
 
 # Other spellings that DeepSpeed takes.
 SPELLINGS = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16"}

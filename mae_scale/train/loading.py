@@ -36,7 +36,8 @@ def load_checkpoint(
     """
     commit = Commit.read(folder)
     stage = engine.zero_optimization_stage()
-    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    computes_in_bf16 = engine.bfloat16_enabled() or engine.torch_autocast_enabled()
+    precision = "bf16" if computes_in_bf16 else "fp32"
     saved = (commit.world_size, commit.zero_stage, commit.precision)
     if saved != (engine.world_size, stage, precision):
         log.info(

@@ -80,8 +80,9 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
         UserError: the config does not fit the run, or the run's optimiser.
     """
     precision = resolve_precision(config.train.precision, world.device)
+    fp32_weights = config.fp32_weights or config.train.autocast
     filled = fill_deepspeed_config(
-        config.deepspeed, config.train, world, precision, fp32_weights=config.fp32_weights
+        config.deepspeed, config.train, world, precision, fp32_weights=fp32_weights
     )
     check_stage(config.optim, zero_stage(filled))
     return filled
