@@ -29,9 +29,11 @@ log = logging.getLogger("mae_scale")
 # What `start` sets for DeepSpeed and torch, where a launcher has not.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# When a peer is gone torch's own watchdog ends the process within seconds, naming nobody. With 2 it
-# only ends the communication: the next collective raises, and ours says which rank it was.
-NCCL_ERRORS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+# What torch does by default when a peer is gone or hangs ends this process, and names nobody.
+# - With 2, its watchdog only ends the communication. The next collective raises, and the watchdog
+#   of this project says which rank it was.
+# - The monitor of its watchdog would end the process after 8 minutes in which a CUDA call hangs.
+NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 END_S = 60  # for the process group to end, once all ranks have come there
 
@@ -67,7 +69,8 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
-        os.environ.setdefault(*NCCL_ERRORS)
+        for name, setting in NCCL.items():
+            os.environ.setdefault(name, setting)
     if "OMP_NUM_THREADS" not in os.environ:
         # Beside a GPU the data workers need the CPUs; without one it is the arithmetic.
         torch.set_num_threads(compute_threads() if device.type == "cuda" else cpus())
@@ -163,7 +166,7 @@ def process_group(
 @contextmanager
 def _environment_kept() -> Iterator[None]:
     """Take back what `start` sets."""
-    before = {name: os.environ.get(name) for name in (*VARIABLES, NCCL_ERRORS[0])}
+    before = {name: os.environ.get(name) for name in (*VARIABLES, *NCCL)}
     try:
         yield
     finally:
