@@ -78,8 +78,11 @@ place_tasks() {
   if [[ $(scontrol show config | grep '^TaskPlugin ') == *@(affinity|cgroup)* ]]; then
     task_options+=("--cpu-bind=$MAE_CPU_BIND")
   fi
-  # Tasks of a node reach each other's GPUs directly only where each of them sees all of them.
-  [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || task_options+=("--gpu-bind=none")
+  # Tasks of a node reach each other's GPUs directly only where each of them sees all of them. GPUs
+  # are numbered socket by socket as a rule, but Slurm deals tasks out to the sockets in turn.
+  if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+    task_options+=("--gpu-bind=none" "--distribution=${SLURM_DISTRIBUTION:-block:block}")
+  fi
 }
 
 # Where the ranks meet: the first node, by the address that Slurm itself uses, since the name need

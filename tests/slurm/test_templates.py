@@ -224,3 +224,4 @@ def test_one_task_per_gpu(training: Training) -> None:
     output = training.submit("--nodes=2", site).finish()
     assert "preflight: 4 ranks on n1 (2), n2 (2); CPU" in output
     assert "--ntasks-per-node=2 --cpus-per-task=2" in output and "--gpu-bind=none" in output
+    assert "--distribution=block:block" in output
