@@ -294,7 +294,7 @@ def test_a_slow_host_is_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: 
         rates[host_ms] = {row["micro_batch"]: row for row in found["rows"] if row["fits"]}
         (line,) = [line for line in out.splitlines() if line.startswith("host  ")]
         least = int(re.search(r"from a micro-batch of (\d+) on the GPU takes longer", line)[1])
-        assert least == (1 if host_ms == "0.001" else 256), line
+        assert least == (1 if host_ms == "0.001" else 512), line
     slow = rates["10"][16]
     # 12 + 8 blocks of 10 ms, for each micro-batch
     assert slow["host_s"] == pytest.approx(slow["accumulation"] * 20 * 0.01)
