@@ -8,6 +8,7 @@ import struct
 import warnings
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mae_scale.data.formats import (
@@ -79,12 +80,28 @@ def _sound_jpeg(data: bytes, max_pixels: int) -> bool:
                 return False
         else:
             return False
-        found = _MARKER.search(data, end)
-        if found is None:
-            return False
-        begin = found.start()
+        if begin == 2 and _only_end_marker(data, end):
+            begin = len(data) - 2
+        else:
+            found = _MARKER.search(data, end)
+            if found is None:
+                return False
+            begin = found.start()
         if data[begin + 1] == END_MARKER:
             return _tables_decode(b"".join(tables) + b"\xff\xd9")
+
+
+def _only_end_marker(data: bytes, at: int) -> bool:
+    """Return whether a JPEG's end marker is its last two bytes, and the only one from `at` on.
+
+    That is so for most images, and numpy sees it in half the time of the search for a marker.
+    """
+    if data[-2:] != b"\xff\xd9" or at + 2 > len(data):
+        return False
+    entropy_coded = np.frombuffer(data, np.uint8)[at:-2]
+    marker = entropy_coded[:-1] == 0xFF
+    marker &= entropy_coded[1:] != 0
+    return not marker.any()
 
 
 @lru_cache(maxsize=4096)

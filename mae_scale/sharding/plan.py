@@ -35,6 +35,7 @@ class Options:
     resize_short: int | None = None  # pixels
     quality: int = 90  # quality of resized JPEGs
     max_pixels: int = MAX_PIXELS  # a larger image counts as damaged
+    baseline: bool = False  # progressive JPEGs are made baseline, without loss
 
 
 class Plan:
@@ -106,6 +107,7 @@ class Plan:
             "source_sha256": self.source.fingerprint(),
             # Older folders have no such key: it is written only if it is not their value.
             **({"max_pixels": options.max_pixels} if options.max_pixels != MAX_PIXELS else {}),
+            **({"baseline": True} if options.baseline else {}),
         }
 
 

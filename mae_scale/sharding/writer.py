@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 from collections import deque
@@ -24,12 +25,14 @@ from mae_scale.errors import RunError
 from mae_scale.files import host_label, owner, read_file, sha256_of, write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
+from mae_scale.sharding.baseline import is_progressive, make_baseline
 from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
 
 WORK = ".sharding"  # subfolder for unfinished work
 _THREADS = 2  # number of threads of each process that read ahead
+_PARTS = 1000  # number of parts that one call may write (IOV_MAX is 1024)
 _PIECE_BYTES = 2_000_000  # bytes of images that a thread takes at a time
 
 
@@ -55,7 +58,7 @@ def write_shard(shard: int) -> dict[str, Any]:
     name = job.plan.file(shard)
     temporary = job.out / WORK / f"{name}.{owner()}.tmp"
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("wb", buffering=0) as stream:
             record = _fill(job, shard, stream)
         if record["samples"]:
             # Waiting until the tar is on the disk would take as long as writing it; after a
@@ -90,25 +93,30 @@ class _Piece:
     index: list[tuple[int, ...]]  # fields of INDEX_DTYPE or ANNOTATED_DTYPE, offsets in the piece
     checksums: list[int]
     damaged: list[tuple[str, str]]  # name, reason
+    baseline: int = 0  # number of progressive JPEGs that were made baseline
+    progressive: int = 0  # number of those that could not
 
 
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     index, checksums, damaged = [], [], []
+    baseline = progressive = 0
     at = 0
     for piece in _read_ahead(job.plan, job.plan.images(shard)):
         for part in piece.parts:
             digest.update(part)
-        stream.writelines(piece.parts)
+        _write(stream.fileno(), piece.parts)
         index += [_moved(entry, at) for entry in piece.index]
         at += piece.size
         checksums += piece.checksums
         damaged += piece.damaged
+        baseline += piece.baseline
+        progressive += piece.progressive
         job.written[shard] = len(index) + len(damaged)
     end = bytes(2 * tarfile.BLOCKSIZE)
     end += bytes(-(at + len(end)) % tarfile.RECORDSIZE)
     digest.update(end)
-    stream.write(end)
+    _write(stream.fileno(), [end])
     return {
         "file": job.plan.file(shard),
         "samples": len(index),
@@ -117,7 +125,19 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         "index": index,
         "checksums": checksums,
         "damaged": damaged,
+        **({"baseline": baseline, "progressive": progressive} if job.plan.options.baseline else {}),
     }
+
+
+def _write(descriptor: int, parts: list[bytes]) -> None:
+    """Write parts one after the other, without copying them together first."""
+    for i in range(0, len(parts), _PARTS):
+        some = parts[i : i + _PARTS]
+        left = sum(map(len, some)) - os.writev(descriptor, some)
+        if left:  # a disk that is almost full takes less
+            rest = memoryview(b"".join(some))[-left:]
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
 
 
 def _moved(entry: tuple[int, ...], at: int) -> tuple[int, ...]:
@@ -148,6 +168,8 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
     piece = _Piece([], 0, [], [], [])
     for place in places:
         data, reason = _image(plan, place)
+        if reason is None and plan.options.baseline and is_progressive(data):
+            data, reason = _baseline(plan, piece, data)
         if reason is not None:
             piece.damaged.append((plan.source.title(place), reason))
             continue
@@ -189,6 +211,17 @@ def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
         except Exception as error:  # PIL's errors for damaged images have no common class
             reason = str(error) or type(error).__name__
     return data, reason
+
+
+def _baseline(plan: Plan, piece: _Piece, data: bytes) -> tuple[bytes, str | None]:
+    """Return a progressive JPEG as a baseline one if that can be, or why it is damaged."""
+    try:
+        made = make_baseline(data, plan.options.max_pixels)
+    except Exception as error:  # PIL's errors for damaged images have no common class
+        return data, str(error) or type(error).__name__
+    piece.baseline += made is not None
+    piece.progressive += made is None
+    return made or data, None
 
 
 def record_path(out: Path, plan: Plan, shard: int) -> Path:
