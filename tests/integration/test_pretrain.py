@@ -61,6 +61,19 @@ def test_max_hours_stops_as_a_signal_does(run: Run, undisturbed: Run) -> None:
     assert run.rows() == undisturbed.rows()
 
 
+def test_repeats_go_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
+    settings = {"data.repeats": 2, "train.max_steps": 4}
+    run.settings = {**settings, "train.max_hours": 1e-9}
+    run.finish(STOPPED)
+    assert 0 < len(run.rows()) < 4
+    run.settings = {**settings, "train.max_hours": 24}
+    run.finish()
+    whole = replace(run, run_dir=tmp_path / "whole", settings=settings)
+    whole.finish()
+    assert run.rows() == whole.rows()
+    assert [row["samples"] for row in whole.rows()] == [24, 48, 72, 96]
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_the_stream_does_not_depend_on_the_world_size(
     run: Run, undisturbed: Run, processes: int

@@ -27,6 +27,7 @@ from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop, train_crop
 from mae_scale.errors import RunError, UserError
+from mae_scale.models.masking import mask_noise
 from mae_scale.randomness import Purpose, uniform
 
 SAMPLES = [40, 1, 30, 9, 0, 17]  # 97 in all: prime
@@ -126,6 +127,33 @@ def test_repeats_are_other_views_of_the_samples_of_a_step(
         )
     with pytest.raises(UserError, match="each comes 5 times"):
         train_loader(shards, repeats=5)
+
+
+@pytest.mark.parametrize(("start", "workers", "micro"), [(5, 0, 24), (11, 2, 6), (14, 1, 12)])
+def test_repeats_go_on_at_any_step(shards: ShardSet, start: int, workers: int, micro: int) -> None:
+    """Twelve steps an epoch: within one, at its end, and in the second; with other workers, too."""
+    whole = stream(train_loader(shards, repeats=3), 17)
+    rest = stream(
+        train_loader(shards, repeats=3, workers=workers, micro_batch_size=micro),
+        (17 - start) * 24 // micro,
+        start,
+    )
+    for key, values in rest.items():
+        assert torch.equal(values, whole[key][start * 24 :]), key
+
+
+@pytest.mark.parametrize("sampling", ["random", "block"])
+def test_repeats_have_masks_of_their_own(
+    shards: ShardSet, alone: dict[str, torch.Tensor], sampling: str
+) -> None:
+    """The first view of a sample is masked as it is without repeats, the others each otherwise."""
+    got = stream(train_loader(shards, repeats=3), 4)
+    views = mask_noise(SEED, got["epoch"], got["sample"], 64, sampling).view(32, 3, 64)
+    first = mask_noise(SEED, alone["epoch"][:32], alone["sample"][:32], 64, sampling)
+    assert torch.equal(views[:, 0], first)
+    kept = views.argsort(-1, stable=True)[..., :16].sort(-1).values
+    different = [(kept[:, i] != kept[:, j]).any(-1).float().mean() for i, j in ((0, 1), (1, 2))]
+    assert min(different) > 0.9
 
 
 def test_an_image_of_too_many_pixels_is_damaged(
