@@ -20,7 +20,7 @@ from mae_scale.sharding.imagenet import WNID, base_of
 from mae_scale.sharding.listing import Entry, Listing
 from mae_scale.sharding.processes import run_all
 from mae_scale.sharding.tars import Tail, lacks_end, problem_of, stream_tar, walk_tar
-from mae_scale.sharding.words import says_nothing, split_word
+from mae_scale.sharding.words import LIST_SUFFIXES, may_list, says_nothing, split_word
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _OTHERS = (".zip", ".7z", ".rar", ".tar.zst", ".tzst", ".tar.lz4", *_COMPRESSED, ".tar")
@@ -31,6 +31,7 @@ class Listed(NamedTuple):
 
     entries: list[Entry]
     labels: str  # name of a file with a label, if one lies beside an image
+    tables: list[str]  # files that may be lists of images
     cut: bool  # the end marker is missing
     left_out: list[tuple[str, str]]  # images that are no plain files, and why
 
@@ -125,8 +126,9 @@ def read_archives(
     listing = Listing()
     flat = []
     for i, path in enumerate(tars):
-        entries, labels, cut, lost = listed[i]
+        entries, labels, tables, cut, lost = listed[i]
         listing.left_out += lost
+        listing.tables += tables
         if labels:
             raise UserError(
                 f"{path} holds labels ({labels}): it is a WebDataset tar and not the tar of a "
@@ -194,28 +196,39 @@ def _visible(name: str) -> bool:
 
 def _list_tar(task: tuple[int, str]) -> tuple[int, Listed]:
     number, path = task
-    entries, labels = [], ""
+    entries: list[Entry] = []
     lost: list[tuple[str, str]] = []
+    texts: list[str] = []
     for m in walk_tar(Path(path)):
         if m.problem and is_image_name(m.name):
             lost.append((f"{Path(path).name}: {m.name}", m.problem))
         elif _visible(m.name) and not m.problem:
             entries.append(Entry("", _clean(m.name), m.size, m.offset, number))
-        elif m.name.endswith((".cls", ".json")) and not base_of(m.name).startswith("."):
-            labels = labels or m.name
-    cut = lacks_end(Path(path))
-    return number, Listed(entries, _label_beside(labels, entries), cut, lost)
+        elif _is_text(m.name):
+            texts.append(_clean(m.name))
+    return number, Listed(entries, *_meaning_of(texts, entries), lacks_end(Path(path)), lost)
 
 
-def _label_beside(label: str, entries: Sequence[Entry]) -> str:
-    """Return the name of a label file if an image of the same key is there."""
-    key = _clean(label).rpartition(".")[0]
-    return label if any(e.name.rpartition(".")[0] == key for e in entries) else ""
+def _is_text(name: str) -> bool:
+    """Return whether a file may hold the label of an image, or a list of images."""
+    suffix, base = name.rpartition(".")[2].lower(), base_of(name)
+    text = suffix in ("cls", "json") or (suffix in LIST_SUFFIXES and may_list(base))
+    return text and not base.startswith(".")
+
+
+def _meaning_of(texts: Sequence[str], entries: Sequence[Entry]) -> tuple[str, list[str]]:
+    """Return the name of a label file, which has the key of an image, and the lists of images."""
+    keys = {e.name.rpartition(".")[0] for e in entries}
+    beside = [t.rpartition(".")[0] in keys for t in texts]
+    labels = (t for t, b in zip(texts, beside, strict=True) if b and t.endswith((".cls", ".json")))
+    lists = [t for t, b in zip(texts, beside, strict=True) if not b and may_list(base_of(t))]
+    return next(labels, ""), lists
 
 
 def _unpack(path: Path, spool: IO[bytes]) -> Listed:
-    entries, labels = [], ""
+    entries: list[Entry] = []
     lost: list[tuple[str, str]] = []
+    texts: list[str] = []
     opens: Any = {".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), igzip.open)
     try:
         with opens(path, "rb") as raw:
@@ -235,10 +248,10 @@ def _unpack(path: Path, spool: IO[bytes]) -> Listed:
                         raise UserError(f"{path} ends inside {printable(name)}: it is cut short")
                     entries.append(Entry("", _clean(name), len(data), spool.tell(), -1))
                     spool.write(data)
-                elif name.endswith((".cls", ".json")) and not base_of(name).startswith("."):
-                    labels = labels or name
+                elif member.isfile() and _is_text(name):
+                    texts.append(_clean(name))
     except (EOFError, lzma.LZMAError, IsalError, OSError) as error:  # type: ignore[misc]  # its stubs say it is an instance
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} is not an intact archive: {printable(str(error))}") from None
-    return Listed(entries, _label_beside(labels, entries), not stream.has_end, lost)
+    return Listed(entries, *_meaning_of(texts, entries), not stream.has_end, lost)

@@ -69,6 +69,19 @@ def test_tars_that_are_not_clear(tmp_path: Path) -> None:
         find_source(tmp_path / "zip", "train")
 
 
+def test_lists_of_splits_in_a_tar_are_seen(tmp_path: Path) -> None:
+    names = [f"food/images/{c}/{k}.jpg" for c in "ab" for k in "12"]
+    for mode, name in (("w", "food.tar"), ("w:gz", "food.tar.gz")):
+        src = tmp_path / name
+        write_tar(src / name, [*names, "food/meta/train.txt", "food/meta/test.txt"], mode)
+        with pytest.raises(UserError, match=r"look like lists of splits.*--list"):
+            find_source(src, "train", work=tmp_path / "work")
+        (tmp_path / "list").write_text("a/1\nb/2\n")
+        choice = Choice(tmp_path / "list")
+        assert counts(find_source(src, "train", choice=choice, work=tmp_path / "work")) == {
+            "a": 1, "b": 1}  # fmt: skip
+
+
 def test_a_damaged_compressed_tar(tmp_path: Path) -> None:
     src = tmp_path / "src"
     write_tar(tmp_path / "x.tar", [f"{c}/{k}.jpg" for c in "abcd" for k in "12"])
