@@ -52,25 +52,42 @@ def find_archives(src: Path, split: str) -> list[Path]:
     Those of other splits are left out; those whose name says no split are not.
 
     Raises:
-        UserError: there are tars, but none of this split.
+        UserError: there are tars, but none of this split, or it is not clear which are.
     """
     folders = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name[0] != "."]
     there: set[str] = set()
     for group in ([src], [src / "data"], [f for f in folders if split_word(f.name)[1]]):
-        found = []
-        for folder in group:
-            for path in _tars_in(folder):
-                inside = split_word(folder.name)[0] if folder != src else None
-                word, pure = split_word(stem_of_tar(path))
-                word = word if pure else inside
-                there |= {word} if word else set()
-                if word in (split, None):
-                    found.append(path)
+        tars = [path for folder in group for path in _tars_in(folder)]
+        inside = {f: split_word(f.name)[0] for f in group if f != src}
+        word_of = _splits_of([p for p in tars if not inside.get(p.parent)], src)
+        word_of |= {p: inside[p.parent] for p in tars if inside.get(p.parent)}
+        there |= {word for word in word_of.values() if word}
+        found = [path for path in tars if word_of[path] in (split, None)]
         if found:
             return found
     if there:
         raise UserError(f"{src} has no {split} split; it has: {', '.join(sorted(there))}")
     return []
+
+
+def _splits_of(tars: Sequence[Path], src: Path) -> dict[Path, str | None]:
+    """Return the split that the name of each tar means.
+
+    A name with other words in it (``train_256_places365standard``) means a split where it is the
+    only tar, or the others mean other splits; else it may be a class, such as ``bullet_train``.
+    """
+    words = {path: split_word(stem_of_tar(path)) for path in tars}
+    exact = {word for word, pure in words.values() if word and pure}
+    loose = {path: word for path, (word, pure) in words.items() if word and not pure}
+    splits = set(loose.values())
+    if (exact & splits) or (not exact and len(splits) > 1):
+        raise UserError(
+            f"{src}: it is not clear whether {', '.join(sorted(p.name for p in loose)[:4])} are "
+            "splits, or parts or copies of one; put the tars of the split into a folder of their "
+            "own, and give that as SRC"
+        )
+    means = bool(exact) or len(tars) == 1
+    return {p: word if pure or means else None for p, (word, pure) in words.items()}
 
 
 def _tars_in(folder: Path) -> list[Path]:
@@ -92,11 +109,11 @@ def other_archives(src: Path) -> list[str]:
     return sorted(p.name for p in src.iterdir() if p.name.lower().endswith(_OTHERS))
 
 
-def holds_images(src: Path) -> bool:
-    """Return whether any image lies in a folder below this one."""
+def holds_images(src: Path, itself: bool = False) -> bool:
+    """Return whether any image lies in a folder below this one; or in this one, if asked for."""
     for folder, below, files in os.walk(src):
         below[:] = [name for name in below if not name.startswith(".")]
-        if Path(folder) != src and any(map(is_image_name, files)):
+        if (itself or Path(folder) != src) and any(map(is_image_name, files)):
             return True
     return False
 

@@ -117,7 +117,7 @@ def _classes_in(
             source.warnings += warnings
             return source
         if not folder.children:
-            tables = [n for n in listing.tables if n.startswith(prefix) or not folder.path]
+            tables = [n for n in listing.tables if n.startswith(prefix) or "/" not in n]
             hint = f"; if {tables[0]} has labels, give it with --list" if tables else ""
             warnings.append(
                 f"{where} has no class folders: all images get the class 'images'{hint}"

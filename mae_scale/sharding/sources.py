@@ -69,6 +69,8 @@ def find_source(
             f"{src} is not a folder; give the folder that holds the archives or the class folders"
         )
     source, has_splits = _look(src, split, workers, choice, work)
+    if unread := [name for name in other_archives(src) if not _readable(name)]:
+        source.warnings.append(f"{', '.join(unread[:3])} were not read: unpack them first")
     if not len(source):
         packed = f"; unpack {', '.join(other[:3])} first" if (other := other_archives(src)) else ""
         raise UserError(
@@ -96,6 +98,10 @@ def find_source(
             f"all images are of one class, {source.classes[0]}: nothing can be classified"
         )
     return source
+
+
+def _readable(name: str) -> bool:
+    return name.lower().endswith(".tar") or is_compressed(Path(name))
 
 
 def _look(
@@ -126,15 +132,21 @@ def _packed(
     """Find the images in parquet files or tars; None where there are none."""
     if holds_images(src):
         # What was unpacked counts, and not the archive beside it, unless only this is of the split.
-        folders = [p.name for p in src.iterdir() if p.is_dir()]
+        folders = [p for p in src.iterdir() if p.is_dir() and split_word(p.name) == (split, True)]
         tars = [p for p in src.glob("*.tar*") if split_word(stem_of_tar(p)) == (split, True)]
-        if not tars or any(split_word(name)[0] == split for name in folders):
+        if folders and not any(holds_images(folder, itself=True) for folder in folders):
+            tars = find_archives(src, split)  # the tars of classes, out of ImageNet's archive
+        elif folders:
+            return None
+        if not tars:
             return None
         files: list[Path] = []
         named = False
     else:
         files, named = find_parquet(src, split)
-        tars = [] if files else find_archives(src, split)
+        tars = []
+        for folder in covers(src) if not files else ():
+            tars = tars or find_archives(folder, split)
     if not files and not tars:
         return None
     spooled = bool(files) or any(map(is_compressed, tars))

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from make_trees import counts, jpg, write_tar
+from make_trees import counts, jpg, tree, write_tar
 
 from mae_scale.errors import UserError
 from mae_scale.sharding.sources import Choice, find_source
@@ -45,6 +45,40 @@ def test_tars_of_splits_and_of_everything(tmp_path: Path, ending: str) -> None:
         tmp_path / "nette", "val", choice=Choice(tmp_path / "list"), work=tmp_path / "w"
     )
     assert counts(chosen) == {"b": 1} and chosen.read(0) == jpg(7)
+
+
+def test_names_of_tars_that_say_more_than_a_split(tmp_path: Path) -> None:
+    places = tmp_path / "places"
+    write_tar(places / "train_256_places365standard.tar", ["d/a/abbey/1.jpg", "d/b/bar/2.jpg"])
+    assert len(find_source(places, "train")) == 2
+    with pytest.raises(UserError, match="no val split; it has: train"):
+        find_source(places, "val")
+    write_tar(places / "val_256.tar", ["val_256/x/1.jpg", "val_256/y/2.jpg"])
+    assert counts(find_source(places, "train")) == {"a/abbey": 1, "b/bar": 1}
+    assert counts(find_source(places, "val")) == {"x": 1, "y": 1}
+    for number, names in enumerate((["cars_train", "cars_test"], ["train", "train_aug", "val"])):
+        for name in names:
+            write_tar(tmp_path / str(number) / f"{name}.tar", ["a/1.jpg", "b/2.jpg"])
+        with pytest.raises(UserError, match="splits, or parts or copies of one"):
+            find_source(tmp_path / str(number), "train")
+    for name in ("bullet_train", "freight_train"):
+        write_tar(tmp_path / "classes" / f"{name}.tar", ["1.jpg"])
+    assert counts(find_source(tmp_path / "classes", "train")) == {
+        "bullet_train": 1, "freight_train": 1}  # fmt: skip
+
+
+def test_tars_of_classes_below_a_cover_and_beside_images(tmp_path: Path) -> None:
+    for wnid in ("n1", "n2"):
+        write_tar(tmp_path / f"a/winter21_whole/{wnid}.tar.gz", [f"{wnid}/1.JPEG"], "w:gz")
+        write_tar(tmp_path / f"b/ILSVRC2012_img_train/{wnid}.tar", [f"{wnid}_1.JPEG"])
+    tree(tmp_path / "b/val", "n1/2.JPEG")
+    work = tmp_path / "work"
+    assert counts(find_source(tmp_path / "a", "train", work=work)) == {"n1": 1, "n2": 1}
+    assert counts(find_source(tmp_path / "b", "train")) == {"n1": 1, "n2": 1}
+    assert counts(find_source(tmp_path / "b", "val")) == {"n1": 1}
+    tree(tmp_path / "b/ILSVRC2012_img_test", "1.JPEG")
+    (tmp_path / "b/x.zip").write_bytes(b"PK")
+    assert "x.zip were not read" in "".join(find_source(tmp_path / "b", "val").warnings)
 
 
 def test_tars_that_are_not_clear(tmp_path: Path) -> None:
