@@ -70,7 +70,7 @@ def find_source(
         )
     source, has_splits = _look(src, split, workers, choice, work)
     if unread := [name for name in other_archives(src) if not _readable(name)]:
-        source.warnings.append(f"{', '.join(unread[:3])} were not read: unpack them first")
+        source.warnings.append(f"not read: {', '.join(unread[:3])}; unpack them first")
     if not len(source):
         packed = f"; unpack {', '.join(other[:3])} first" if (other := other_archives(src)) else ""
         raise UserError(

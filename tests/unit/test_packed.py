@@ -78,7 +78,7 @@ def test_tars_of_classes_below_a_cover_and_beside_images(tmp_path: Path) -> None
     assert counts(find_source(tmp_path / "b", "val")) == {"n1": 1}
     tree(tmp_path / "b/ILSVRC2012_img_test", "1.JPEG")
     (tmp_path / "b/x.zip").write_bytes(b"PK")
-    assert "x.zip were not read" in "".join(find_source(tmp_path / "b", "val").warnings)
+    assert "not read: x.zip" in "".join(find_source(tmp_path / "b", "val").warnings)
 
 
 def test_tars_that_are_not_clear(tmp_path: Path) -> None:
