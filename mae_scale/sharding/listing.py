@@ -90,7 +90,9 @@ class Source:
         """
         size = int(self.sizes[i])
         if self.offsets is None:
-            descriptor = open_descriptor(f"{self.root}/{self.names[i]}")
+            # It was a file when it was listed; to ask again would take as long as to open it.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            descriptor = os.open(f"{self.root}/{self.names[i]}", flags)
             try:
                 data = os.read(descriptor, size + 1)
             finally:

@@ -184,14 +184,13 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
             ending, extra = "cls", b"%d" % label
         piece.index.append(entry)
         piece.checksums.append(crc32(data))
-        sample = (
-            make_header(key + ".jpg", len(data)),
-            data,
+        behind = (
             bytes(-len(data) % tarfile.BLOCKSIZE),
             make_header(f"{key}.{ending}", len(extra)),
             extra,
             bytes(-len(extra) % tarfile.BLOCKSIZE),
         )
+        sample = (make_header(key + ".jpg", len(data)), data, b"".join(behind))
         piece.parts += sample
         piece.size += sum(map(len, sample))
     return piece
