@@ -23,6 +23,8 @@ from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import shrink
 from mae_scale.sharding.sources import Source
 
+OPTIONAL = ("max_pixels", "baseline")  # keys of the record that stand there unless at default
+
 
 @dataclass(frozen=True)
 class Options:

@@ -40,7 +40,7 @@ from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.baseline import check_jpeglib
 from mae_scale.sharding.coco import find_coco
-from mae_scale.sharding.plan import Options, Plan
+from mae_scale.sharding.plan import OPTIONAL, Options, Plan
 from mae_scale.sharding.processes import run_all
 from mae_scale.sharding.sources import Choice, Source, find_source
 from mae_scale.sharding.writer import (
@@ -230,10 +230,11 @@ def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
         raise UserError(f"{out} holds a damaged plan; give a new folder") from error
     if before is None:
         raise UserError(f"{out} holds tars of something else; give a new or empty folder")
+    keys = [*plan.record, *(key for key in OPTIONAL if key not in plan.record)]
     different = [
-        f"{key} {before.get(key)} there, {value} now"
-        for key, value in plan.record.items()
-        if before.get(key) != value
+        f"{key} {before.get(key)} there, {plan.record.get(key)} now"
+        for key in keys
+        if before.get(key) != plan.record.get(key)
     ]
     if different:
         raise UserError(
