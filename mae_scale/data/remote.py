@@ -80,4 +80,5 @@ def open_remote(url: str) -> Any:
         raise UserError(
             f"{shown(url)} begins with an unknown scheme; known: {':, '.join(SCHEMES)}:"
         )
+    url = scheme_of(url) + url[len(scheme_of(url)) :]  # S3: is s3:
     return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url, "rb")

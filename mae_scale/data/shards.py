@@ -127,6 +127,9 @@ def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
     paths = []
     try:
         manifest, *arrays = (read_remote(join(root, name)) for name in names)
+    except OSError as error:
+        raise UserError(f"{shown(root)} cannot be opened: {error}") from None
+    try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         for name, content in zip(names[1:], arrays, strict=True):
             digest = hashlib.sha256(manifest + content).hexdigest()[:32]
@@ -135,7 +138,10 @@ def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
                 write_atomically(path, content)
             paths.append(path)
     except OSError as error:
-        raise UserError(f"{shown(root)} cannot be opened: {error}") from None
+        raise UserError(
+            f"the cache folder {cache_dir} cannot be written: {error.strerror}; "
+            "give another one (cache_dir)"
+        ) from None
     return manifest, paths[0], paths[1]
 
 

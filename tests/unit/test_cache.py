@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from make_disks import full_disk
+from make_disks import full_disk, read_only_disk
 from make_shards import make_shards
 
 from mae_scale.data import cache as cache_module
@@ -127,6 +127,16 @@ def test_a_full_disk_is_named_at_once(server: Server, folder: Path, tmp_path: Pa
             cache.open(f"{server.url}/{NAME}", size)
         assert not files_in(disk / "cache", ".part")
     assert server.requests.get(NAME, 0) <= 1  # trying again would not help
+
+
+def test_a_read_only_folder_for_the_index_is_named(server: Server, tmp_path: Path) -> None:
+    said = pytest.raises(UserError, match=r"the cache folder .* cannot be written: .*cache_dir")
+    with read_only_disk(tmp_path / "disk") as disk, said:
+        open_shards(server.url, disk / "cache")
+    upper = f"HTTP{server.url[4:]}"  # a scheme may be written in capitals
+    assert len(open_shards(upper, tmp_path / "cache")) == sum(SAMPLES)
+    with pytest.raises(UserError, match="unknown scheme; known: https:, http:"):
+        open_shards("wss://host/x", tmp_path / "cache")
 
 
 def test_a_shard_is_fetched_once_and_kept(server: Server, folder: Path, tmp_path: Path) -> None:
