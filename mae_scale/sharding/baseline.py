@@ -63,7 +63,7 @@ def _one_scan(data: bytes) -> bytes:
         with _LOCK:
             image = jpeglib.read_dct(f"/proc/self/fd/{files[0]}")
             image.progressive_mode = False
-            image.write_dct(f"/proc/self/fd/{files[1]}")
+            image.write_dct(f"/proc/self/fd/{files[1]}", flags=["+OPTIMIZE_CODING"])
         return os.pread(files[1], os.fstat(files[1]).st_size, 0)
     finally:
         for file in files:
