@@ -77,7 +77,8 @@ def _compare_splits(source: Source, found: Found, root: Path, split: str) -> lis
         if not inner.deep or inner.validation or mine == {"images"}:
             continue
         theirs = set(map(normal, classes_of(inner, None).values()))
-        if not {c.count("/") for c in mine} & {c.count("/") for c in theirs}:
+        few = min(len(mine), len(theirs)) < 2
+        if not few and not {c.count("/") for c in mine} & {c.count("/") for c in theirs}:
             raise UserError(
                 f"{root}: the classes of {split} lie at another depth than those of {name} "
                 f"({min(mine)} and {min(theirs)}); say with --class-depth how many folders of a "

@@ -110,6 +110,9 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool
         )
     if root.direct:
         warnings.append(_left_out_text(root.direct, src / root.path, "beside the splits"))
+    if len(chosen) > 1:
+        parts = ", ".join(Path(folder.path).name for folder in chosen)
+        warnings.append(f"{parts} in {src / root.path} are put together as {split}")
     others = {n: f for n, f in root.children.items() if f not in chosen and split_word(n)[1]}
     inside = []
     for folder in chosen:

@@ -203,6 +203,11 @@ def test_what_changes_labels_is_said(tmp_path: Path) -> None:
     assert counts(listed) == {"cat": 1}
 
 
+def test_parts_of_a_split_are_named(tmp_path: Path) -> None:
+    source = find_source(tree(tmp_path, *TRAIN_X, "val.X/a/1.jpg", "val.X/b/1.jpg"), "train")
+    assert source.warnings == [f"train.X1, train.X2 in {tmp_path} are put together as train"]
+
+
 def test_names_that_a_terminal_cannot_show(tmp_path: Path) -> None:
     src = tree(tmp_path, "a\nb/1.jpg", "c/2.jpg", os.fsdecode(b"caf\xe9/\xff.jpg"))
     source = find_source(src, "train")
