@@ -54,7 +54,7 @@ class Transform(Protocol):
             max_pixels: a larger image is refused before it is decoded.
 
         Raises:
-            ValueError: one of the files is damaged.
+            ValueError: one of the files is damaged, or too large.
         """
         ...
 

@@ -26,7 +26,7 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
 
     The layout is ``{images,annotations}/{training,validation}``, alone or in a folder
     ``ADEChallengeData2016``, with the classes' names in ``objectInfo150.txt``. Without that file
-    classes are named by their numbers.
+    the classes are the numbers up to the largest one in the masks of both splits.
 
     Raises:
         UserError: the split is missing, an image or a mask has no partner, or a mask has another
@@ -59,6 +59,9 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
     keys = sorted(stems)
     names = _class_names(root)
     pairs = [(str(stems[key]), str(labels[key])) for key in keys]
+    if names is None:  # the shards of both splits must list the same classes
+        others = (root / "annotations" / f for f in _FOLDERS.values() if f != _FOLDERS[split])
+        pairs += [("", str(path)) for folder in others for path in sorted(folder.glob("*.png"))]
     largest = 0
     for found in run_all(_check, range(len(pairs)), workers, pairs):
         if isinstance(found, str):
@@ -89,13 +92,16 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
 
 
 def _check(number: int) -> tuple[int, int] | str:
-    """Return number and largest value of a mask, or what is wrong with it; in a worker process."""
+    """Return number and largest value of a mask, or what is wrong with it; in a worker process.
+
+    The image may be "", where only the mask is of interest.
+    """
     image, mask = shared()[number]
     try:
         values = read_label_map(read_file(mask))
     except (ValueError, OSError) as error:
         return f"{mask} {error}"
-    size = image_size(image)
+    size = image_size(image) if image else None
     if size is not None and size != values.shape:
         return (
             f"{mask} is {values.shape[0]} x {values.shape[1]} pixels (height x width), its image "

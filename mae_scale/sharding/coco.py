@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as rle
 
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
@@ -62,7 +64,10 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
     images, annotations, categories = (
         content[key] for key in ("images", "annotations", "categories")
     )
-    names = {_integer(file, "category", c, "id"): str(c.get("name")) for c in categories}
+    names = {_integer(file, "category", c, "id"): c.get("name") for c in categories}
+    for number, name in names.items():
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{file}: category {number} has the name {name!r}; expected text")
     if len(names) != len(categories) or not names:
         raise UserError(f"{file} lists {len(categories)} categories with {len(names)} ids")
     places = {_integer(file, "image", image, "id"): i for i, image in enumerate(images)}
@@ -77,14 +82,18 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
     for place, annotation in enumerate(annotations):
         number = _integer(file, "annotation", annotation, "id")
         where = f"{file}: annotation {number}"
-        image = places.get(annotation.get("image_id"))
+        image_id, category = (
+            _integer(file, f"annotation {number}", annotation, key)
+            for key in ("image_id", "category_id")
+        )
+        image = places.get(image_id)
         if number in seen:
             raise UserError(f"{where} stands there twice")
         if image is None:
-            raise UserError(f"{where} is of image {annotation.get('image_id')}, not in the list")
-        if annotation.get("category_id") not in names:
+            raise UserError(f"{where} is of image {image_id}, not in the list")
+        if category not in names:
             raise UserError(
-                f"{where} has the category {annotation.get('category_id')}; the list has "
+                f"{where} has the category {category}; the list has "
                 f"{len(names)} categories from {min(names)} to {max(names)}"
             )
         seen.add(number)
@@ -92,7 +101,11 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
         x, y, w, h = _box(where, annotation, height, width)
         _check_segmentation(where, annotation, height, width)
         of_image[image].append(place)
-        crowd, empty = bool(annotation.get("iscrowd", 0)), w == 0 or h == 0
+        crowd, empty = annotation.get("iscrowd", 0), w == 0 or h == 0
+        if crowd not in (0, 1):
+            raise UserError(f"{where} has iscrowd {crowd!r}; expected 0 or 1")
+        if not _numbers([annotation.get("area", 0)]):
+            raise UserError(f"{where} has the area {annotation['area']!r}; expected pixels")
         objects[image] += not crowd and not empty
         crowds += crowd
         flat += empty and not crowd
@@ -205,7 +218,7 @@ def image_size(path: str) -> tuple[int, int] | None:
 
 def _box(where: str, annotation: dict[str, Any], height: int, width: int) -> list[float]:
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not _finite(box) or min(box[2:]) < 0:
+    if not isinstance(box, list) or len(box) != 4 or not _numbers(box) or min(box[2:]) < 0:
         raise UserError(f"{where} has the box {box!r}; expected [x, y, width, height] in pixels")
     x, y, w, h = box
     if x >= width or y >= height or x + w < 0 or y + h < 0:
@@ -216,34 +229,47 @@ def _box(where: str, annotation: dict[str, Any], height: int, width: int) -> lis
     return box
 
 
-def _finite(values: Any) -> bool:
+def _numbers(values: list[Any]) -> bool:
+    """Return whether all are finite numbers."""
     try:
-        return bool(np.isfinite(np.asarray(values, np.float64)).all())
-    except (TypeError, ValueError):
+        return all(not isinstance(v, bool) and math.isfinite(v) for v in values)
+    except (TypeError, OverflowError):
         return False
 
 
 def _check_segmentation(where: str, annotation: dict[str, Any], height: int, width: int) -> None:
     found = annotation.get("segmentation")
-    if isinstance(found, dict):  # run lengths, as numbers or compressed to text
-        size, counts = found.get("size"), found.get("counts")
-        if size != [height, width]:
-            raise UserError(
-                f"{where} has a mask of {size} pixels (height, width), its image has "
-                f"{[height, width]}"
-            )
-        if not isinstance(counts, str) and (
-            not isinstance(counts, list) or not _finite(counts) or sum(counts) != height * width
-        ):
-            raise UserError(f"{where} has a mask whose run lengths do not add up to its size")
+    if isinstance(found, dict):
+        _check_runs(where, found.get("size"), found.get("counts"), height, width)
         return
     if not isinstance(found, list) or not found:
         raise UserError(f"{where} has no segmentation; expected polygons or run lengths")
     for polygon in found:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not _finite(polygon):
+        if not isinstance(polygon, list) or len(polygon) % 2 or not _numbers(polygon):
             raise UserError(f"{where} has a polygon that is no list of x, y, x, y, ...")
         if len(polygon) < 6:
             raise UserError(f"{where} has a polygon of {len(polygon) // 2} points; it needs 3")
+
+
+def _check_runs(where: str, size: Any, counts: Any, height: int, width: int) -> None:
+    """Raise a UserError unless run lengths, as numbers or compressed to text, fill the image."""
+    if size != [height, width]:
+        raise UserError(
+            f"{where} has a mask of {size} pixels (height, width), its image has {[height, width]}"
+        )
+    if isinstance(counts, str):
+        try:
+            rle.decode({"size": size, "counts": counts})
+            return
+        except ValueError:
+            pass
+    elif (
+        isinstance(counts, list)
+        and all(isinstance(n, int) and n >= 0 for n in counts)
+        and sum(counts) == height * width
+    ):
+        return
+    raise UserError(f"{where} has a mask whose run lengths do not add up to its size")
 
 
 def _record(

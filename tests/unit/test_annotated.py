@@ -29,6 +29,7 @@ from mae_scale.data.annotations import IGNORE, box_within, coco_file
 from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
+from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.coco import read_coco
 from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
@@ -269,51 +270,73 @@ def test_segmentation_crop(ade_shards: Path) -> None:
             assert (labels[h:] == IGNORE).all() and (labels[:, w:] == IGNORE).all()
 
 
-def _changed(content: dict[str, Any], what: str) -> str:
-    """Break a file of COCO, and give what the message must say."""
-    first = content["annotations"][0]
-    if what == "missing image":
-        content["images"][3]["file_name"] = "nowhere.jpg"
-        return "names 1 of 12 images that are not in"
-    if what == "category":
-        first["category_id"] = 90
-        return f"annotation {first['id']} has the category 90"
-    if what == "mask size":
-        first["segmentation"] = {"size": [5, 5], "counts": [25]}
-        return "has a mask of \\[5, 5\\] pixels"
-    if what == "two points":
-        first["segmentation"] = [[1, 2, 3, 4]]
-        return "a polygon of 2 points; it needs 3"
-    if what == "outside":
-        first["bbox"] = [500, 10, 4, 4]
-        return "outside of its image"
-    if what == "image size":
-        content["images"][0]["width"] += 1
-        return "pixels \\(height x width\\), but"
-    if what == "twice":
-        content["annotations"][1]["id"] = first["id"]
-        return "stands there twice"
-    first["image_id"] = 5
-    return "is of image 5, not in the list"
+def _first(**values: Any) -> Callable[[Any], None]:
+    """Change the first annotation of a file of COCO."""
+    return lambda content: content["annotations"][0].update(values)
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["missing image", "category", "mask size", "two points", "outside", "image size", "twice",
-     "no such image"],
-)  # fmt: skip
+def _mask(**values: Any) -> Callable[[Any], None]:
+    """Give the first annotation run lengths; its image has 80 x 100 pixels."""
+    return _first(segmentation={"size": [80, 100], **values})
+
+
+NOT_COCO: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "missing image": (
+        lambda c: c["images"][3].update(file_name="nowhere.jpg"),
+        "names 1 of 12 images that are not in",
+    ),
+    "image size": (lambda c: c["images"][0].update(width=97), r"\(height x width\), but"),
+    "no name": (lambda c: c["categories"][0].pop("name"), "category 7 has the name None"),
+    "category": (_first(category_id=90), "annotation 50 has the category 90; the list has 2"),
+    "list of categories": (_first(category_id=[3]), r"annotation 50 with category_id \[3\]"),
+    "mask size": (_mask(size=[5, 5], counts=[25]), r"has a mask of \[5, 5\] pixels"),
+    "short runs": (_mask(counts=[25]), "run lengths do not add up"),
+    "negative runs": (_mask(counts=[8001, -1]), "run lengths do not add up"),
+    "runs of text": (_mask(counts="no runs"), "run lengths do not add up"),
+    "two points": (_first(segmentation=[[1, 2, 3, 4]]), "a polygon of 2 points; it needs 3"),
+    "nested points": (_first(segmentation=[[[1, 2], [3, 4]]]), "is no list of x, y, x, y"),
+    "endless point": (_first(segmentation=[[1, 2, 3, 4, 5, 1e400]]), "is no list of x, y, x, y"),
+    "no mask": (_first(segmentation=[]), "has no segmentation"),
+    "outside": (_first(bbox=[500, 10, 4, 4]), "outside of its image"),
+    "box of text": (_first(bbox=["1", 2, 3, 4]), "has the box"),
+    "crowd": (_first(iscrowd="0"), "has iscrowd '0'; expected 0 or 1"),
+    "area": (_first(area=None), "has the area None"),
+    "twice": (lambda c: c["annotations"][1].update(id=50), "stands there twice"),
+    "no such image": (_first(image_id=5), "is of image 5, not in the list"),
+    "list of images": (_first(image_id=[5]), r"annotation 50 with image_id \[5\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_COCO)
 def test_coco_that_cannot_be_is_refused(coco: Path, tmp_path: Path, what: str) -> None:
     content = json.loads((coco / "annotations/instances_train2017.json").read_text())
-    message = _changed(content, what)
+    change, message = NOT_COCO[what]
+    change(content)
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(content))
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         shard(
             coco / "train2017", out, Options("train"),
             find=lambda *_: read_coco(file, coco / "train2017"),
         )  # fmt: skip
-    assert not out.exists()
+    assert not out.exists() and "\n" not in str(caught.value)
+
+
+def test_without_names_both_splits_have_the_same_classes(ade: Path, tmp_path: Path) -> None:
+    """Each split lacks some numbers, but training must fit validation."""
+    for folder, largest in (("training", 2), ("validation", 4)):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / "a.jpg").write_bytes(
+            (ade / "images/training/p0.jpg").read_bytes()
+        )
+        values = np.full((80, 100), largest, np.uint8)
+        (tmp_path / "annotations" / folder / "a.png").write_bytes(_png(values))
+    for split in ("train", "val"):
+        source = find_ade(tmp_path, split)
+        assert source is not None and source.classes == ["1", "2", "3", "4"]
+        assert len(source.annotations) == 1
 
 
 def _png(values: np.ndarray) -> bytes:
