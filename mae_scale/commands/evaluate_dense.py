@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.tasks import detect as detection
 from mae_scale.tasks import segment as segmentation
+from mae_scale.tasks.dense import open_annotated
 from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train import checkpoint
 from mae_scale.train.detection_scores import evaluate_detection
@@ -48,7 +49,7 @@ def run(
     Raises:
         UserError: data or options that do not fit the run.
     """
-    task = trained.task.name
+    task, config = trained.task.name, cast(Any, trained.config)
     for name in ("imagenet_c", "classes", "model", "img_size", "crop_ratio"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is for classifiers; {trained.run_dir} is a run of {task}")
@@ -56,12 +57,7 @@ def run(
         raise UserError(f"--multi_scale is for segmenters; {trained.run_dir} is a run of {task}")
     if not sets:
         raise UserError("nothing to evaluate on: give NAME=SHARDS")
-    opened = {
-        name: (detection.open_detection if task == "detect" else segmentation.open_segmentation)(
-            spec, options.cache_dir
-        )
-        for name, spec in sets
-    }
+    opened = {name: open_annotated(spec, options.cache_dir, task) for name, spec in sets}
     for name, shards in opened.items():
         if list(shards.classes) != trained.classes:
             raise UserError(
@@ -85,7 +81,7 @@ def run(
         kind = DetectionEvalLoader if task == "detect" else SegmentationEvalLoader
         loader = kind(
             shards,
-            img_size=trained.config.model.img_size,
+            img_size=config.model.img_size,
             batch_size=min(options.batch_size, _MOST) if task == "detect" else 1,
             rank=world.rank,
             world_size=world.size,
@@ -96,7 +92,7 @@ def run(
         if task == "detect":
             cache = shard_cache(shards, options.cache_dir, None)
             row = evaluate_detection(
-                lambda *inputs: detection.detect(outputs, *inputs),
+                lambda *inputs: detection.detect(outputs, config, *inputs),
                 loader,  # type: ignore[arg-type]
                 shards,
                 device=world.device,

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
-    """Each image file, and the name of what is written of it, without an ending.
+    """List each image file, and the name of what is written of it, without an ending.
 
     Raises:
         UserError: there are none, or two would have the same name.
@@ -116,7 +116,7 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[TrainedRun, Predict]:
-    """The run, and a function from an image to what its model sees.
+    """Read the run, and return with it a function from an image to what its model sees.
 
     Raises:
         UserError: there is no run, or one of a task that sees nothing.
@@ -171,7 +171,7 @@ def _detector(
         square, size = evaluation_input(image, config.model.img_size)
         original = torch.tensor([image.shape[1:]])
         inputs = (square[None], torch.tensor([size]), original)
-        found = detect(model, *(x.to(device) for x in inputs))[0]
+        found = detect(model, config, *(x.to(device) for x in inputs))[0]
         kept = found["scores"] >= options.score
         found = {key: value[kept] for key, value in found.items()}
         numbers, scores = found["classes"].tolist(), found["scores"].tolist()
@@ -233,7 +233,7 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _table(rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
-    """The five best names of each image, as CSV."""
+    """Write the five best names of each image as CSV."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     columns = [f"{what}{i}" for i in range(1, _TABLE_TOP + 1) for what in ("class", "score")]

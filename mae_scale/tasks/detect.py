@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from mae_scale.config.dense import DetectConfig
+from mae_scale.config.detect import DetectConfig
 from mae_scale.config.sections import given
 from mae_scale.data.annotated import AnnotatedTrainLoader, DetectionEvalLoader
 from mae_scale.data.annotated_transforms import (
@@ -18,23 +15,19 @@ from mae_scale.data.annotated_transforms import (
     normalize_padded,
     unpack_masks,
 )
-from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.shards import ShardSet
 from mae_scale.errors import UserError
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.models.detector import Detector, build_detector
 from mae_scale.models.proposals import Targets, paste_masks
 from mae_scale.tasks.classification import notes
-from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.dense import initial_weights, open_annotated, step_flops, validation_loader
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
 from mae_scale.train.run import TrainingSetup, train_loader
 from mae_scale.world import World
-
-log = logging.getLogger("mae_scale")
 
 
 def build(config: DetectConfig, num_classes: int) -> Detector:
@@ -43,23 +36,19 @@ def build(config: DetectConfig, num_classes: int) -> Detector:
 
 
 def flops(model: Detector) -> int:
-    """Operations of one image in a training step, counted by PyTorch on the meta device.
+    """Count one image's operations in a training step; see `step_flops`.
 
-    The backward pass counts twice the forward one. A quarter of the proposals is given to the mask
-    head, which is the most that it gets.
+    A quarter of the proposals is given to the mask head, which is the most that it gets.
     """
     size, channels = model.backbone.patch_embed.img_size[0], model.rpn.head.cls_logits.in_channels
     heads, rois = model.roi_heads, model.roi_heads.fg_bg_sampler.batch_size_per_image
-    was_training = model.training
-    model.eval()
-    place = next(model.parameters()).device
-    with torch.no_grad(), torch.device(place), FlopCounterMode(display=False) as counter:
-        maps = model.pyramid(model.backbone(torch.zeros(1, 3, size, size)))
-        model.rpn.head(maps)
+
+    def forward() -> None:
+        model.rpn.head(model.pyramid(model.backbone(torch.zeros(1, 3, size, size))))
         heads.box_predictor(heads.box_head(torch.zeros(rois, channels, 7, 7)))
         heads.mask_predictor(heads.mask_head(torch.zeros(rois // 4, channels, 14, 14)))
-    model.train(was_training)
-    return 3 * counter.get_total_flops()
+
+    return step_flops(model, forward)
 
 
 def prepare(config: DetectConfig, world: World) -> TrainingSetup:
@@ -68,7 +57,7 @@ def prepare(config: DetectConfig, world: World) -> TrainingSetup:
     Raises:
         UserError: shards, weights or settings that cannot be used.
     """
-    shards = open_detection(config.data.train, config.data.cache_dir)
+    shards = open_annotated(config.data.train, config.data.cache_dir, "detect")
     low, high = config.augment.scale
     transform = DetectionTransform(shards.categories, config.augment.recipe, (low, high))
     loader = train_loader(config, world, shards, transform, AnnotatedTrainLoader)
@@ -87,29 +76,14 @@ def prepare(config: DetectConfig, world: World) -> TrainingSetup:
         loader,
         loss_of,
         flops(model),
-        weights=_initial_weights(config, model),
+        weights=initial_weights(config, model),
         validation=_validation(config, world, shards),
         notes=notes(category_names(shards)),
     )
 
 
-def open_detection(path: str, cache_dir: str | None) -> ShardSet:
-    """Open shards with the annotations of COCO.
-
-    Raises:
-        UserError: there are none, or they hold something else.
-    """
-    shards = open_shards(path, cache_dir)
-    if shards.task != "detection":
-        raise UserError(
-            f"{shards.root} holds shards for {shards.task}; detect needs those that `mae-scale "
-            "shard` makes of a COCO folder"
-        )
-    return shards
-
-
 def category_names(shards: ShardSet) -> list[str]:
-    """The names of the categories in the order of their ids, which is that of the classes."""
+    """List the names of the categories in the order of their ids, which is that of the classes."""
     ordered = sorted(shards.categories, key=lambda category: category["id"])
     return [str(category["name"]) for category in ordered]
 
@@ -125,13 +99,21 @@ def targets_of(batch: Batch) -> Targets:
 
 
 def detect(
-    model: Callable[..., Any], images: torch.Tensor, sizes: torch.Tensor, originals: torch.Tensor
+    model: Callable[..., Any],
+    config: DetectConfig,
+    images: torch.Tensor,
+    sizes: torch.Tensor,
+    originals: torch.Tensor,
 ) -> list[dict[str, torch.Tensor]]:
     """Detect objects in images; boxes and masks are in the pixels of the files.
 
+    As in training, li2021 lets the model see grey padding as a part of the image, and vitdet pads
+    with the mean colour.
+
     Args:
         model: `Detector`, or an engine around it; not in training mode.
-        images: uint8 [B, 3, S, S], padded.
+        config: of the run.
+        images: uint8 [B, 3, S, S], padded with grey.
         sizes: int64 [B, 2], height and width without padding.
         originals: int64 [B, 2], height and width in the file.
 
@@ -139,66 +121,42 @@ def detect(
         Of each image "boxes" float32 [N, 4], "classes" int64 [N] from 0, "scores" float32 [N],
         "masks" bool [N, H, W].
     """
-    found = model(normalize_padded(images, sizes), sizes)
+    shown = torch.full_like(sizes, images.shape[-1]) if config.augment.recipe == "li2021" else sizes
+    found = model(normalize_padded(images, shown), shown)
     for each, size, original in zip(found, sizes.tolist(), originals.tolist(), strict=True):
         h, w = original
         scale = each["boxes"].new_tensor([w / size[1], h / size[0]] * 2)
         boxes = each["boxes"] * scale
-        each["boxes"] = boxes.clamp(min=0).minimum(boxes.new_tensor([w, h, w, h]))
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([w, h, w, h]))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # others lie in the padding
+        each |= {key: value[kept] for key, value in each.items()} | {"boxes": boxes[kept]}
         each["masks"] = paste_masks(each["masks"], each["boxes"], (h, w))
     return found
 
 
-def _initial_weights(
-    config: DetectConfig, model: Detector
-) -> Callable[[], dict[str, torch.Tensor]] | None:
-    if config.weights is None:
-        return None
-    path = Path(config.weights)
-
-    def read() -> dict[str, torch.Tensor]:
-        state = read_any(path)
-        weights = fit_to_dense_model(state, model, new_head=config.new_head)
-        log.info("from %s: %s", path, fitted(state, weights, model))
-        return weights
-
-    return read
-
-
 def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validation | None:
-    """COCO's numbers on data.val.
+    """Validate on data.val by COCO's numbers.
 
     Raises:
         UserError: no shards, or their categories are not those of the training shards.
     """
     if config.data.val is None:
         return None
-    shards = open_detection(config.data.val, config.data.cache_dir)
+    shards = open_annotated(config.data.val, config.data.cache_dir, "detect")
     ids, others = ({c["id"] for c in each.categories} for each in (train, shards))
     if ids != others:
         raise UserError(
             f"data.val {shards.root} has other categories than data.train; their manifests must "
             "list the same"
         )
-    loader = DetectionEvalLoader(
-        shards,
-        img_size=config.model.img_size,
-        batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
-        crop_ratio=None,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_pixels=config.data.max_pixels,
-    )
+    batch = config.train.micro_batch_size
+    loader = validation_loader(DetectionEvalLoader, config, world, shards, batch)
 
     def scores(
         engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> dict[str, float] | None:
         return evaluate_detection(
-            lambda *inputs: detect(engine, *inputs),
+            lambda *inputs: detect(engine, config, *inputs),
             loader,
             shards,
             device=world.device,

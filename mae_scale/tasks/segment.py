@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.config.sections import given
 from mae_scale.config.segment import SegmentConfig
@@ -16,22 +13,18 @@ from mae_scale.data.annotated_transforms import (
     SegmentationTransform,
     normalize_padded,
 )
-from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.shards import ShardSet
 from mae_scale.errors import UserError
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.models.segmenter import Segmenter, build_segmenter
 from mae_scale.tasks.classification import notes
-from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.dense import initial_weights, open_annotated, step_flops, validation_loader
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch, Validation
 from mae_scale.train.run import TrainingSetup, train_loader
 from mae_scale.train.segmentation_scores import Sliding, evaluate_segmentation
 from mae_scale.world import World
-
-log = logging.getLogger("mae_scale")
 
 
 def build(config: SegmentConfig, num_classes: int) -> Segmenter:
@@ -40,19 +33,14 @@ def build(config: SegmentConfig, num_classes: int) -> Segmenter:
 
 
 def flops(model: Segmenter) -> int:
-    """Operations of one image in a training step, counted by PyTorch on the model's device.
+    """Count one image's operations in a training step; see `step_flops`."""
 
-    The backward pass counts twice the forward one.
-    """
-    was_training, size = model.training, model.img_size
-    model.eval()
-    images = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        maps = model.neck(model.backbone(images))
+    def forward() -> None:
+        maps = model.neck(model.backbone(torch.zeros(1, 3, model.img_size, model.img_size)))
         model.head(maps)
         model.auxiliary(maps[2])
-    model.train(was_training)
-    return 3 * counter.get_total_flops()
+
+    return step_flops(model, forward)
 
 
 def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
@@ -66,7 +54,7 @@ def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
             "train.micro_batch_size 1 on one process is too little for the batch norm of a map of "
             "one pixel; 2 would do, or 2 processes"
         )
-    shards = open_segmentation(config.data.train, config.data.cache_dir)
+    shards = open_annotated(config.data.train, config.data.cache_dir, "segment")
     low, high = config.augment.scale
     transform = SegmentationTransform(
         (low, high), config.augment.most_of_one, config.augment.colors
@@ -85,25 +73,10 @@ def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
         loader,
         loss_of,
         flops(model),
-        weights=_initial_weights(config, model),
+        weights=initial_weights(config, model),
         validation=_validation(config, world, shards),
         notes=notes(shards.classes),
     )
-
-
-def open_segmentation(path: str, cache_dir: str | None) -> ShardSet:
-    """Open shards with the class of each pixel.
-
-    Raises:
-        UserError: there are none, or they hold something else.
-    """
-    shards = open_shards(path, cache_dir)
-    if shards.task != "segmentation":
-        raise UserError(
-            f"{shards.root} holds shards for {shards.task}; segment needs those that `mae-scale "
-            "shard` makes of ADE20K's layout"
-        )
-    return shards
 
 
 def sliding_of(config: SegmentConfig) -> Sliding:
@@ -112,47 +85,21 @@ def sliding_of(config: SegmentConfig) -> Sliding:
     return Sliding(size, config.train.validate_stride or max(1, size * 2 // 3))
 
 
-def _initial_weights(
-    config: SegmentConfig, model: Segmenter
-) -> Callable[[], dict[str, torch.Tensor]] | None:
-    if config.weights is None:
-        return None
-    path = Path(config.weights)
-
-    def read() -> dict[str, torch.Tensor]:
-        state = read_any(path)
-        weights = fit_to_dense_model(state, model, new_head=config.new_head)
-        log.info("from %s: %s", path, fitted(state, weights, model))
-        return weights
-
-    return read
-
-
 def _validation(config: SegmentConfig, world: World, train: ShardSet) -> Validation | None:
-    """MIoU, mean accuracy and pixel accuracy on data.val.
+    """Validate on data.val by mIoU, mean accuracy and pixel accuracy.
 
     Raises:
         UserError: no shards, or their classes are not those of the training shards.
     """
     if config.data.val is None:
         return None
-    shards = open_segmentation(config.data.val, config.data.cache_dir)
+    shards = open_annotated(config.data.val, config.data.cache_dir, "segment")
     if shards.classes != train.classes:
         raise UserError(
             f"data.val {shards.root} has {len(shards.classes)} classes that are not the "
             f"{len(train.classes)} of data.train; their manifests must list the same"
         )
-    loader = SegmentationEvalLoader(
-        shards,
-        img_size=config.model.img_size,
-        batch_size=1,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_pixels=config.data.max_pixels,
-    )
+    loader = validation_loader(SegmentationEvalLoader, config, world, shards, 1)
 
     def scores(
         engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]

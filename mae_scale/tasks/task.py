@@ -18,7 +18,7 @@ from typing import Any
 
 from mae_scale.config.batch import check_schedule
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
-from mae_scale.config.dense import DetectConfig
+from mae_scale.config.detect import DetectConfig
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import config_keys, given_values, key_names, parse
 from mae_scale.config.pretraining import PretrainConfig

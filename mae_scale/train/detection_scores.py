@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools import mask as rle
 
 from mae_scale.data.annotated import DetectionEvalLoader
-from mae_scale.data.annotations import read_records
+from mae_scale.data.annotations import read_records, shape_mask
 from mae_scale.data.cache import ShardCache
 from mae_scale.data.shards import ShardSet
-from mae_scale.errors import RunError, UserError
+from mae_scale.errors import UserError
 from mae_scale.launch.distributed import gather_to_all, on_rank0
+from mae_scale.train.validation import Stopped, batches_in_step, filled
 
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCO's first six numbers
 Found = dict[str, torch.Tensor]
@@ -28,19 +28,28 @@ Library = tuple[type, type]  # COCO and COCOeval
 def ground_truth(shards: ShardSet, cache: ShardCache | None = None) -> dict[str, Any]:
     """Make again from the shards the part of the official file that COCO's evaluation needs.
 
+    An annotation without `iscrowd` is no crowd, one without `area` has that of its mask.
+
     Raises:
         UserError: these are no shards of COCO, or a file in them is damaged.
     """
     records = read_records(shards, cache)
     return {
         "images": [record["image"] for record in records],
-        "annotations": [a for record in records for a in record["annotations"]],
+        "annotations": [_complete(a, r) for r in records for a in r["annotations"]],
         "categories": list(shards.categories),
     }
 
 
+def _complete(annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    if "area" not in annotation:
+        mask = shape_mask(annotation["segmentation"], record["height"], record["width"])
+        annotation = {**annotation, "area": int(mask.sum())}
+    return {"iscrowd": 0, **annotation}
+
+
 def library(name: str = "auto") -> Library:
-    """COCO and COCOeval of pycocotools, or of faster-coco-eval, which gives the same numbers.
+    """Import COCO and COCOeval of pycocotools or of faster-coco-eval, which gives the same numbers.
 
     Args:
         name: "pycocotools"; "faster-coco-eval"; or "auto", the latter where it is installed.
@@ -64,7 +73,7 @@ def library(name: str = "auto") -> Library:
 def average_precision(
     truth: dict[str, Any], detections: Sequence[dict[str, Any]], of: Library | None = None
 ) -> dict[str, float]:
-    """COCO's numbers for boxes and masks, in percent; -100 where there is nothing of a size.
+    """Compute COCO's numbers for boxes and masks in percent; -100 where nothing has a size.
 
     Args:
         truth: images, annotations and categories as in COCO's file.
@@ -102,7 +111,7 @@ _FIELDS = {"bbox": ("bbox",), "segm": ("segmentation",)}
 
 
 def as_coco(found: Found, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The detections of one image in COCO's form of results.
+    """Bring the detections of one image into COCO's form of results.
 
     Args:
         found: "boxes" float [n, 4], x0, y0, x1, y1 in pixels of the image as it is in the file;
@@ -139,9 +148,9 @@ def evaluate_detection(
     stop: Callable[[], bool] = lambda: False,
     cache: ShardCache | None = None,
 ) -> dict[str, float] | None:
-    """COCO's numbers over each image once; all ranks call, and get the same.
+    """Compute COCO's numbers over each image once; all ranks call, and get the same.
 
-    Every rank runs as many batches, all of the same size: missing images are grey.
+    Every rank runs as many batches, all of the same size: those that are missing are black.
 
     Args:
         detect: images uint8 [b, 3, S, S], their sizes int64 [b, 2] without padding and their
@@ -160,25 +169,22 @@ def evaluate_detection(
     Raises:
         RunError: an image is damaged, or a shard cannot be read.
     """
-    batches = iter(loader)
     ids = [category["id"] for category in sorted(shards.categories, key=lambda c: c["id"])]
     packed: list[tuple[int, list[dict[str, Any]]]] = []
-    for number in range(loader.most_batches):
-        doing(f"{what}, batch {number + 1} of {loader.most_batches}")
-        stopping = torch.tensor(float(stop()))
-        dist.all_reduce(stopping)
-        if stopping:
-            loader.close()
-            return None
-        try:
-            batch = next(batches, None)
-        except (UserError, OSError) as error:
-            raise RunError(str(error)) from error  # on this rank alone
-        samples = [] if batch is None else batch["sample"].tolist()
-        images, sizes, originals = _filled(batch, loader)
-        found = detect(images.to(device), sizes.to(device), originals.to(device))
-        for sample, each in zip(samples, found, strict=False):
-            packed.append((sample, as_coco(each, 0, ids)))
+    side = loader.img_size
+    try:
+        for batch in batches_in_step(loader, doing=doing, what=what, stop=stop):
+            images, sizes = filled(batch, loader), torch.full((loader.batch_size, 2), side)
+            originals = sizes.clone()
+            samples = [] if batch is None else batch["sample"].tolist()
+            if batch is not None:
+                sizes[: len(samples)] = batch["size"]
+                originals[: len(samples)] = batch["original"]
+            found = detect(images.to(device), sizes.to(device), originals.to(device))
+            for sample, each in zip(samples, found, strict=False):
+                packed.append((sample, as_coco(each, 0, ids)))
+    except Stopped:
+        return None
     doing(f"{what}, comparing with the annotations")
     everything = sorted(
         (pair for part in gather_to_all(packed) for pair in part), key=lambda pair: pair[0]
@@ -198,19 +204,3 @@ def _compare(
         for each in of_image
     ]
     return {"images": len(truth["images"]), **average_precision(truth, detections)}
-
-
-def _filled(
-    batch: dict[str, torch.Tensor] | None, loader: DetectionEvalLoader
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, sizes and original sizes of a whole batch."""
-    size = loader.img_size
-    if batch is None:
-        images = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-        sizes = originals = torch.zeros(0, 2, dtype=torch.int64)
-    else:
-        images, sizes, originals = batch["image"], batch["size"], batch["original"]
-    missing = loader.batch_size - len(images)
-    whole = torch.full((missing, 2), size)
-    grey = torch.full((missing, 3, size, size), 128, dtype=torch.uint8)
-    return torch.cat([images, grey]), torch.cat([sizes, whole]), torch.cat([originals, whole])

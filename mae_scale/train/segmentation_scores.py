@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from mae_scale.data.annotated_transforms import (
 )
 from mae_scale.data.annotations import IGNORE
 from mae_scale.data.transforms import normalize
-from mae_scale.errors import RunError, UserError
+from mae_scale.errors import RunError
 from mae_scale.models.segmenter import sliding_logits, upsampled, window_starts
+from mae_scale.train.validation import Stopped, batches_in_step
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 _WINDOWS = 4  # that go through the model at a time
@@ -32,7 +33,7 @@ class SegmentationScores:
     images: int
 
     def row(self) -> dict[str, Any]:
-        """Images, and in percent mIoU, mean accuracy over classes, accuracy over pixels."""
+        """Give images, and in percent mIoU, mean accuracy over classes, accuracy over pixels."""
         right = self.confusion.diagonal().double()
         ious, accuracies = self.per_class(), right / self.confusion.sum(dim=1)
         return {
@@ -43,7 +44,7 @@ class SegmentationScores:
         }
 
     def per_class(self) -> torch.Tensor:
-        """Intersection over union of each class, float64; NaN where it is nowhere."""
+        """Return intersection over union of each class, float64; NaN where the class is nowhere."""
         right = self.confusion.diagonal().double()
         return right / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - right)
 
@@ -62,7 +63,7 @@ class Sliding:
     """Whether the mirror image is segmented as well."""
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Height and width at each scale."""
+        """List height and width at each scale."""
         return [scaled_size(height, width, self.window * max(1.0, scale)) for scale in self.scales]
 
     def calls(self, height: int, width: int) -> int:
@@ -77,7 +78,7 @@ class Sliding:
 def predict_classes(
     logits_of: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, sliding: Sliding
 ) -> torch.Tensor:
-    """The class of each pixel, int64 [H, W].
+    """Return the class of each pixel, int64 [H, W].
 
     Args:
         logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes, S, S].
@@ -134,36 +135,26 @@ def evaluate_segmentation(
     """
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     images = torch.zeros((), dtype=torch.int64, device=device)
-    batches = iter(loader)
-    for number in range(loader.most_batches):
-        doing(f"{what}, image {number + 1} of {loader.most_batches}")
-        batch = _next(batches)
-        own = 0 if batch is None else sliding.calls(*batch["image"].shape[2:])
-        wishes = torch.tensor([float(stop()), float(own)])
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        if wishes[0]:
-            loader.close()
-            return None
-        for _ in range(int(wishes[1]) - own):
-            logits_of(torch.zeros(1, 3, sliding.window, sliding.window, device=device))
-        if batch is None:
-            continue
-        image = batch["image"][0].to(device, non_blocking=True)
-        found = predict_classes(logits_of, image, sliding)
-        label = batch["segmentation"][0].to(device).long()
-        counts = label != IGNORE
-        if int(label[counts].max() if counts.any() else 0) >= classes:
-            raise RunError(f"a mask holds the class {int(label[counts].max())} of {classes}")
-        pairs = label[counts] * classes + found[counts]
-        confusion += torch.bincount(pairs, minlength=classes * classes)
-        images += 1
+    try:
+        for batch in batches_in_step(loader, doing=doing, what=what, stop=stop):
+            own = 0 if batch is None else sliding.calls(*batch["image"].shape[2:])
+            most = torch.tensor(own)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            for _ in range(int(most) - own):
+                logits_of(torch.zeros(1, 3, sliding.window, sliding.window, device=device))
+            if batch is None:
+                continue
+            image = batch["image"][0].to(device, non_blocking=True)
+            found = predict_classes(logits_of, image, sliding)
+            label = batch["segmentation"][0].to(device).long()
+            counts = label != IGNORE
+            if int(label[counts].max() if counts.any() else 0) >= classes:
+                raise RunError(f"a mask holds the class {int(label[counts].max())} of {classes}")
+            pairs = label[counts] * classes + found[counts]
+            confusion += torch.bincount(pairs, minlength=classes * classes)
+            images += 1
+    except Stopped:
+        return None
     dist.all_reduce(confusion)
     dist.all_reduce(images)
     return SegmentationScores(confusion.view(classes, classes).cpu(), int(images))
-
-
-def _next(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
-    try:
-        return next(batches, None)
-    except (UserError, OSError) as error:
-        raise RunError(str(error)) from error  # on this rank alone

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier on a data set: exact, at any world size."""
+"""Evaluation at any world size: batches in step; accuracy and loss of a classifier, exact."""
 
 from __future__ import annotations
 
@@ -17,6 +17,84 @@ from mae_scale.errors import RunError, UserError
 from mae_scale.train.deepspeed_state import EngineState
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.optimizers import EMA
+
+Batch = dict[str, torch.Tensor]
+
+
+class Stopped(Exception):
+    """An evaluation was asked to stop, on all ranks alike."""
+
+
+def batches_in_step(
+    loader: EvalLoader,
+    *,
+    doing: Callable[[str], None],
+    what: str,
+    stop: Callable[[], bool],
+) -> Iterator[Batch | None]:
+    """Yield the batches of this rank's part of a data set; every rank gets as many.
+
+    Ranks stay together, as ZeRO-3 needs it: one that has no batch left gets None.
+
+    Args:
+        loader: this rank's part of the data set.
+        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        what: how the work is named there.
+        stop: asked before each batch.
+
+    Raises:
+        Stopped: `stop` said yes on any rank.
+        RunError: an image is damaged, or a shard cannot be read.
+    """
+    batches = iter(loader)
+    for number in range(loader.most_batches):
+        doing(f"{what}, batch {number + 1} of {loader.most_batches}")
+        stopping = torch.tensor(float(stop()))
+        dist.all_reduce(stopping)
+        if stopping:
+            loader.close()
+            raise Stopped
+        try:
+            batch = next(batches, None)
+        except (UserError, OSError) as error:
+            raise RunError(str(error)) from error  # on this rank alone
+        yield batch
+
+
+def filled(batch: Batch | None, loader: EvalLoader) -> torch.Tensor:
+    """Return the images of a whole batch, uint8 [batch_size, 3, S, S]; black ones fill it up."""
+    size = loader.img_size
+    if batch is None:
+        return torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8)
+    image = batch["image"]
+    missing = loader.batch_size - len(image)
+    if not missing:
+        return image
+    # In the layout of the loader's images: another one rounds otherwise in the convolution.
+    black = image.new_zeros(missing, *image.shape[1:]).to(memory_format=torch.channels_last)
+    return torch.cat([image, black])
+
+
+def whole_batches(
+    loader: EvalLoader,
+    *,
+    doing: Callable[[str], None],
+    what: str,
+    stop: Callable[[], bool],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield as many batches on each rank, all of the same size, filled up with black images.
+
+    So what an image gets does not depend on how many there are. Arguments and errors are those of
+    `batches_in_step`.
+
+    Yields:
+        images uint8 [batch_size, 3, S, S]; labels and sample ids, int64 [b], of those that are real
+        and come first.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    for batch in batches_in_step(loader, doing=doing, what=what, stop=stop):
+        label, sample = (none, none) if batch is None else (batch["label"], batch["sample"])
+        yield filled(batch, loader), label, sample
 
 
 @dataclass
@@ -111,53 +189,6 @@ def evaluate(
     dist.all_reduce(loss)
     counts = counts.cpu()
     return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()))
-
-
-class Stopped(Exception):
-    """An evaluation was asked to stop, on all ranks alike."""
-
-
-def whole_batches(
-    loader: EvalLoader,
-    *,
-    doing: Callable[[str], None],
-    what: str,
-    stop: Callable[[], bool],
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield as many batches on each rank, all of the same size, filled up with black images.
-
-    So ranks stay together, and what an image gets does not depend on how many there are.
-
-    Yields:
-        images uint8 [batch_size, 3, S, S]; labels and sample ids, int64 [b], of those that are real
-        and come first.
-
-    Raises:
-        Stopped: `stop`, which is asked before each batch, said yes on any rank.
-        RunError: an image is damaged, or a shard cannot be read.
-    """
-    batches = iter(loader)
-    for number in range(loader.most_batches):
-        doing(f"{what}, batch {number + 1} of {loader.most_batches}")
-        stopping = torch.tensor(float(stop()))
-        dist.all_reduce(stopping)
-        if stopping:
-            loader.close()
-            raise Stopped
-        try:
-            batch = next(batches, None)
-        except (UserError, OSError) as error:
-            raise RunError(str(error)) from error  # on this rank alone
-        if batch is None:
-            size, none = loader.img_size, torch.zeros(0, dtype=torch.int64)
-            yield torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8), none, none
-            continue
-        image, missing = batch["image"], loader.batch_size - len(batch["label"])
-        if missing:
-            # In the layout of the loader's images: another one rounds otherwise in the convolution.
-            black = image.new_zeros(missing, *image.shape[1:])
-            image = torch.cat([image, black.to(memory_format=torch.channels_last)])
-        yield image, batch["label"], batch["sample"]
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Scores of an invented segmenter and detector; run under torchrun by test_dense_scores.py."""
+"""Scores of an invented segmenter and detector, by one of the processes of test_dense_scores.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,11 @@ def pointwise_logits(images: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bchw,kc->bkhw", images, weights)
 
 
-def main(segments: str, objects: str, out: str) -> None:
-    dist.init_process_group("gloo")
-    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+def main(rank: int, world_size: int, meeting: Path, segments: Path, objects: Path) -> None:
+    """Measure both on all processes; rank 0 writes beside the file at which they meet."""
+    torch.set_num_threads(1)
+    ranks = {"rank": rank, "world_size": world_size}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", **ranks)
     shards = open_shards(segments)
     loader = SegmentationEvalLoader(shards, img_size=64, batch_size=1, **ranks)
     scores = evaluate_segmentation(
@@ -70,10 +71,7 @@ def main(segments: str, objects: str, out: str) -> None:
 
     detector = DetectionEvalLoader(shards, img_size=64, batch_size=2, **ranks)
     found = evaluate_detection(detect, detector, shards, device=torch.device("cpu"))
-    if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps([scores.row(), scores.confusion.tolist(), found]))
+    if rank == 0:
+        content = json.dumps([scores.row(), scores.confusion.tolist(), found])
+        meeting.with_suffix(".json").write_text(content)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

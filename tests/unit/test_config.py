@@ -14,7 +14,7 @@ import yaml
 from mae_scale.cli import main
 from mae_scale.config.batch import check_schedule
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
-from mae_scale.config.dense import DetectConfig
+from mae_scale.config.detect import DetectConfig
 from mae_scale.config.identity import as_yaml, differences, flatten, identity_hash
 from mae_scale.config.parsing import config_keys, parse, recipe_names
 from mae_scale.config.pretraining import PretrainConfig

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dense_scores_worker import invented, pointwise_logits
+from dense_scores_worker import invented, main, pointwise_logits
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_annotated import ade, ade_shards, coco, coco_shards  # noqa: F401
@@ -85,21 +83,22 @@ def test_scores_are_the_same_at_any_world_size(
     coco_shards: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    worker = Path(__file__).with_name("dense_scores_worker.py")
+    # A server imports torch once and forks the processes of all three world sizes.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_scale.train.detection_scores"])
     results = []
     for world_size in (1, 2, 3):
-        out = tmp_path / f"{world_size}.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [
-            *torchrun,
-            f"--nproc_per_node={world_size}",
-            worker,
-            ade_shards,
-            coco_shards,
-            out,
+        meeting = tmp_path / str(world_size)
+        processes = [
+            context.Process(target=main, args=(rank, world_size, meeting, ade_shards, coco_shards))
+            for rank in range(world_size)
         ]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        results.append(json.loads(out.read_text()))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * world_size
+        results.append(json.loads(meeting.with_suffix(".json").read_text()))
     assert results[0] == results[1] == results[2]
     row, confusion, detection = results[0]
     assert row["images"] == 6 and detection["images"] == 12 and detection["box_ap"] > 5

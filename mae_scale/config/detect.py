@@ -1,0 +1,79 @@
+"""Config sections of detection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mae_scale.config.dense import DenseConfig, DenseModelConfig, DenseTrainConfig
+from mae_scale.config.numbers import Above0, From0, From1
+from mae_scale.config.sections import changeable
+
+
+@dataclass
+class DetectorConfig(DenseModelConfig):
+    """Mask R-CNN on the encoder of a masked autoencoder (paper Table 4)."""
+
+    img_size: From1 = 1024
+    """Side of the square input image, in pixels; a multiple of twice the patch size."""
+    patch_size: From1 | None = None
+    """Side of a patch, a power of 2; null: 16. Weights with another patch size are resampled."""
+    pyramid: Literal["fpn", "simple"] = "simple"
+    """fpn: an FPN on the features of four depths (Li et al. 2021); simple: all maps from the last
+    features (ViTDet)."""
+    norm: Literal["batch", "layer"] = "layer"
+    """Norm in box and mask head: batch over all processes (Li et al. 2021), or layer (ViTDet)."""
+    relative: Literal["none", "shared", "table", "decomposed"] = "decomposed"
+    """Relative positions: none; shared: one table for all windowed and one for all global blocks
+    (Li et al. 2021); table: one in each block; decomposed: a row and a column term (ViTDet)."""
+    positions: Literal["fixed", "trained"] = "trained"
+    """Absolute positions: fixed sines and cosines (Li et al. 2021), or trained (ViTDet)."""
+    pos_grid: From1 | None = None
+    """Patches along a side for which trained positions are stored, to be resized in each forward
+    pass: 14 in ViTDet; null: those of the image."""
+    window: From0 = 14
+    """Patches along a side of an attention window; 0: all blocks are global."""
+    global_blocks: list[From0] | None = None
+    """Numbers, from 0, of the blocks with global attention; null: the last of each quarter."""
+    channels: From1 = 256
+    """Channels of the pyramid and of the convolutions in the heads."""
+    hidden: From1 = 1024
+    """Units of the linear layer in the box head."""
+    rois: From1 = 512
+    """Proposals of an image on which the heads are trained."""
+    proposals: From1 = 1000
+    """Proposals that the first stage leaves of an image."""
+    detections: From1 = 100
+    """Detections that are left of an image at the end."""
+
+
+@dataclass
+class DetectAugmentConfig:
+    """Large-scale jitter: scale, crop, flip."""
+
+    recipe: Literal["vitdet", "li2021"] = "vitdet"
+    """vitdet: flip first, pad with the mean colour; li2021: flip last, pad with grey."""
+    scale: tuple[Above0, Above0] = (0.1, 2.0)
+    """Smallest and largest size of the whole image, over that of the crop."""
+
+
+@dataclass
+class DetectTrainConfig(DenseTrainConfig):
+    """Length, batch, precision, memory, validation."""
+
+    epochs: From1 = 100
+    """Epochs of the whole schedule, over the images that have an object."""
+    global_batch_size: From1 = 64
+    """Images per optimiser step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: From1 = changeable(1)
+    """Images per rank and forward pass; accumulation steps follow from the global batch."""
+
+
+@dataclass
+class DetectConfig(DenseConfig):
+    """Object detection and instance segmentation on COCO (paper Table 4)."""
+
+    task: Literal["detect"] = "detect"
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
+    train: DetectTrainConfig = field(default_factory=DetectTrainConfig)

@@ -1,0 +1,99 @@
+"""The parts that detection and segmentation share: shards, initial weights, operations, loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_scale.config.dense import DenseConfig
+from mae_scale.data.loader import EvalLoader
+from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.errors import UserError
+from mae_scale.models.dense_weights import fit_to_dense_model
+from mae_scale.tasks.summary import fitted
+from mae_scale.tasks.trained import read_any
+from mae_scale.world import World
+
+log = logging.getLogger("mae_scale")
+
+Loader = TypeVar("Loader", bound=EvalLoader)
+_SHARDS = {"detect": ("detection", "a COCO folder"), "segment": ("segmentation", "ADE20K's layout")}
+
+
+def open_annotated(path: str, cache_dir: str | None, task: str) -> ShardSet:
+    """Open shards with annotations.
+
+    Args:
+        path: folder of the shards.
+        cache_dir: folder into which remote shards are staged.
+        task: "detect" or "segment".
+
+    Raises:
+        UserError: there are none, or they hold something else.
+    """
+    shards = open_shards(path, cache_dir)
+    kind, layout = _SHARDS[task]
+    if shards.task != kind:
+        raise UserError(
+            f"{shards.root} holds shards for {shards.task}; {task} needs those that `mae-scale "
+            f"shard` makes of {layout}"
+        )
+    return shards
+
+
+def initial_weights(
+    config: DenseConfig, model: Any
+) -> Callable[[], dict[str, torch.Tensor]] | None:
+    """Return a function that reads the weights to start from; None: from scratch."""
+    if config.weights is None:
+        return None
+    path = Path(config.weights)
+
+    def read() -> dict[str, torch.Tensor]:
+        state = read_any(path)
+        weights = fit_to_dense_model(state, model, new_head=config.new_head)
+        log.info("from %s: %s", path, fitted(state, weights, model))
+        return weights
+
+    return read
+
+
+def validation_loader(
+    kind: type[Loader], config: DenseConfig, world: World, shards: ShardSet, batch_size: int
+) -> Loader:
+    """Load this rank's part of the validation set, each image once."""
+    return kind(
+        shards,
+        img_size=config.model.img_size,
+        batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.worker_processes,
+        pin_memory=world.device.type == "cuda",
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def step_flops(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Count one image's operations in a training step, by PyTorch on the model's device.
+
+    The backward pass counts twice the forward one.
+
+    Args:
+        model: runs in evaluation mode meanwhile.
+        forward: one image's way through all parts; tensors it makes lie on the model's device.
+    """
+    was_training, place = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.no_grad(), torch.device(place), FlopCounterMode(display=False) as counter:
+        forward()
+    model.train(was_training)
+    return 3 * counter.get_total_flops()
