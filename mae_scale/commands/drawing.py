@@ -20,14 +20,14 @@ _MOST_LINES = 24  # of a legend
 
 
 def color_of(number: int) -> Color:
-    """A colour for each class; neighbours differ by the golden angle of the colour circle."""
+    """Give each class a colour; neighbours differ by the golden angle of the colour circle."""
     hue, value = number * 0.61803398875 % 1, (1.0, 0.8, 0.6)[number % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, value)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def ranked_names(pixels: Pixels, names: Sequence[str], scores: Sequence[float]) -> Image.Image:
-    """The image, and beside it class names with a bar for each score.
+    """Draw the image, and beside it class names with a bar for each score.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -51,7 +51,7 @@ def objects(
     numbers: Sequence[int],
     scores: Sequence[float],
 ) -> Image.Image:
-    """The image with the mask, the box, the name and the score of each object.
+    """Draw the image with the mask, the box, the name and the score of each object.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -77,7 +77,7 @@ def objects(
 
 
 def class_map(pixels: Pixels, classes: npt.NDArray[np.int64], names: Sequence[str]) -> Image.Image:
-    """The image half covered by a colour for each class, and a legend with their shares.
+    """Draw the image half covered by a colour for each class, and a legend with their shares.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -107,7 +107,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _with_panel(picture: Image.Image, lines: Sequence[tuple[str, Color | None]]) -> Image.Image:
-    """The picture with lines of text to its right, each perhaps with a patch of its colour."""
+    """Draw the picture with lines of text to its right, each perhaps with a patch of its colour."""
     if len(lines) > _MOST_LINES:
         rest = len(lines) - _MOST_LINES + 1
         lines = [*lines[: _MOST_LINES - 1], (f"and {rest} more", None)]

@@ -44,7 +44,7 @@ class RelativeTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(rows, heads))
 
     def index(self) -> torch.Tensor:
-        """Row of the table for each query and key, int64 [N, N]."""
+        """Return the row of the table for each query and key, int64 [N, N]."""
         place = torch.arange(self.grid**2, device=self.table.device)
         row, column = place // self.grid, place % self.grid
         rows = row[:, None] - row[None, :] + self.grid - 1
@@ -57,7 +57,7 @@ class RelativeTable(nn.Module):
         return index
 
     def forward(self) -> torch.Tensor:
-        """The bias, [1, heads, N, N]."""
+        """Return the bias, [1, heads, N, N]."""
         return self.table.t()[:, self.index()].unsqueeze(0)
 
 
@@ -106,7 +106,7 @@ class DenseAttention(Attention):
 def decomposed_bias(
     q: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """The sum of a term for the rows and a term for the columns between two tokens.
+    """Add up a term for the rows and a term for the columns between two tokens.
 
     Args:
         q: queries that are not scaled, [B, heads, H * W, d].
@@ -124,7 +124,7 @@ def decomposed_bias(
 
 
 def _of_offsets(vectors: torch.Tensor, length: int) -> torch.Tensor:
-    """[2 g - 1, d] -> the vector for each query and key, [length, length, d]."""
+    """Give each query and key its vector: [2 g - 1, d] -> [length, length, d]."""
     if len(vectors) != 2 * length - 1:
         wanted = F.interpolate(vectors.t().unsqueeze(0), 2 * length - 1, mode="linear")
         vectors = wanted.squeeze(0).t()
@@ -174,7 +174,7 @@ class DenseBlock(Block):
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[B, N, D] -> the same; `size` is rows and columns of the patches, `bias` as above."""
+        """Run the block on [B, N, D]; `size` is rows and columns of patches, `bias` as above."""
         y = self.norm1(x)
         if self.window:
             y, inner = into_windows(y, size, self.window), (self.window, self.window)
@@ -186,7 +186,7 @@ class DenseBlock(Block):
 
 
 def into_windows(x: torch.Tensor, size: tuple[int, int], window: int) -> torch.Tensor:
-    """[B, H * W, D] -> [B * windows, window ** 2, D], zeros at the right and at the bottom."""
+    """Cut [B, H * W, D] into [B * windows, window ** 2, D]; zeros fill up right and bottom."""
     (h, w), (b, _, d) = size, x.shape
     x = F.pad(x.reshape(b, h, w, d), (0, 0, 0, -w % window, 0, -h % window))
     rows, columns = x.shape[1] // window, x.shape[2] // window
@@ -195,7 +195,7 @@ def into_windows(x: torch.Tensor, size: tuple[int, int], window: int) -> torch.T
 
 
 def out_of_windows(x: torch.Tensor, size: tuple[int, int], window: int) -> torch.Tensor:
-    """Undo `into_windows`, padding gone."""
+    """Undo `into_windows` and take the padding away."""
     (h, w), d = size, x.shape[-1]
     rows, columns = -(-h // window), -(-w // window)
     x = x.reshape(-1, rows, columns, window, window, d).transpose(2, 3)
@@ -305,12 +305,12 @@ class DenseEncoder(Encoder):
 
     @property
     def encoder_tokens(self) -> int:
-        """Tokens of an image that the blocks see, class token included."""
+        """Count the tokens of an image that the blocks see, the class token included."""
         return int(self.class_token) + self.num_patches
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if module is self:
             table = sincos_pos_embed(self.width, self.pos_grid)
             self.pos_embed.copy_(table if self.class_token else table[:, 1:])
@@ -327,7 +327,7 @@ class DenseEncoder(Encoder):
             super().initialize_module(module)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Features after `out_blocks`.
+        """Return the features after `out_blocks`.
 
         Args:
             images: float [B, 3, H, W], normalised; sides are multiples of the patch size. Tables of
@@ -353,7 +353,7 @@ class DenseEncoder(Encoder):
         return [features[i] for i in self.out_blocks]
 
     def layer_of(self, name: str) -> int:
-        """Number of the layer that a parameter of the encoder belongs to, for layer-wise decay.
+        """Number the layer that a parameter of the encoder belongs to, for layer-wise decay.
 
         0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for shared
         tables of relative positions, which all blocks use.

@@ -79,7 +79,7 @@ def fit_to_dense(state: StateDict, encoder: DenseEncoder) -> StateDict:
 
 
 def _positions(table: torch.Tensor, encoder: DenseEncoder) -> torch.Tensor:
-    """A position embedding with or without a class token's row, as the encoder stores it."""
+    """Bring a position embedding into the form in which the encoder stores it."""
     rows = table.shape[1] if table.ndim == 3 else 0
     has_class = round(rows**0.5) ** 2 != rows
     patches = table[:, int(has_class) :]
@@ -97,7 +97,7 @@ def _positions(table: torch.Tensor, encoder: DenseEncoder) -> torch.Tensor:
 
 
 def _line(vectors: torch.Tensor, length: int) -> torch.Tensor:
-    """[2 g - 1, d] -> [length, d], interpolated where the length is another."""
+    """Interpolate [2 g - 1, d] to [length, d] where the lengths differ."""
     if len(vectors) == length:
         return vectors
     return F.interpolate(vectors.float().t().unsqueeze(0), length, mode="linear")[0].t()

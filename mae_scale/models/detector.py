@@ -157,7 +157,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         for part in (self.backbone, self.pyramid, self.rpn, self.roi_heads):
             if any(module is inner for inner in part.modules()):
                 part.initialize_module(module)
@@ -169,7 +169,7 @@ class Detector(nn.Module):
         self.backbone.set_activation_checkpointing(every, offload)
 
     def layer_of(self, name: str) -> int:
-        """Number of the layer that a parameter belongs to, for layer-wise decay.
+        """Number the layer that a parameter belongs to, for layer-wise decay.
 
         0 for position and patch embedding; k + 1 for block k; depth + 1 for pyramid and heads.
         """
@@ -180,7 +180,7 @@ class Detector(nn.Module):
     def forward(
         self, images: torch.Tensor, sizes: torch.Tensor, targets: Targets | None = None
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Losses in training, else detections.
+        """Return losses in training, and detections otherwise.
 
         Args:
             images: float32 [B, 3, S, S], normalised, padded at the right and at the bottom.
@@ -214,7 +214,7 @@ class Detector(nn.Module):
 
 
 def quarter_ends(depth: int) -> tuple[int, ...]:
-    """The last block of each quarter of the encoder.
+    """List the last block of each quarter of the encoder.
 
     Raises:
         UserError: 4 does not divide the depth.

@@ -37,7 +37,7 @@ class CountedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> the same; all processes call together in training."""
+        """Normalise [B, C, H, W]; in training all processes call together."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         values = x.float()

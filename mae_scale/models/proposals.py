@@ -53,7 +53,7 @@ class Anchors(AnchorGenerator):
         super().__init__(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))
 
     def generate_anchors(self, scales: Any, aspect_ratios: Any, *_: Any, **__: Any) -> torch.Tensor:
-        """Boxes around the origin, float32 [N, 4]."""
+        """Make boxes around the origin, float32 [N, 4]."""
         ratio = torch.tensor(aspect_ratios, device="cpu").sqrt()[:, None]
         scale = torch.tensor(scales, dtype=torch.float32, device="cpu")[None]
         w, h = (scale / ratio).flatten(), (scale * ratio).flatten()
@@ -61,7 +61,7 @@ class Anchors(AnchorGenerator):
         return boxes.round() if self._rounded else boxes
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Move them, and leave their dtype: in bf16 a coordinate near 1000 is 4 pixels wide."""
+        """Move them and keep their dtype: in bf16 a coordinate near 1000 is 4 pixels wide."""
         super().set_cell_anchors(torch.float32, device)
 
 
@@ -69,7 +69,7 @@ class Fp32RPNHead(RPNHead):
     """torchvision's head with outputs in fp32, so that boxes are computed in fp32."""
 
     def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Maps [B, C, H, W] -> objectness [B, A, H, W] and offsets [B, 4 A, H, W] of each."""
+        """Give each map [B, C, H, W] objectness [B, A, H, W] and offsets [B, 4 A, H, W]."""
         logits, offsets = super().forward(x)
         return [y.float() for y in logits], [y.float() for y in offsets]
 
@@ -112,7 +112,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[torch.Tensor],
         regression_targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of objectness and of boxes."""
+        """Compute the losses of objectness and of boxes."""
         positive, negative = (torch.cat(part) > 0 for part in self.fg_bg_sampler(labels))
         drawn = positive | negative
         beta, fixed = self._conventions.box_beta, self._conventions.fixed_anchor_count
@@ -196,7 +196,7 @@ class InstanceHeads(RoIHeads):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -218,7 +218,7 @@ class InstanceHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: Targets | None = None,
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        """Losses in training, else detections; every module is called on every process.
+        """Return losses in training, otherwise detections; each process calls every module.
 
         Args:
             features: maps of the pyramid.
@@ -277,7 +277,7 @@ class InstanceHeads(RoIHeads):
     def _mask_targets(
         self, masks: torch.Tensor, boxes: torch.Tensor, matched: torch.Tensor, size: int
     ) -> torch.Tensor:
-        """Cut the mask of its object to each box: float32 [N, size, size]."""
+        """Cut for each box the mask of its object: float32 [N, size, size]."""
         rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
         aligned = self._conventions.aligned_masks
         # torchvision takes as many points in a bin as it has pixels here, Detectron2 as well.
@@ -301,7 +301,7 @@ class InstanceHeads(RoIHeads):
 
 
 def mask_loss(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy of the masks of the true classes; 0 where there are no boxes.
+    """Average the binary cross-entropy of the true classes' masks; 0 where there are no boxes.
 
     Args:
         logits: float32 [N, classes, M, M].
@@ -315,7 +315,7 @@ def mask_loss(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Masks of boxes as masks of an image, sampled at the centres of its pixels.
+    """Turn masks of boxes into masks of an image, sampled at the centres of its pixels.
 
     Args:
         masks: probabilities, float32 [N, M, M] or [N, 1, M, M].

@@ -35,7 +35,7 @@ class FourScales(nn.Module):
         )
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """[B, D, H, W] four times -> those with 4 H, 2 H, H and H / 2 rows."""
+        """Turn four maps [B, D, H, W] into maps with 4 H, 2 H, H and H / 2 rows."""
         return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
 
 
@@ -56,7 +56,7 @@ class FpnPyramid(nn.Module):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if isinstance(module, nn.ConvTranspose2d):
             lecun_normal_(module.weight)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class FpnPyramid(nn.Module):
             module.reset_parameters()
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Features of four depths, of stride s -> maps of strides s / 4, s / 2, s, 2 s and 4 s."""
+        """Turn features of four depths, of stride s, into five maps of strides s / 4 to 4 s."""
         maps = OrderedDict((str(i), x) for i, x in enumerate(self.neck(features)))
         return list(self.fpn(maps).values())
 
@@ -101,12 +101,12 @@ class SimplePyramid(nn.Module):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if isinstance(module, nn.ConvTranspose2d | nn.Conv2d | nn.LayerNorm):
             module.reset_parameters()  # Detectron2 leaves PyTorch's own
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The last features, of stride s -> maps of strides s / 4, s / 2, s, 2 s and 4 s."""
+        """Turn the last features, of stride s, into five maps of strides s / 4 to 4 s."""
         maps = [level(features[-1]) for level in self.levels]
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 

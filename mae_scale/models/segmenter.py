@@ -36,7 +36,7 @@ def build_segmenter(name: str, num_classes: int, **overrides: Any) -> Segmenter:
 
 
 def _conv(inputs: int, outputs: int, kernel: int) -> nn.Module:
-    """Convolution without bias, batch norm over all processes, ReLU."""
+    """Make a convolution without bias, batch norm over all processes, and ReLU."""
     return Conv2dNormActivation(inputs, outputs, kernel, norm_layer=NORMS["batch"])
 
 
@@ -67,7 +67,7 @@ class UperHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, width, H, W] from fine to coarse -> logits of the finest, [B, classes, H, W]."""
+        """Turn maps [B, width, H, W], fine to coarse, into logits [B, classes, H, W]."""
         coarse = maps[-1]
         context = [coarse, *(_resized(pool(coarse), coarse) for pool in self.pools)]
         above = self.pooled(torch.cat(context, dim=1))
@@ -168,7 +168,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if any(module is inner for inner in self.backbone.modules()):
             self.backbone.initialize_module(module)
         elif module is self.head.classifier or module is self.auxiliary[-1]:
@@ -186,7 +186,7 @@ class Segmenter(nn.Module):
         self.backbone.set_activation_checkpointing(every, offload)
 
     def layer_of(self, name: str) -> int:
-        """Number of the layer that a parameter belongs to, for layer-wise decay.
+        """Number the layer that a parameter belongs to, for layer-wise decay.
 
         0 for class token, position and patch embedding; k + 1 for block k with its table of
         relative positions; depth + 1 for neck and heads.
@@ -196,7 +196,7 @@ class Segmenter(nn.Module):
         return len(self.backbone.blocks) + 1
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """The loss where labels are given, else logits.
+        """Return the loss where labels are given, and logits otherwise.
 
         Args:
             images: float32 [B, 3, S, S], normalised.
@@ -215,7 +215,7 @@ class Segmenter(nn.Module):
 
 
 def default_blocks(depth: int) -> tuple[int, ...]:
-    """Blocks whose features are taken: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, as published.
+    """List the blocks whose features are taken: of 12 blocks 3, 5, 7, 11, of 24 7, 11, 15, 23.
 
     Raises:
         UserError: 6 does not divide the depth.
@@ -229,12 +229,12 @@ def default_blocks(depth: int) -> tuple[int, ...]:
 
 
 def upsampled(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Logits at another size, bilinear, in fp32."""
+    """Resize logits bilinearly, in fp32."""
     return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
 
 
 def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in fp32, averaged over all pixels, those to be ignored among them.
+    """Average the cross-entropy in fp32 over all pixels, those to be ignored among them.
 
     That is what mmsegmentation does, and what the published learning rate belongs to: PyTorch's own
     mean would divide by the other pixels only.
@@ -251,7 +251,7 @@ def sliding_logits(
     stride: int,
     at_once: int = 1,
 ) -> torch.Tensor:
-    """Logits of images of any size: averages over overlapping square windows.
+    """Compute the logits of images of any size: averages over overlapping square windows.
 
     The last window of a row or column is shifted in, so that it ends with the image. An image
     smaller than the window is filled up with zeros, the mean colour.

@@ -30,12 +30,12 @@ class AnnotatedSource(Source):
 
     @property
     def ending(self) -> str:
-        """Ending of the names of the annotation files, without the first dot."""
+        """Return the ending of the annotation files' names, without the first dot."""
         return ENDINGS[self.task]
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Entries of the manifest about the annotations."""
+        """Return the entries of the manifest about the annotations."""
         return {"task": self.task, **self.facts}
 
     def title(self, i: int) -> str:
