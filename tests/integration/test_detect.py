@@ -109,70 +109,83 @@ def detecting(coco_shards: Path, tmp_path: Path) -> Run:
     return Run(tmp_path / "run", coco_shards, {**TINY}, task="detect")
 
 
-@pytest.mark.parametrize(
-    ("processes", "stage", "settings"),
-    [
-        (1, 0, {"optim.ema_decay": 0.9, "train.activation_checkpointing": "full"}),
-        (2, 3, {**LI_2021, "train.precision": "bf16"}),
-    ],
-    ids=["vitdet", "li2021"],
-)
-def test_an_interrupted_run_equals_an_undisturbed_one(
-    detecting: Run, tmp_path: Path, processes: int, stage: int, settings: dict[str, Any]
-) -> None:
-    """Losses and validations, bit for bit; recomputed blocks, dropped paths, drawn proposals."""
-    detecting.settings |= {"deepspeed": f"zero{stage}", "data.val": detecting.shards,
-                           "model.drop_path": 0.2, **settings}  # fmt: skip
-    if processes > 1:
-        detecting = replace(detecting, launcher="torchrun", processes=processes)
-    whole = replace(detecting, run_dir=tmp_path / "whole")
-    whole.finish()
-
-    def terminate_one_rank(process: subprocess.Popen[str]) -> None:
-        (ranks(process)[-1] if processes > 1 else process).terminate()
-
-    detecting.stop(3, terminate_one_rank, STOPPED if processes == 1 else 1)
-    assert 3 <= len(detecting.rows()) < TOTAL
-    detecting.finish()
-    assert detecting.rows() == whole.rows() and len(whole.rows()) == TOTAL
-    validations = whole.rows("validation.jsonl")
-    assert detecting.rows("validation.jsonl") == validations
-    assert [row["step"] for row in validations] == [4, 8]
-    assert all(row["images"] == 19 for row in validations)
-    assert ("ema_box_ap" in validations[0]) == ("optim.ema_decay" in settings)
-
-
-def test_it_goes_on_at_other_world_sizes_and_stages_from_pretrained_weights(
-    detecting: Run, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def whole(coco_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing has interrupted, which began with the encoder of pre-training."""
+    folder = tmp_path_factory.mktemp("detect")
     torch.manual_seed(0)
     mae = build_mae(
         "mae_vit_tiny_patch16", img_size=28, patch_size=14, embed_dim=96, depth=4,
         decoder_depth=1,
     )  # fmt: skip
-    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
-    detecting.settings |= {"weights": tmp_path / "mae.pth", "train.micro_batch_size": 1}
-    whole = replace(detecting, run_dir=tmp_path / "whole")
-    whole.finish()
-    for steps, processes, stage in ((2, 1, 2), (4, 2, 3), (6, 2, 1), (TOTAL, 1, 0)):
-        part = replace(detecting, processes=processes, launcher="torchrun" * (processes > 1))
+    torch.save({"model": mae.state_dict()}, folder / "mae.pth")
+    settings = {
+        **TINY, "weights": folder / "mae.pth", "data.val": coco_shards, "model.drop_path": 0.2,
+        "optim.ema_decay": 0.9, "train.activation_checkpointing": "full",
+    }  # fmt: skip
+    run = Run(folder / "run", coco_shards, settings, task="detect")
+    run.finish()
+    return run
+
+
+def stop_and_go_on(whole: Run, folder: Path, code: int) -> None:
+    """Losses and validations are those of the whole run, bit for bit."""
+    run = replace(whole, run_dir=folder)
+
+    def terminate_one_rank(process: subprocess.Popen[str]) -> None:
+        (ranks(process)[-1] if run.processes > 1 else process).terminate()
+
+    run.stop(3, terminate_one_rank, code)
+    assert 3 <= len(run.rows()) < TOTAL
+    run.finish()
+    assert run.rows() == whole.rows() and len(whole.rows()) == TOTAL
+    validations = whole.rows("validation.jsonl")
+    assert run.rows("validation.jsonl") == validations
+    assert [row["step"] for row in validations] == [4, 8]
+    assert all(row["images"] == 19 for row in validations)
+
+
+def test_vitdet_stops_and_goes_on_bit_for_bit(whole: Run, tmp_path: Path) -> None:
+    """Recomputed blocks, dropped paths and drawn proposals among it."""
+    stop_and_go_on(whole, tmp_path / "run", STOPPED)
+    assert "ema_box_ap" in whole.rows("validation.jsonl")[0]
+
+
+def test_li2021_stops_and_goes_on_bit_for_bit(detecting: Run, tmp_path: Path) -> None:
+    """On two processes, whose batch norm counts both, under ZeRO-3 and in bf16."""
+    detecting.settings |= {
+        **LI_2021, "deepspeed": "zero3", "data.val": detecting.shards, "model.drop_path": 0.2,
+        "train.precision": "bf16",
+    }  # fmt: skip
+    run = replace(detecting, launcher="torchrun", processes=2)
+    run.finish()
+    stop_and_go_on(run, tmp_path / "stopped", 1)
+
+
+def test_it_goes_on_at_other_world_sizes_and_stages(whole: Run, tmp_path: Path) -> None:
+    run = replace(whole, run_dir=tmp_path / "run")
+    for steps, processes, stage in ((3, 1, 2), (6, 2, 3), (TOTAL, 1, 0)):
+        part = replace(run, processes=processes, launcher="torchrun" * (processes > 1))
         part.settings = {
             **part.settings, "train.max_steps": steps, "deepspeed": f"zero{stage}"
         }  # fmt: skip
         part.finish()
-    export(detecting.run_dir, "official", tmp_path / "encoder.pth")
-    with torch.device("meta"):
-        model = TrainedRun.read(best_checkpoint(detecting.run_dir)).model()
-    state = fit_to_dense(read_weights(tmp_path / "encoder.pth"), model.backbone)
-    assert state.keys() == model.backbone.state_dict().keys()
-    with pytest.raises(UserError, match="no windows and no relative positions"):
-        export(detecting.run_dir, "timm", tmp_path / "timm")
-    rows, undisturbed = detecting.rows(), whole.rows()
+    rows, undisturbed = run.rows(), whole.rows()
     assert [row["samples"] for row in rows] == [row["samples"] for row in undisturbed]
     assert [row["lr"] for row in rows] == [row["lr"] for row in undisturbed]
     # Which proposals train the heads is drawn on each process, so that losses agree in part only.
     for row, other in zip(rows, undisturbed, strict=True):
         assert math.isclose(row["loss"], other["loss"], rel_tol=0.25)
+
+
+def test_the_encoder_is_exported(whole: Run, tmp_path: Path) -> None:
+    export(whole.run_dir, "official", tmp_path / "encoder.pth")
+    with torch.device("meta"):
+        model = TrainedRun.read(best_checkpoint(whole.run_dir)).model()
+    state = fit_to_dense(read_weights(tmp_path / "encoder.pth"), model.backbone)
+    assert state.keys() == model.backbone.state_dict().keys()
+    with pytest.raises(UserError, match="no windows and no relative positions"):
+        export(whole.run_dir, "timm", tmp_path / "timm")
 
 
 @pytest.mark.parametrize(
@@ -204,12 +217,10 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     assert not bad.run_dir.exists()
 
 
-def test_predict_draws_the_objects(detecting: Run, imagenet_tree: Path, tmp_path: Path) -> None:
-    detecting.settings["train.max_steps"] = 1
-    detecting.finish()
+def test_predict_draws_the_objects(whole: Run, imagenet_tree: Path, tmp_path: Path) -> None:
     photographs = [str(path) for path in sorted(imagenet_tree.rglob("*.JPEG"))[:2]]
     out = tmp_path / "seen"
-    command = ["predict", str(detecting.run_dir), *photographs, "--score", "0"]
+    command = ["predict", str(whole.run_dir), *photographs, "--score", "0"]
     assert main([*command, "--out", str(out)]) == 0
     for photograph in map(Path, photographs):
         facts = json.loads((out / f"{photograph.name}.json").read_text())
