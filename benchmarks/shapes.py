@@ -1,11 +1,14 @@
 """Shapes with exact masks, pasted on photographs, in the layouts of ADE20K and COCO.
 
 Each image is a square piece of a photograph with one to four shapes on it: disks, squares and
-triangles of one colour each, turned at random, so that only their form tells them apart.
+triangles, turned at random, each filled with one colour. The hue of a shape lies within 40 degrees
+of that of its kind, so that both colour and form tell the kinds apart. The photographs have the
+same colours.
 """
 
 from __future__ import annotations
 
+import colorsys
 import json
 import sys
 from collections.abc import Iterator
@@ -64,10 +67,16 @@ def scenes(photographs: list[Path], count: int, size: int, seed: int) -> Iterato
                 "triangle": (v <= radius / 2) & (abs(u) * 3**0.5 - radius <= v),
             }[KINDS[kind]]
             owner[inside] = number
-            pixels[inside] = generator.integers(0, 256, 3)
+            pixels[inside] = _color(kind, generator)
         masks = [owner == number for number in range(len(kinds))]
         seen = [number for number, mask in enumerate(masks) if mask.sum() >= 12]
         yield Scene(pixels, [masks[number] for number in seen], [kinds[n] for n in seen])
+
+
+def _color(kind: int, generator: np.random.Generator) -> list[int]:
+    hue = kind / len(KINDS) + generator.uniform(-1, 1) / 9
+    rgb = colorsys.hsv_to_rgb(hue % 1, generator.uniform(0.5, 1), generator.uniform(0.4, 1))
+    return [round(255 * value) for value in rgb]
 
 
 def _splits(train: int, val: int) -> tuple[tuple[str, list[Path], int, int], ...]:
