@@ -25,6 +25,7 @@ SMALL = {
     "model.name": "mae_vit_tiny_patch16",
     "model.img_size": 32,
     "model.patch_size": 8,
+    "model.depth": 4,
     "model.decoder_depth": 1,
     "data.workers": 1,
     "data.lanes": 4,

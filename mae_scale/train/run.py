@@ -223,10 +223,10 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
             steps_per_epoch=loader.steps_per_epoch,
             accumulation=accumulation_steps(config.train, world.size),
         )
-        way = (world.device, config.data.worker_processes)
+        workers = config.data.worker_processes
         if config.replay is not None:
             log.info("going to step %d from step %d, writing nothing", config.replay, step)
-            with uploads(loader.batches(step), *way) as batches:
+            with uploads(loader.batches(step), world.device, workers) as batches:
                 found = replay(stepper, engine, batches, step, config.replay)
             log.info("%s", found)
             return 0
@@ -278,7 +278,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
             pictures=parts.pictures,
             step=step,
         )
-        with uploads(loader.batches(step), *way) as batches:
+        with uploads(loader.batches(step), world.device, workers) as batches:
             finished = loop.run(batches, validate_first=validates_first)
         step = loop.step
         if world.rank == 0:
