@@ -53,7 +53,7 @@ def from_listing(
     """
     if choice.list_file is not None:
         return take_list(listing, root, Path(choice.list_file), choice.class_depth), True
-    found = find_split(tree_of(listing), listing, split, root, choice.sure)
+    found = find_split(tree_of(listing), listing, split, root, choice)
     source = _classes_in(listing, found, root, kind, split, choice)
     if not choice.sure:
         inside = tuple(f"{f.path}/" if f.path else "" for f in found.folders)
@@ -152,6 +152,8 @@ def _classes_in(
     unknown = {e.class_name for e in entries} - set(classes) if classes else set()
     if unknown:
         raise UserError(f"{root} has classes that LOC_synset_mapping.txt lacks: {min(unknown)}")
+    if choice.class_depth is not None and listing.images and not entries:
+        raise UserError(f"{root}: no image lies {choice.class_depth} folders deep")
     source = sorted_source(kind, root, entries, classes)
     source.warnings += warnings
     return source

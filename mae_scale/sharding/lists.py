@@ -24,6 +24,12 @@ _LABELS = {
     "target", "breed", "species", "class_label", "cls",
 }  # fmt: skip
 
+_SPLITS = {
+    "split", "splits", "set", "subset", "data_set", "dataset", "partition", "usage", "fold",
+    "phase",
+    "is_valid", "is_val", "is_train", "is_training", "is_training_image", "is_test",
+}  # fmt: skip
+
 
 def read_classes(spec: str | Path) -> list[str]:
     """Read the names of classes in the order of their numbers.
@@ -87,7 +93,7 @@ def read_text(path: Path) -> str:
     """
     try:
         if not path.is_file():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; is it a list?")
         return path.read_text("utf-8-sig")
@@ -133,8 +139,9 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
         labels = [i for i, field in enumerate(head) if field in _LABELS and i not in known[:1]]
         if known or labels:
             name_at = known[0] if known else 0
-            label_at = labels[0] if labels else name_at + 1
+            label_at = labels[0] if labels else _label_column(head, name_at, path)
             fields = fields[1:]
+            _refuse_splits(head, fields, path)
     rows = [
         (row[name_at], label_text(row[label_at]) if label_at < len(row) else None)
         for row in fields
@@ -143,6 +150,33 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
     if not rows:
         raise UserError(f"{path} names no images")
     return rows
+
+
+def _label_column(head: list[str], name_at: int, path: Path) -> int:
+    """Return the column of the labels in a table whose header has none of the usual names.
+
+    Raises:
+        UserError: there are several that it may be.
+    """
+    others = [i for i, name in enumerate(head) if name and i != name_at]
+    close = [i for i in others if "label" in head[i] or "class" in head[i]]
+    if not close and len(others) > 1:
+        raise UserError(
+            f"{path} does not say which column is the label ({', '.join(map(printable, head))}); "
+            "call it label"
+        )
+    return (close or others or [len(head)])[0]
+
+
+def _refuse_splits(head: list[str], rows: list[list[str]], path: Path) -> None:
+    """Refuse a table in which a column says which images are train, and which val."""
+    for i, name in enumerate(head):
+        values = {row[i] for row in rows if i < len(row)}
+        if name in _SPLITS and len(values) > 1:
+            raise UserError(
+                f"{path} has images of several splits ({printable(name)}: "
+                f"{', '.join(map(printable, sorted(values)[:4]))}); give a list of each"
+            )
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[str, str | None]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mae_scale.errors import UserError
 from mae_scale.sharding.imagenet import VAL_NAME, stem_of
-from mae_scale.sharding.listing import Listing
+from mae_scale.sharding.listing import Choice, Listing
 from mae_scale.sharding.words import (
     IMAGE_FOLDERS,
     looks_like_masks,
@@ -72,29 +72,33 @@ class Found(NamedTuple):
     others: dict[str, Folder]  # the folders of the other splits, by name
 
 
-def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool) -> Found:
+def find_split(root: Folder, listing: Listing, split: str, src: Path, choice: Choice) -> Found:
     """Find the folders of a split; the source itself where its folders are classes.
 
     Args:
-        sure: the user has said that folders are classes, or how to split them.
+        choice: with a depth of the classes only clear splits count; with that or a share for val,
+            the user has said what the other folders are.
 
     Raises:
         UserError: there are splits but not this one, or it is not clear whether there are.
     """
-    if sure:
-        return Found([root], False, [], {})
+    if choice.class_depth is not None:
+        clear = _clear_splits(root)
+        if clear is None:
+            return Found([root], False, [], {})
+        root = clear
     warnings = []
     while True:
         chosen = _split_folders(root, split, src)
         if chosen is not None:
             break
-        # A single folder that holds all the others is only a cover, as of an archive.
-        inner = next(iter(root.children.values())) if len(root.children) == 1 else None
-        if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
+        if (inner := _below_cover(root)) is None:
             break
         if root.direct:
             warnings.append(_left_out_text(root.direct, src / root.path, "beside its only folder"))
         root = inner
+    if chosen is None and choice.sure:
+        return Found([root], False, warnings, {})
     if chosen is None:
         _refuse_inner_splits(root, src)
         _refuse_masks(root, src)
@@ -116,13 +120,34 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, sure: bool
     others = {n: f for n, f in root.children.items() if f not in chosen and split_word(n)[1]}
     inside = []
     for folder in chosen:
-        _refuse_inner_splits(folder, src)
-        _refuse_masks(folder, src)
+        if not choice.sure:
+            _refuse_inner_splits(folder, src)
+            _refuse_masks(folder, src)
         inner = uncovered(folder)
         if inner is not folder and folder.direct:
             warnings.append(_left_out_text(folder.direct, src / folder.path, "beside a folder"))
         inside.append(inner)
     return Found(inside, True, warnings, others)
+
+
+def _below_cover(root: Folder) -> Folder | None:
+    """Return the only folder in a folder, where it holds all the others, as that of an archive."""
+    inner = next(iter(root.children.values())) if len(root.children) == 1 else None
+    if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
+        return None
+    return inner
+
+
+def _clear_splits(root: Folder) -> Folder | None:
+    """Return the folder that holds at least two splits, each with folders in it; None: no such."""
+    below: Folder | None = root
+    while below is not None:
+        words = {n: split_word(n)[0] for n in below.children if split_word(n)[1]}
+        deep = all(uncovered(below.children[name]).deep for name in words)
+        if len(set(words.values())) > 1 and deep:
+            return below
+        below = _below_cover(below)
+    return None
 
 
 def uncovered(folder: Folder) -> Folder:
@@ -342,15 +367,16 @@ def classes_of(root: Folder, depth: int | None) -> dict[str, str]:
 
 def classes_anywhere(root: Folder, depth: int | None) -> dict[str, str]:
     """Return the class of each folder, of all splits that the source has; see `classes_of`."""
+    clear = _clear_splits(root)
+    if depth is not None and clear is None:
+        return classes_of(root, depth)
+    root = clear or root
     while True:
-        if depth is not None:
-            return classes_of(root, depth)
         splits = [uncovered(f) for name, f in root.children.items() if split_word(name)[1]]
         if any(folder.deep for folder in splits):
-            return {k: v for folder in splits for k, v in classes_of(folder, None).items()}
-        inner = next(iter(root.children.values())) if len(root.children) == 1 else None
-        if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
-            return classes_of(root, None)
+            return {k: v for folder in splits for k, v in classes_of(folder, depth).items()}
+        if (inner := _below_cover(root)) is None:
+            return classes_of(root, depth)
         root = inner
 
 

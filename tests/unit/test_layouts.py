@@ -280,6 +280,8 @@ def test_lists(tmp_path: Path) -> None:
         "other.jpg\n": "none of the 1 images",
         "n2/n1_1.JPEG\n": "none of the 1 images",
         "n1_1.JPEG a\nn1_1.JPEG b\n": "two labels",
+        "file,cat,dog\nn1_1.JPEG,1,0\n": "which column is the label",
+        "file,label,split\nn1_1.JPEG,a,train\nn1_2.JPEG,b,test\n": "several splits",
     }.items():
         with pytest.raises(UserError, match=message):
             listed(text)
@@ -351,3 +353,22 @@ def test_classes_depth_and_a_share(tmp_path: Path) -> None:
     assert not parts["train"] & parts["val"] and len(parts["train"] | parts["val"]) == 40
     other = find_source(src, "val", choice=Choice(val_share=0.2, seed=4))
     assert set(other.names) != parts["val"]
+    with pytest.raises(UserError, match="no image lies 3 folders deep"):
+        find_source(src, "train", choice=Choice(class_depth=3))
+
+
+def test_splits_stay_splits(tmp_path: Path) -> None:
+    """A depth counts below them, and a share is refused beside them."""
+    folds = [f"{s}/{g}/{c}/{s}.jpg" for s in ("train", "val") for g in "xy" for c in "ab"]
+    src = tree(tmp_path, *folds)
+    for depth, expected in (
+        (1, {"x": 2, "y": 2}),
+        (2, {f"{g}/{c}": 1 for g in "xy" for c in "ab"}),
+    ):
+        source = find_source(src, "val", choice=Choice(class_depth=depth))
+        assert counts(source) == expected and source.file_name(0) == "val.jpg"
+    with pytest.raises(UserError, match="has splits of its own"):
+        find_source(src, "train", choice=Choice(val_share=0.5))
+    (tmp_path / "list").write_text("train/x/a/train.jpg\n")
+    listed = find_source(src, "train", choice=Choice(tmp_path / "list", class_depth=1))
+    assert counts(listed) == {"x": 1}
