@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from runs import REPOSITORY, Run, send
 
+from mae_scale.cli import main
 from mae_scale.errors import STOPPED
 from mae_scale.models import build_mae
 from mae_scale.sharding.plan import Options
@@ -93,28 +94,39 @@ def test_it_goes_on_at_another_world_size_and_stage(whole: Run, tmp_path: Path) 
 
 
 def test_evaluate_gives_what_validation_gave(
-    whole: Run, scenes: dict[str, Path], tmp_path: Path
+    whole: Run, scenes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """On one process and on two; and several scales with mirror images give other numbers."""
     last = json.loads((whole.run_dir / "validation.jsonl").read_text().splitlines()[-1])
     step = whole.run_dir / "checkpoints" / f"step-{TOTAL:08d}"
-    for launch in (
-        "-m mae_scale",
-        "-m torch.distributed.run --standalone --nproc_per_node 2 -m mae_scale",
-    ):
-        out = tmp_path / "found.json"
-        command = [sys.executable, *launch.split(), "evaluate", step, f"val={scenes['val']}"]
-        subprocess.run([*command, "--out", out, "--workers", "0"], check=True)
+    out = tmp_path / "found.json"
+    arguments = list(map(str, ("evaluate", step, f"val={scenes['val']}", "--out", out)))
+    arguments += ["--workers", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", "2", "-m", "mae_scale"]
+    expected = {key: last[key] for key in ("miou", "macc", "aacc", "images")}
+
+    def scores() -> dict[str, float]:
         found = json.loads(out.read_text())["sets"]["val"]
-        assert {key: found[key] for key in ("miou", "macc", "aacc", "images")} == {
-            key: last[key] for key in ("miou", "macc", "aacc", "images")
-        }
         assert set(found["per_class"]) == {"disk", "square", "triangle", "photograph"}
+        return {key: found[key] for key in expected}
+
+    assert main(arguments) == 0
+    assert scores() == expected
+    assert f"{expected['miou']:>8.2f}\n" in capsys.readouterr().out
+    subprocess.run([*torchrun, *arguments], check=True)
+    assert scores() == expected
+    assert main([*arguments, "--multi_scale"]) == 0
+    several = scores()
+    assert several["images"] == 5 and several != expected
 
 
-def test_predict_draws_and_tells(whole: Run, scenes: dict[str, Path], tmp_path: Path) -> None:
+def test_predict_draws_and_tells(
+    whole: Run, scenes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "seen"
-    command = [sys.executable, "-m", "mae_scale", "predict", whole.run_dir, scenes["images"]]
-    subprocess.run([*command, "--out", out], check=True)
+    command = ["predict", str(whole.run_dir), "--out", str(out)]
+    assert main([*command, str(scenes["images"])]) == 0
     facts = json.loads((out / "00000.jpg.json").read_text())
     assert sum(each["share"] for each in facts["classes"]) == pytest.approx(1)
     with Image.open(out / facts["map"]) as classes:
@@ -124,14 +136,20 @@ def test_predict_draws_and_tells(whole: Run, scenes: dict[str, Path], tmp_path: 
         assert (values == each["number"]).mean() == pytest.approx(each["share"])
     assert len(list(out.glob("*.jpg.png"))) == 5
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    done = subprocess.run(
-        [*command[:-1], tmp_path / "broken.jpg", "--out", out], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "1 of 1 images cannot be read" in done.stderr
+    assert main([*command, str(tmp_path / "broken.jpg")]) == 1
+    assert "1 of 1 images cannot be read" in capsys.readouterr().err
 
 
-def test_other_shards_are_refused(whole: Run, shards: Path, tmp_path: Path) -> None:
+def test_other_shards_are_refused(
+    whole: Run,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, whose signals they must not take over."""
+    monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     run = replace(whole, run_dir=tmp_path / "run", shards=shards)
-    done = subprocess.run(run.command(), capture_output=True, text=True)
-    assert done.returncode == 2 and "holds shards for classification" in done.stderr
+    assert main(["segment", *run.arguments()]) == 2
+    assert "holds shards for classification" in capsys.readouterr().err
     assert not run.run_dir.exists()
