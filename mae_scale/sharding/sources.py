@@ -79,7 +79,9 @@ def find_source(
         )
     if choice.val_share is not None:
         if has_splits:
-            raise UserError(f"{src} has splits of its own; there is nothing to split")
+            raise UserError(
+                f"{src} has splits of its own; to split one of them, give its folder as SRC"
+            )
         source = _part(source, split, choice.val_share, choice.seed)
     if choice.classes is not None:
         source = _with_classes(source, choice.classes)

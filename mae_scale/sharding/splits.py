@@ -139,12 +139,13 @@ def _below_cover(root: Folder) -> Folder | None:
 
 
 def _clear_splits(root: Folder) -> Folder | None:
-    """Return the folder that holds at least two splits, each with folders in it; None: no such."""
+    """Return the folder that holds two splits or more, and nothing else unless all have classes."""
     below: Folder | None = root
     while below is not None:
         words = {n: split_word(n)[0] for n in below.children if split_word(n)[1]}
-        deep = all(uncovered(below.children[name]).deep for name in words)
-        if len(set(words.values())) > 1 and deep:
+        deep = [uncovered(below.children[name]).deep for name in words]
+        alone = len(words) == len(below.children)
+        if len(set(words.values())) > 1 and (all(deep) or (any(deep) and alone)):
             return below
         below = _below_cover(below)
     return None

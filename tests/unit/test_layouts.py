@@ -367,6 +367,10 @@ def test_splits_stay_splits(tmp_path: Path) -> None:
     ):
         source = find_source(src, "val", choice=Choice(class_depth=depth))
         assert counts(source) == expected and source.file_name(0) == "val.jpg"
+    flat = tree(tmp_path / "flat", "train/a/1.jpg", "train/b/2.jpg", "val/1.jpg")
+    assert counts(find_source(flat, "train", choice=Choice(class_depth=1))) == {"a": 1, "b": 1}
+    with pytest.raises(UserError, match="val has no class folders"):
+        find_source(flat, "val", choice=Choice(class_depth=1))
     with pytest.raises(UserError, match="has splits of its own"):
         find_source(src, "train", choice=Choice(val_share=0.5))
     (tmp_path / "list").write_text("train/x/a/train.jpg\n")
