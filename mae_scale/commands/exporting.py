@@ -114,10 +114,7 @@ def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDic
         UserError: they are not those of the model that the run's config describes.
     """
     expected = model.state_dict()
-    state = trained.weights(ema)
-    if state.keys() != expected.keys():
-        key = min(state.keys() ^ expected.keys())
-        raise UserError(f"{trained.folder} does not fit the config of its run: see {key}")
+    state = trained.whole_weights(ema)
     return {key: state[key].to(value.dtype) for key, value in expected.items()}
 
 

@@ -110,11 +110,21 @@ class TrainedRun:
     def model_with_weights(self, ema: bool = False) -> Any:
         """Build the model of the run with its weights, in fp32 on the CPU; all ranks call.
 
+        Arguments and errors are those of `whole_weights`.
+        """
+        state = self.whole_weights(ema)
+        model = self.model()
+        model.load_state_dict(state)
+        return model
+
+    def whole_weights(self, ema: bool = False) -> dict[str, torch.Tensor]:
+        """Read the state dict in fp32, which has all keys and shapes of the model; all ranks call.
+
         Args:
             ema: as for `weights`.
 
         Raises:
-            UserError: the checkpoint does not hold the weights of such a model.
+            UserError: the checkpoint does not hold the weights of the run's model.
         """
         state = self.weights(ema)
         with torch.device("meta"):  # a config that does not belong to the weights takes no memory
@@ -123,13 +133,10 @@ class TrainedRun:
         if shapes != found:
             key = next(k for k in [*shapes, *found] if shapes.get(k) != found.get(k))
             raise UserError(
-                f"checkpoint {self.folder} does not hold the weights of {self.run_dir}/config.yaml"
-                f": {key} has the shape {_sizes(found.get(key))}, "
-                f"expected {_sizes(shapes.get(key))}"
+                f"{self.folder} does not fit the config of its run: see {key}, which has the shape "
+                f"{_sizes(found.get(key))}, expected {_sizes(shapes.get(key))}"
             )
-        model = self.model()
-        model.load_state_dict(state)
-        return model
+        return state
 
     def weights(self, ema: bool = False) -> dict[str, torch.Tensor]:
         """Read the state dict in fp32; all ranks call.
