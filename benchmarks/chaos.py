@@ -50,7 +50,7 @@ CHAINS: dict[str, dict[str, Any]] = {
 
 
 def plan(chain: Chain, count: int) -> Iterator[tuple[str, str, str]]:
-    """`count` faults (launch, fault, moment): all kinds in turn, in a shuffled order."""
+    """Yield `count` faults (launch, fault, moment): all kinds in turn, in a shuffled order."""
     kinds: list[tuple[str, str, str]] = []
     for launch in chain.launches():
         for moment in MOMENTS:

@@ -122,7 +122,7 @@ class Chain:
     # Starting, and looking at what runs
 
     def launches(self) -> tuple[str, ...]:
-        """Ways to start it."""
+        """Return the ways in which it can be started."""
         if self.elastic:
             return (ALONE, SRUN)
         return (ALONE,) if self.processes == 1 else (SRUN, TORCHRUN, DEEPSPEED)
@@ -130,7 +130,7 @@ class Chain:
     def start(
         self, launch: str, run_dir: Path, fault: str = "", **settings: Any
     ) -> list[subprocess.Popen[bytes]]:
-        """Start the command: all ranks by hand, as srun does, or a launcher."""
+        """Start the command: all ranks by hand, as srun does, or by a launcher."""
         given = {**SETTINGS, **(DECODER if self.task == "pretrain" else {})}
         settings = {**given, "run_dir": run_dir, "data.train": self.data, **settings}
         arguments = [self.task, *(f"--{key}={value}" for key, value in settings.items())]
@@ -166,7 +166,7 @@ class Chain:
         ]
 
     def family(self) -> list[psutil.Process]:
-        """All living processes of the run."""
+        """Return all living processes of the run."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -176,7 +176,7 @@ class Chain:
         return found
 
     def ranks(self, launch: str, started: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
-        """The processes that train, in order; launchers may not have started them yet."""
+        """Return the processes that train, in order; a launcher may not have started them yet."""
         if launch in (ALONE, SRUN):
             return [psutil.Process(process.pid) for process in started]
         training: dict[int, tuple[str, psutil.Process]] = {}
@@ -195,15 +195,15 @@ class Chain:
     # What the run folder says
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Whole rows without what depends on the clock."""
+        """Return the whole rows, without what depends on the clock."""
         return read_metrics(self.run_dir)
 
     def folders(self) -> list[Path]:
-        """Step folders, newest first."""
+        """Return the step folders, newest first."""
         return sorted(self.checkpoints.glob("step-*"), reverse=True)
 
     def newest(self) -> Path | None:
-        """The newest committed step folder whose files are whole; all committed ones must be."""
+        """Return the newest committed step folder, once all of these are found to be whole."""
         newest = None
         for folder in self.folders():
             if (folder / "COMMITTED.json").exists() and folder.name not in self.damaged:
@@ -216,7 +216,7 @@ class Chain:
         return newest
 
     def starts(self) -> list[int]:
-        """Steps that the run was started or resumed at."""
+        """Return the steps at which the run was started or resumed."""
         path = self.run_dir / "history.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         events = [json.loads(line) for line in lines]
@@ -267,7 +267,7 @@ class Chain:
     def wait_for(
         self, launch: str, started: list[subprocess.Popen[bytes]], moment: str, done: int
     ) -> None:
-        """Until the moment has come, or the run has ended, which it must not."""
+        """Wait until the moment has come; a run that ends before it is wrong."""
         self.wait(started, lambda: len(self.ranks(launch, started)) == self.processes)
         ranks = self.ranks(launch, started)
         if moment == "start-up":
@@ -307,7 +307,7 @@ class Chain:
         condition: Callable[[], bool],
         seconds: float = PATIENCE_S,
     ) -> None:
-        """Until a condition holds; a run that ends by itself before it is wrong."""
+        """Wait until a condition holds; a run that ends by itself before it is wrong."""
         end = time.monotonic() + seconds
         while not condition():
             if any(process.poll() is not None for process in started):
@@ -321,7 +321,7 @@ class Chain:
     def strike(
         self, launch: str, started: list[subprocess.Popen[bytes]], fault: str
     ) -> Callable[[], None]:
-        """Do it; gives what undoes it."""
+        """Let a fault strike, and return what undoes it."""
         ranks = self.ranks(launch, started)
         victim = self.random.choice(ranks)
         if fault == "SIGKILL a rank":
@@ -388,7 +388,7 @@ class Chain:
                 rank.terminate()
 
     def wait_for_the_end(self, started: list[subprocess.Popen[bytes]]) -> list[int]:
-        """Exit codes, when everything has ended."""
+        """Wait until everything has ended, and return the exit codes."""
         codes = [process.wait(PATIENCE_S) for process in started]
         end = time.monotonic() + PATIENCE_S
         while left := self.family():
@@ -398,7 +398,7 @@ class Chain:
         return codes
 
     def what_is_left(self) -> str:
-        """How far the newest save came."""
+        """Say how far the newest save came."""
         folders = self.folders()
         if not folders:
             return "no save"
@@ -409,13 +409,13 @@ class Chain:
         return f"uncommitted, {len(list(folders[0].iterdir()))} files"
 
     def output(self) -> str:
-        """What the run said."""
+        """Return what the run has said."""
         return (self.folder / "log").read_text(errors="replace")
 
     # What must hold after it
 
     def check(self, row: Row, codes: list[int], before: Path | None, starts: list[int]) -> None:
-        """Exit codes, output, and where the run went on; raises what is wrong."""
+        """Check exit codes, output, and where the run went on; raise what is wrong."""
 
         def must(holds: object, what: str) -> None:
             if not holds:
@@ -501,18 +501,18 @@ class Chain:
 
 
 def tracebacks(output: str) -> str:
-    """The files in them; launchers add some of their own when they or a rank were ended."""
+    """Return the lines of tracebacks that name files; launchers have tracebacks of their own."""
     return "".join(line for line in output.splitlines() if line.startswith('  File "'))
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """As a Slurm script sets it."""
+    """Return the variables that a Slurm script sets for a rank."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **where}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Whole rows of a run's metrics.jsonl, without what depends on the clock."""
+    """Read the whole rows of a run's metrics.jsonl, without what depends on the clock."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -520,14 +520,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def nearly_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether rows agree: sums over other numbers of processes differ in their last bits."""
+    """Return whether rows agree up to the rounding of sums over other numbers of processes."""
     return one.keys() == other.keys() and all(
         one[key] == other[key]
         or (key in ("loss", "grad_norm") and math.isclose(one[key], other[key], rel_tol=1e-3))
