@@ -89,6 +89,7 @@ def shard(
     try:
         with _signals_interrupt():
             _check_places(src, out)
+            new = not out.exists()
             try:
                 if src.is_dir():
                     say(f"listing the images of {src}")
@@ -97,12 +98,12 @@ def shard(
                 else:
                     source = _find(src, options.split, workers, choice, out / WORK)
             except OSError as error:
-                _remove_unpacked(out)
+                _remove_unpacked(out, new)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise ShardingError(f"no room in {out}: {error.strerror}") from error
                 raise UserError(f"{src} cannot be read: {error}") from error
             except BaseException:
-                _remove_unpacked(out)
+                _remove_unpacked(out, new)
                 raise
             if source.taken:
                 say(source.taken)
@@ -115,7 +116,7 @@ def shard(
                 else:
                     _run(plan, out, workers, num_tasks, task_index)
             finally:
-                _remove_unpacked(out)
+                _remove_unpacked(out, new)
     except OSError as error:
         raise ShardingError(f"{out} cannot be written: {error}") from error
     except KeyboardInterrupt:
@@ -149,13 +150,15 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _remove_unpacked(out: Path) -> None:
-    """Remove the images that this process has unpacked, and the work folder if it is empty."""
+def _remove_unpacked(out: Path, new: bool) -> None:
+    """Remove the images that this process has unpacked, and the folders if they are empty."""
     unpacked = out / WORK / f"unpacked.{owner()}.tmp"
     if unpacked.exists():
         with suppress(OSError):
             unpacked.unlink()
             unpacked.parent.rmdir()
+            if new:
+                out.rmdir()
 
 
 def _check_places(src: Path, out: Path) -> None:

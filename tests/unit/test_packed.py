@@ -8,8 +8,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from make_disks import full_disk
 from make_trees import counts, jpg, tree, write_tar
 
+from mae_scale.cli import main
 from mae_scale.errors import UserError
 from mae_scale.sharding.sources import Choice, find_source
 
@@ -130,6 +132,16 @@ def test_a_damaged_compressed_tar(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             find_source(src, "train", work=tmp_path / "work")
         assert "train.tar.gz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_packed_source_leaves_nothing_where_it_fails(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    write_tar(src / "train.tgz", [f"{c}/{k}.jpg" for c in "ab" for k in range(400)], "w:gz")
+    assert main(["shard", str(src), str(tmp_path / "bad"), "--split", "val"]) == 2
+    with full_disk(tmp_path / "disk") as disk:
+        assert main(["shard", str(src), str(disk / "out"), "--split", "train"]) == 1
+        assert not (disk / "out").exists()
+    assert not (tmp_path / "bad").exists()
 
 
 def test_links_in_a_tar_of_a_class_are_named(tmp_path: Path) -> None:
