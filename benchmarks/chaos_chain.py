@@ -146,8 +146,10 @@ class Chain:
         command = [sys.executable, "-m", *modules[launch].split(), *arguments]
         if fault == "/dev/shm full":
             command = [*SMALL_SHARED_MEMORY, *command]
-        more = {"LD_PRELOAD": str(clock_library(self.folder)), "CHAOS_CLOCK": str(self.clock)}
-        environment = os.environ | (more if fault in CLOCKS else {})
+        environment = dict(os.environ)
+        if fault in CLOCKS:
+            environment["LD_PRELOAD"] = str(clock_library(self.folder))
+            environment["CHAOS_CLOCK"] = str(self.clock)
         self.output_of_leg = output = Output(fault, self.folder / "log")
         ranks = range(n) if launch == SRUN else [None]
         return [
