@@ -32,18 +32,19 @@ def parser(prog: str) -> Parser:
     add("--imagenet_c", help="folder of <corruption>/<severity>/ shard folders: ImageNet-C")
     add("--out", type=Path, help="JSON file to write")
     add("--ema", action="store_true", help="measure the moving average of the weights")
-    add("--model", help="architecture of foreign weights, such as mae_vit_base_patch16")
+    add("--model", help="architecture of foreign weights that do not say it, such as "
+        "mae_vit_base_patch16")  # fmt: skip
     add(
         "--classes",
         help="classes of the outputs of foreign weights: shard folder, or JSON list; without it, "
-        "those of the data",
+        "those that the weights name, or else those of the data",
     )
     add("--img_size", type=int, help="side of the images in pixels; default: that of the weights")
     add(
         "--crop_ratio",
         type=float,
-        help="share of the short side that the centre crop covers; default: that of the run, or "
-        "0.875 up to 224 pixels and 1.0 above",
+        help="share of the short side that the centre crop covers; default: that of the weights, "
+        "or 0.875 up to 224 pixels and 1.0 above",
     )
     add("--batch_size", type=int, default=64, help="images per rank (default: %(default)s)")
     add(

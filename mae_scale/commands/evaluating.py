@@ -29,6 +29,7 @@ from mae_scale.models.classifier import (
     build_classifier,
     keep_statistics_in_fp32,
 )
+from mae_scale.models.description import describe
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
 from mae_scale.sharding.labels import normal
 from mae_scale.tasks.classification import classes_of
@@ -123,7 +124,6 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
         names = [loaded.classes[i] for i in outputs[name][0].tolist()]
         per_class = dict(zip(names, scores.per_class(), strict=True))
         results["sets"][name] = {"shards": shards.root, **scores.row(), "per_class": per_class}
-        log.info("%s: %s", name, scores.row())
     if corrupted:
         top1 = {name: scores_on(name, shards).row()["top1"] for name, shards in corrupted.items()}
         results["imagenet_c"] = corruption_errors(top1)
@@ -156,10 +156,14 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
         return _load_ours(options)
     if options.ema:
         raise UserError(f"--ema: {options.weights} is no run folder, which a moving average is in")
-    if options.model is None:
-        raise UserError(f"{options.weights} is no run folder; say what it is: --model NAME")
     state = read_weights(options.weights)
-    classes = data.classes
+    described = describe(options.weights)
+    name = options.model or described.name
+    if name is None:
+        raise UserError(
+            f"{options.weights} is no run folder and does not say what it is: --model NAME"
+        )
+    classes = described.classes or data.classes
     if options.classes is not None:
         path = Path(options.classes)
         try:
@@ -178,14 +182,17 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
             "name those of the head with --classes"
         )
     sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
+    own_size = sizes.get("img_size")
+    sizes = described.encoder_sizes() | sizes
     if options.img_size is not None:
         sizes["img_size"] = options.img_size
     pool = "mean" if "fc_norm.weight" in state else "token"
     kinds = {"head.0.running_mean": "probe", "head.fc1.weight": "mlp"}
     kind = next((kinds[key] for key in kinds if key in state), "linear")
-    model = build_classifier(options.model, len(classes), pool=pool, head=kind, **sizes)
+    model = build_classifier(name, len(classes), pool=pool, head=kind, **sizes)
     model.load_state_dict(fit_to_classifier(state, model, whole=True))
-    return Loaded(model, classes, None, None)
+    crop_ratio = described.crop_ratio if options.img_size in (None, own_size) else None
+    return Loaded(model, classes, crop_ratio, None)
 
 
 def _load_ours(options: argparse.Namespace) -> Loaded:

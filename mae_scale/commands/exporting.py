@@ -23,17 +23,17 @@ from mae_scale.files import owner, sync_folder, sync_tree
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import ProbeHead
 from mae_scale.models.dense_weights import BACKBONE
+from mae_scale.models.description import CARD, CONFIG, PREPROCESSOR, facts_of
 from mae_scale.models.hugging_face import StateDict
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 
 log = logging.getLogger("mae_scale")
 
-CARD, SAFETENSORS, PTH = "README.md", "model.safetensors", "model.pth"
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+SAFETENSORS, PTH = "model.safetensors", "model.pth"
 SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # that OUT may be
 
 
-def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
+def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None:
     """Write the weights of a run, and a model card, into a new folder or file.
 
     The GPUs that trained them are not needed, and of the checkpoint's files only weights come into
@@ -51,6 +51,7 @@ def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
             this model.
         RunError: it cannot be written.
     """
+    out = Path(out)
     check_place(out, to)
     trained = TrainedRun.read(best_checkpoint(run))
     with torch.device("meta"):
@@ -63,7 +64,9 @@ def export(run: Path, to: str, out: Path, ema: bool = False) -> None:
     lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
     places = {"FOLDER": str(out), "FILE": str(out if single else out / form.weights)}
     code = re.sub("FOLDER|FILE", lambda found: places[found[0]], "\n".join(lines).strip())
-    card = model_card(trained, ema, to, form.library, code)
+    ratio = _crop_ratio(trained, trained.config.model.img_size) if trained.classes else None
+    facts = facts_of(trained.config.model.name, model, ratio)
+    card = model_card(trained, ema, to, form.library, code, facts)
     try:
         if single:
             _write_file(out, form, card)

@@ -13,6 +13,7 @@ from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, flatten
 from mae_scale.data.shards import MANIFEST, open_shards
 from mae_scale.errors import UserError
+from mae_scale.models.description import FACTS
 from mae_scale.tasks.task import AVERAGED
 from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train.checkpoint import Commit
@@ -21,7 +22,9 @@ from mae_scale.train.records import METRICS, VALIDATION, read_metrics
 MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier export is known
 
 
-def model_card(trained: TrainedRun, ema: bool, to: str, library: str, code: str) -> str:
+def model_card(
+    trained: TrainedRun, ema: bool, to: str, library: str, code: str, facts: dict[str, Any]
+) -> str:
     """Write the card as Markdown, with the Hub's front matter.
 
     Args:
@@ -30,14 +33,15 @@ def model_card(trained: TrainedRun, ema: bool, to: str, library: str, code: str)
         to: the form of the weights.
         library: the library that loads them.
         code: lines of Python that load them.
+        facts: what evaluation has to know of them, from `description.facts_of`.
     """
     config, commit = trained.config, Commit.read(trained.folder)
     name = config.model.name
     front: dict[str, Any] = {"library_name": library, "tags": ["mae-scale", "masked-autoencoder"]}
-    front["pipeline_tag"] = trained.task.hub_tag
+    front |= {"pipeline_tag": trained.task.hub_tag, FACTS: facts}
     average = ", the moving average of its weights" if ema else ""
     size, classes = config.model.img_size, len(trained.classes)
-    facts = [
+    table = [
         (
             "Model",
             f"`{name}`, {size} x {size} pixels" + (f", {classes} classes" if classes else ""),
@@ -48,7 +52,7 @@ def model_card(trained: TrainedRun, ema: bool, to: str, library: str, code: str)
         *_scores(trained, commit.step),
         ("Versions", ", ".join([f"mae-scale {__version__}", *_versions()])),
     ]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table)
     flat = flatten(yaml.safe_load(as_yaml(config)))
     recipe = {key: value for key, value in flat.items() if key.startswith(RECIPE)}
     return f"""---

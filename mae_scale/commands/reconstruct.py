@@ -33,12 +33,12 @@ def parser(prog: str) -> Parser:
     )
     add("--mask_ratio", type=float, help="share of patches removed, in (0, 1)")
     add("--seed", type=int, default=0, help="number that decides the masks (default: %(default)s)")
-    add("--model", help="architecture of foreign weights, such as mae_vit_base_patch16")
+    add("--model", help="architecture of foreign weights that do not say it")
     add(
         "--norm_pix_loss",
         choices=["true", "false"],
-        help="whether foreign weights predict normalised pixels; a folder of Hugging Face says so "
-        "itself",
+        help="whether foreign weights predict normalised pixels; exports and Hugging Face's say so "
+        "themselves",
     )
     add(
         "--max_pixels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from mae_scale.data.transforms import decode_image, denormalize, eval_crop, norm
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
 from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models.description import describe
 from mae_scale.models.weights import (
     fit_to_mae,
-    predicts_normalised_pixels,
     read_weights,
     sizes_of,
 )
@@ -26,9 +27,9 @@ log = logging.getLogger("mae_scale")
 
 
 def reconstruct(
-    weights: Path,
-    images: list[Path],
-    out: Path,
+    weights: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
     most: int,
     mask_ratio: float | None,
     seed: int,
@@ -41,13 +42,14 @@ def reconstruct(
     Raises:
         UserError: no weights, no images, an image that cannot be decoded, a bad mask ratio.
     """
+    weights, out = Path(weights), Path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     if max_pixels is not None and max_pixels < 1:
         raise UserError(f"--max_pixels {max_pixels} must be at least 1")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
-    files = _evenly(_find_images(images), most)
+    files = _evenly(_find_images([Path(image) for image in images]), most)
     if is_ours(weights):
         if model is not None or norm_pix_loss is not None:
             raise UserError(
@@ -94,13 +96,15 @@ def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> Mas
     """
     if not path.exists():
         raise UserError(f"there is no run folder, step folder or file of weights {path}")
+    described = describe(path)
+    name = name or described.name
     if name is None:
         raise UserError(
             f"{path} is neither a run folder nor a committed checkpoint of one; of weights from "
             "elsewhere say what they are: --model NAME"
         )
     state = read_weights(path)
-    normalised = predicts_normalised_pixels(path)
+    normalised = described.norm_pix_loss
     if norm_pix_loss is not None:
         normalised = norm_pix_loss == "true"
     if normalised is None:
@@ -108,7 +112,7 @@ def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> Mas
             f"{path} does not say whether it predicts normalised pixels, and published weights "
             "exist in both kinds; add --norm_pix_loss true or --norm_pix_loss false"
         )
-    model = build_mae(name, **{**sizes_of(state), "norm_pix_loss": normalised})
+    model = build_mae(name, **{**described.sizes, **sizes_of(state), "norm_pix_loss": normalised})
     model.load_state_dict(fit_to_mae(state, model, whole=True))
     return model.eval()
 

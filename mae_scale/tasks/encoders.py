@@ -14,6 +14,7 @@ from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.models.classifier import Classifier
+from mae_scale.models.description import Description, describe
 from mae_scale.models.encoder import Encoder, Pool
 from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights, sizes_of
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
@@ -42,7 +43,7 @@ class Describer:
 
 
 def read_describer(
-    weights: Path,
+    weights: str | Path,
     *,
     pool: Pool | None = None,
     name: str | None = None,
@@ -55,7 +56,7 @@ def read_describer(
         weights: run folder of pretrain, finetune or linprobe, a step folder in it, or weights.
         pool: what describes an image; None: the class token of a masked autoencoder, and what the
             head of a classifier sees.
-        name: of foreign weights: their architecture.
+        name: of foreign weights: their architecture; None: what they say themselves.
         img_size: pixels; None: that of the weights.
         ema: take the moving average of the weights.
 
@@ -78,10 +79,14 @@ def read_describer(
     else:
         if ema:
             raise UserError(f"--ema: {weights} is no run folder, which a moving average is in")
-        if name is None:
-            raise UserError(f"{weights} is no run folder; say what it is: --model NAME")
         state, source = read_weights(weights), str(weights)
-        model = _foreign(state, name, img_size)
+        described = describe(weights)
+        name = name or described.name
+        if name is None:
+            raise UserError(f"{weights} is no run folder and does not say what it is: --model NAME")
+        model = _foreign(state, name, img_size, described)
+        if img_size in (None, sizes_of(state).get("img_size")):
+            crop_ratio = described.crop_ratio
     if isinstance(model, MaskedAutoencoderViT):
         found = fit_to_mae(state, model)
         pool = pool or "token"
@@ -99,8 +104,11 @@ def read_describer(
     return Describer(model.eval(), pool, crop_ratio, source, max_pixels)
 
 
-def _foreign(state: dict[str, torch.Tensor], name: str, img_size: int | None) -> Encoder:
+def _foreign(
+    state: dict[str, torch.Tensor], name: str, img_size: int | None, described: Description
+) -> Encoder:
     sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
+    sizes = described.encoder_sizes() | sizes
     if img_size is not None:
         sizes["img_size"] = img_size
     if "fc_norm.weight" in state:

@@ -38,8 +38,9 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mean": ("finetune", 2, {**FINETUNE, "deepspeed": "zero3", "optim.ema_decay": 0.5,
                              "optim.base_lr": 0.05, "optim.warmup_epochs": 0}),
     "token": ("finetune", 1, {**FINETUNE, "model.pool": "token"}),
-    "linprobe": ("linprobe", 1, {"model.depth": 2, "train.micro_batch_size": 12,
-                                 "optim.base_lr": 5, "optim.warmup_epochs": 0}),
+    "linprobe": ("linprobe", 1, {"model.depth": 2, "model.crop_ratio": 1.0,
+                                 "train.micro_batch_size": 12, "optim.base_lr": 5,
+                                 "optim.warmup_epochs": 0}),
 }  # fmt: skip
 PRETRAINED, CLASSIFIERS = list(RUNS)[:2], list(RUNS)[2:]
 
@@ -143,7 +144,10 @@ def test_classifiers(trained: dict[str, Path], tmp_path: Path, name: str) -> Non
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert_same(theirs.eval()(IMAGES), logits)
     data = timm.data.resolve_data_config(model=theirs)
-    assert (data["input_size"], data["crop_pct"]) == ((3, 32, 32), 0.875)
+    assert (data["input_size"], data["crop_pct"]) == (
+        (3, 32, 32),
+        1.0 if name == "linprobe" else 0.875,
+    )
     fewer = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)
     assert fewer.eval()(IMAGES).shape == (2, 7)  # timm puts a new head on the same encoder
 
@@ -202,12 +206,11 @@ def test_evaluate_and_reconstruct_take_every_form(
         ("timm", tmp_path / "p.safetensors"),
         ("huggingface", tmp_path / "p"),
     ):
-        options = ["--model", "mae_vit_tiny_patch16"] if to else []
         if to:
             export(trained["linprobe"], to, out)
         table = tmp_path / "table.json"
         data = [f"val={val_shards}", "--out", str(table), "--workers", "0"]
-        assert main(["evaluate", str(out), *data, *options]) == 0
+        assert main(["evaluate", str(out), *data]) == 0
         rows.append(json.loads(table.read_text())["sets"]["val"])
     for row in rows[1:]:
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
@@ -216,16 +219,15 @@ def test_evaluate_and_reconstruct_take_every_form(
     run = trained["pretrain zero3"]
     image = str(next(imagenet_tree.rglob("*.JPEG")))
     pixels = []
-    for to, out, options in (
-        ("", run, []),
-        ("official", tmp_path / "m.pth", ["--norm_pix_loss", "true"]),
-        ("huggingface", tmp_path / "m", []),
+    for to, out in (
+        ("", run),
+        ("official", tmp_path / "m.pth"),
+        ("huggingface", tmp_path / "m"),
     ):
         if to:
             export(run, to, out)
-            options = [*options, "--model", "mae_vit_tiny_patch16"]
         grid = tmp_path / f"grid {to}.png"
-        assert main(["reconstruct", str(out), image, "--out", str(grid), *options]) == 0
+        assert main(["reconstruct", str(out), image, "--out", str(grid)]) == 0
         with Image.open(grid) as picture:
             pixels.append(np.asarray(picture.convert("RGB"))[60:].astype(int))  # not the title
     for found in pixels[1:]:
@@ -270,6 +272,7 @@ def test_the_card_says_what_it_is(trained: dict[str, Path], shards: Path, tmp_pa
         "library_name": "timm",
         "tags": ["mae-scale", "masked-autoencoder"],
         "pipeline_tag": "image-classification",
+        "mae_scale": {"architecture": "mae_vit_tiny_patch16", "num_heads": 3, "crop_pct": 0.875},
     }
     last = read_metrics(run / "metrics.jsonl")[-1]
     manifest = checkpoint.Commit.read(checkpoint.find_checkpoint(run)).data
@@ -380,12 +383,13 @@ def test_what_reconstruct_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pth = export(trained["pretrain zero1"], "official", tmp_path / "m.pth")
+    bare = shutil.copy(pth, tmp_path / "without its card.pth")
     encoder = export(trained["pretrain zero1"], "timm", tmp_path / "m.safetensors")
     capsys.readouterr()
     tiny = ["--model", "mae_vit_tiny_patch16"]
     for path, options, message in (
-        (pth, [], "say what they are: --model NAME"),
-        (pth, tiny, "add --norm_pix_loss true or --norm_pix_loss false"),
+        (bare, [], "say what they are: --model NAME"),
+        (bare, tiny, "add --norm_pix_loss true or --norm_pix_loss false"),
         (pth, ["--model", "mae_vit_base_patch16", "--norm_pix_loss", "true"],
          "patch_embed.proj.weight is [192, 3, 8, 8], expected [768, 3, 8, 8]"),
         (encoder, [*tiny, "--norm_pix_loss", "true"], "they have no decoder, which reconstructs"),

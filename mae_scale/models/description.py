@@ -1,0 +1,182 @@
+"""What weights of others, and exports of ours, say of themselves: architecture, crop, classes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mae_scale.errors import UserError
+from mae_scale.models.mae import MODELS
+
+CARD, CONFIG, PREPROCESSOR = "README.md", "config.json", "preprocessor_config.json"
+FACTS = "mae_scale"  # key of the front matter of a model card, with what `Description` holds
+_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
+          "decoder_num_heads")  # fmt: skip
+_HUGGING_FACE = {
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "decoder_num_attention_heads": "decoder_num_heads",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts about weights that their tensors do not show; what is not said is None or empty."""
+
+    name: str | None = None
+    """One of `mae.MODELS`."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `build_mae`; without those of the decoder, of `build_classifier`."""
+    crop_ratio: float | None = None
+    """Share of the short side that the centre crop of an evaluation covers."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the outputs, in order."""
+    norm_pix_loss: bool | None = None
+    """Whether a masked autoencoder predicts normalised pixels."""
+
+    def encoder_sizes(self) -> dict[str, Any]:
+        """The sizes without those of the decoder."""
+        return {key: size for key, size in self.sizes.items() if not key.startswith("decoder_")}
+
+
+def describe(path: str | Path) -> Description:
+    """Read what lies beside weights: the model card of an export, or config.json.
+
+    Args:
+        path: file or folder of weights.
+
+    Raises:
+        UserError: a file is there but is not what its name says.
+    """
+    path = Path(path)
+    card = path / CARD if path.is_dir() else path.with_suffix(".md")
+    config = _json(path / CONFIG) if path.is_dir() else {}
+    theirs = Description()
+    if "architecture" in config:
+        theirs = _of_timm(config)
+    elif "hidden_size" in config:
+        theirs = _of_hugging_face(config, _json(path / PREPROCESSOR))
+    facts = _front_matter(card).get(FACTS)
+    if not isinstance(facts, dict):
+        return theirs
+    return Description(
+        facts["architecture"] if facts.get("architecture") in MODELS else theirs.name,
+        theirs.sizes | _numbers(facts),
+        _ratio(facts.get("crop_pct")) or theirs.crop_ratio,
+        theirs.classes,
+        _boolean(facts.get("norm_pix_loss", theirs.norm_pix_loss)),
+    )
+
+
+def facts_of(name: str, model: Any, crop_ratio: float | None) -> dict[str, Any]:
+    """What the card of an export says for `describe`.
+
+    Args:
+        name: the architecture's.
+        model: what is exported; it may be on the meta device.
+        crop_ratio: of its evaluation; None: it is not evaluated.
+    """
+    encoder = getattr(model, "backbone", model)
+    facts: dict[str, Any] = {"architecture": name, "num_heads": encoder.blocks[0].attn.num_heads}
+    if decoder := getattr(model, "decoder_blocks", None):
+        facts["decoder_num_heads"] = decoder[0].attn.num_heads
+        facts["norm_pix_loss"] = model.norm_pix_loss
+    return facts if crop_ratio is None else {**facts, "crop_pct": crop_ratio}
+
+
+def _of_timm(config: Mapping[str, Any]) -> Description:
+    """Of the config.json that timm writes to the Hub."""
+    size = re.match(r"vit_(\w+?)_patch(\d+)", str(config["architecture"]))
+    names = [name for name in MODELS if size and f"_{size[1]}_" in name]
+    preprocessing = config.get("pretrained_cfg")
+    preprocessing = preprocessing if isinstance(preprocessing, dict) else config
+    arguments = config.get("model_args")
+    return Description(
+        names[0] if names else None,
+        _numbers(arguments if isinstance(arguments, dict) else {}),
+        _ratio(preprocessing.get("crop_pct")),
+        _names(config.get("label_names")),
+    )
+
+
+def _of_hugging_face(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Description:
+    """Of a ViT's or ViTMAE's config.json, and the processor of its images."""
+    sizes = _numbers({ours: config.get(theirs) for theirs, ours in _HUGGING_FACE.items()})
+    hidden, width = config.get("intermediate_size"), config["hidden_size"]
+    if isinstance(hidden, int) and isinstance(width, int) and width and hidden != 4 * width:
+        sizes["mlp_ratio"] = hidden / width
+    like = [name for name, usual in MODELS.items() if usual["embed_dim"] == width]
+    labels = config.get("id2label")
+    labels = labels if isinstance(labels, dict) else {}
+    names = [labels.get(str(number)) for number in range(len(labels))]
+    if names == [f"LABEL_{number}" for number in range(len(names))]:  # transformers' own
+        names = []
+    return Description(
+        like[0] if like else "mae_vit_base_patch16",  # the sizes say the rest
+        sizes,
+        _ratio_of_processor(processor),
+        _names(names),
+        _boolean(config.get("norm_pix_loss")),
+    )
+
+
+def _ratio_of_processor(processor: Mapping[str, Any]) -> float | None:
+    size, crop = processor.get("size"), processor.get("crop_size")
+    if not processor.get("do_center_crop") or not isinstance(size, dict):
+        return None
+    short = size.get("shortest_edge")
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if not (isinstance(short, int) and isinstance(crop, int) and 0 < crop <= short):
+        return None
+    # A hair less, so that int(crop / ratio) is this short side again whatever is rounded.
+    return _ratio(crop / short * (1 - 1e-9))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: values[key]
+        for key in _SIZES
+        if isinstance(values.get(key), (int, float)) and values[key] > 0
+    }
+
+
+def _ratio(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else None
+
+
+def _boolean(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _names(value: Any) -> list[str]:
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return value if is_list else []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights: {path} is not JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML between the first lines of a card; nothing where there is none."""
+    try:
+        found = re.match(r"---\n(.*?)\n---\n", card.read_text(errors="replace"), re.DOTALL)
+        content = yaml.safe_load(found[1]) if found else {}
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
