@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mae_scale.data.transforms import normalize as normalize
     from mae_scale.models import build_classifier as build_classifier
     from mae_scale.models import build_mae as build_mae
-    from mae_scale.models.weights import read_weights as read_weights
+    from mae_scale.tasks.weights import read_weights as read_weights
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _PUBLIC = {
     "build_mae": "mae_scale.models",
     "normalize": "mae_scale.data.transforms",
     "open_shards": "mae_scale.data.shards",
-    "read_weights": "mae_scale.models.weights",
+    "read_weights": "mae_scale.tasks.weights",
 }
 __all__ = sorted(_PUBLIC)
 

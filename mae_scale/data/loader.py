@@ -33,7 +33,7 @@ from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.mixing import sorted_by_class
 from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.remote import is_remote, shown
-from mae_scale.data.shards import ShardSet
+from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.data.worker import STOP_SIGNALS, DataWorker
 from mae_scale.errors import RunError, UserError
@@ -121,7 +121,7 @@ class TrainLoader(_Loader):
     micro-batch. A damaged sample is named in the log once and replaced by another one.
 
     Args:
-        shards: the shards of the split.
+        shards: the shards of the split, or their folder as `open_shards` takes it.
         img_size: pixels of a side.
         global_batch_size: samples of a step over all ranks; a multiple of
             `micro_batch_size` x `world_size`.
@@ -145,7 +145,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | str | Path,
         *,
         img_size: int,
         global_batch_size: int,
@@ -165,6 +165,7 @@ class TrainLoader(_Loader):
         repeats: int = 1,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        shards = opened(shards, cache_dir)
         order = self._order(shards, seed, lanes, window)
         if micro_batch_size is None:
             micro_batch_size = max(1, global_batch_size // world_size)
@@ -296,7 +297,7 @@ class EvalLoader(_Loader):
     so ranks may have different numbers of batches.
 
     Args:
-        shards: the shards of the split.
+        shards: the shards of the split, or their folder as `open_shards` takes it.
         img_size: pixels of a side.
         batch_size: samples of a batch; the last one of a rank may be smaller.
         rank, world_size: which part this process reads.
@@ -313,7 +314,7 @@ class EvalLoader(_Loader):
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | str | Path,
         *,
         img_size: int,
         batch_size: int,
@@ -326,6 +327,7 @@ class EvalLoader(_Loader):
         cache_bytes: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        shards = opened(shards, cache_dir)
         if crop_ratio is None:
             crop_ratio = default_crop_ratio(img_size)
         cache = shard_cache(shards, cache_dir, cache_bytes)
@@ -364,6 +366,11 @@ def _shared_images(batch_size: int, size: int) -> torch.Tensor:
     memory = mmap.mmap(-1, batch_size * 3 * size * size)
     images = torch.frombuffer(memory, dtype=torch.uint8).view(batch_size, size, size, 3)
     return images.permute(0, 3, 1, 2)
+
+
+def opened(shards: ShardSet | str | Path, cache_dir: str | Path | None) -> ShardSet:
+    """Open the shards of a folder, unless they are open."""
+    return shards if isinstance(shards, ShardSet) else open_shards(shards, cache_dir)
 
 
 def shard_cache(

@@ -70,7 +70,7 @@ ANNOTATED_DTYPE = np.dtype(
 _BLOCK = 1 << 20  # entries of the index that are checked together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShardSet:
     """The shards of one split, as a loader reads them. A pickle leaves out index and checksums.
 
@@ -95,6 +95,12 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardSet({self.root!r}, split={self.split!r}: {len(self):,} samples of "
+            f"{len(self.classes):,} classes in {len(self.files):,} shards)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "index": None, "checksums": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Any
 
 import yaml
 
-from mae_scale.errors import UserError
+from mae_scale.files import read_file
 from mae_scale.models.mae import MODELS
+from mae_scale.models.weights import read_json
 
 CARD, CONFIG, PREPROCESSOR = "README.md", "config.json", "preprocessor_config.json"
 FACTS = "mae_scale"  # key of the front matter of a model card, with what `Description` holds
+_MOST_CARD = 1 << 20  # bytes
 _SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
           "decoder_num_heads")  # fmt: skip
 _HUGGING_FACE = {
@@ -55,7 +56,7 @@ def describe(path: str | Path) -> Description:
         path: file or folder of weights.
 
     Raises:
-        UserError: a file is there but is not what its name says.
+        UserError: config.json or preprocessor_config.json is there, but holds no record.
     """
     path = Path(path)
     card = path / CARD if path.is_dir() else path.with_suffix(".md")
@@ -163,19 +164,13 @@ def _names(value: Any) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"weights: {path} is not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
     """The YAML between the first lines of a card; nothing where there is none."""
     try:
-        found = re.match(r"---\n(.*?)\n---\n", card.read_text(errors="replace"), re.DOTALL)
+        found = re.match(r"---\n(.*?)\n---\n", read_file(card, _MOST_CARD).decode(errors="replace"), re.DOTALL)
         content = yaml.safe_load(found[1]) if found else {}
     except (OSError, yaml.YAMLError):
         return {}

@@ -200,6 +200,12 @@ class MaskedAutoencoderViT(Encoder):
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         return mask_noise(seed, epoch, sample, self.num_patches, self.mask_sampling, ratio)
 
+    def random_noise(self, images: torch.Tensor, mask_ratio: float | None = None) -> torch.Tensor:
+        """Noise for some images with a seed from torch's global generator, so new in each call."""
+        sample = torch.arange(len(images), device=images.device)
+        seed = int(torch.randint(2**62, ()))  # on the CPU, which waits for no GPU
+        return self.noise(seed, torch.zeros_like(sample), sample, mask_ratio)
+
     def forward(
         self,
         images: torch.Tensor,
@@ -216,7 +222,7 @@ class MaskedAutoencoderViT(Encoder):
             images: float [B, 3, H, W], normalised; cast to the weights' dtype for the encoder
                 only, so pass float32 whatever that dtype is.
             noise: float32 [B, L], as from `noise`; of each image the patches with the smallest
-                values stay.
+                values stay. None: drawn by torch's global generator.
             mask_ratio: for this call, instead of the model's own.
             token_ids: int64 [B, L], the tokenizer's, where these are the target.
             pool: as for `features`.
@@ -229,9 +235,11 @@ class MaskedAutoencoderViT(Encoder):
         """
         if pool is not None:
             return self.features(images, pool)
-        if noise is None or noise.shape != (len(images), self.num_patches):
-            found = None if noise is None else list(noise.shape)
-            raise ValueError(f"noise must be {[len(images), self.num_patches]}, not {found}")
+        if noise is None:
+            noise = self.random_noise(images, mask_ratio)
+        if noise.shape != (len(images), self.num_patches):
+            expected = [len(images), self.num_patches]
+            raise ValueError(f"noise must be {expected}, not {list(noise.shape)}")
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, mask, ids_restore = random_masking(noise, ratio)
         if self.mask_tokens_in_encoder:
@@ -324,7 +332,10 @@ class MaskedAutoencoderViT(Encoder):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: torch.Tensor, noise: torch.Tensor, mask_ratio: float | None = None
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction as an image; arguments as for `forward`.
 

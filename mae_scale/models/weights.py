@@ -37,7 +37,7 @@ FILES = (
 _MOST_JSON = 1 << 24  # bytes
 
 
-def read_weights(path: Path) -> StateDict:
+def read_weights(path: str | Path) -> StateDict:
     """The state dict in a file or folder, with the authors' keys, as it is stored.
 
     Args:
@@ -49,6 +49,7 @@ def read_weights(path: Path) -> StateDict:
     Raises:
         UserError: nothing is there, or it holds no weights.
     """
+    path = Path(path)
     if not path.exists():
         raise UserError(f"weights: there is no file or folder {path}")
     if path.is_dir():
@@ -57,7 +58,7 @@ def read_weights(path: Path) -> StateDict:
             raise UserError(f"weights: {path} holds none of {', '.join(FILES)}")
         path = found[0]
     if path.suffix == ".json":
-        parts = sorted({str(part) for part in _read_json(path, "weight_map").values()})
+        parts = sorted({str(part) for part in read_json(path, "weight_map").values()})
         if any(Path(part).name != part or part == ".." for part in parts):
             raise UserError(f"weights: {path} names files that are not beside it")
         state = {k: v for part in parts for k, v in _read_file(path.with_name(part)).items()}
@@ -66,16 +67,12 @@ def read_weights(path: Path) -> StateDict:
     return from_hugging_face(state) if any(".layernorm_before." in key for key in state) else state
 
 
-def predicts_normalised_pixels(path: Path) -> bool | None:
-    """Read from a ViTMAE's config.json whether pixels are normalised; None: it does not say."""
-    config = path / "config.json"
-    if not config.is_file():
-        return None
-    found = _read_json(config).get("norm_pix_loss")
-    return found if isinstance(found, bool) else None
+def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    """Read a record from a JSON file, or the record under a key of it.
 
-
-def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    Raises:
+        UserError: it cannot be read, or holds no such record.
+    """
     try:
         content = json.loads(read_file(path, _MOST_JSON))
     except OSError as error:

@@ -25,23 +25,22 @@ _MOST_BYTES = 1 << 24  # of classes.json
 CLASSES = "classes.json"  # in the run folder of a task that has classes
 
 
-def read_any(path: Path) -> dict[str, torch.Tensor]:
+def read_any(path: str | Path) -> dict[str, torch.Tensor]:
     """Weights of a run of ours (its best or newest checkpoint), of a step folder, or of a file.
 
     Raises:
         UserError: there are none.
     """
-    if not is_ours(path):
-        return read_weights(path)
-    return load_weights(best_checkpoint(path))
+    return load_weights(best_checkpoint(path)) if is_ours(path) else read_weights(path)
 
 
-def is_ours(path: Path) -> bool:
+def is_ours(path: str | Path) -> bool:
     """Whether a path is a run folder or a committed step folder."""
+    path = Path(path)
     return (path / checkpoint.COMMITTED).exists() or (path / "config.yaml").exists()
 
 
-def best_checkpoint(path: Path) -> Path:
+def best_checkpoint(path: str | Path) -> Path:
     """Find the checkpoint to use of a run folder: the best by validation, or else the newest.
 
     A step folder is itself the checkpoint.
@@ -49,6 +48,7 @@ def best_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
+    path = Path(path)
     best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
     return checkpoint.find_checkpoint(best or path)
 
@@ -69,12 +69,13 @@ class TrainedRun:
     """Names of the model's outputs, in order; none in pre-training."""
 
     @classmethod
-    def read(cls, folder: Path) -> TrainedRun:
+    def read(cls, folder: str | Path) -> TrainedRun:
         """Read what the run of a step folder says of it, but no weights.
 
         Raises:
             UserError: its config.yaml or classes.json cannot be read.
         """
+        folder = Path(folder)
         run_dir = folder.parents[1]
         path, notes = run_dir / "config.yaml", run_dir / CLASSES
         try:

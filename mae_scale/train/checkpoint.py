@@ -331,12 +331,13 @@ def add_score(folder: Path, score: float) -> None:
     write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """Find the checkpoint meant by a run folder (its newest intact one) or by a step folder.
 
     Raises:
         UserError: there is none, or the step folder is damaged.
     """
+    path = Path(path)
     if (path / COMMITTED).exists():
         wrong = checkpoint_damage(path)
         if wrong is not None:

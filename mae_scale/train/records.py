@@ -30,7 +30,7 @@ _TEXTS = ("event", "host", "task", "precision", "device", "version", "torch", "d
 _LARGEST = 1e40  # above every float of 32 bits
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a record, without what cannot be a row of a run.
 
     Left out are a last line that a kill cut short, what a crash of the machine leaves, and rows
@@ -59,7 +59,7 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def readable_rows(
-    path: Path, last_bytes: int | None = None, whole: bool = False
+    path: str | Path, last_bytes: int | None = None, whole: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a record, whatever their values; lines that are no rows are left out.
 
@@ -68,9 +68,14 @@ def readable_rows(
         last_bytes: look only at the end of the file.
         whole: leave out a last line without an end, even if it can be read.
     """
+<<<<<<< HEAD
     try:
         file = open_file(path)
     except OSError:  # it is not there, or not a file
+=======
+    path = Path(path)
+    if not path.exists():
+>>>>>>> 90cc31b (In Python: paths as text or Path, weights of run folders, models that draw their masks, shards shown on one line)
         return
     with file:
         if last_bytes is not None and os.fstat(file.fileno()).st_size > last_bytes:

@@ -125,9 +125,9 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
         log.warning("%s cannot be written: %s", path, error)
 
 
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
+def read_history(run_dir: str | Path) -> list[dict[str, Any]]:
     """The events in `RUN/history.jsonl`; lines that cannot be read are left out."""
-    return [row for row in read_metrics(run_dir / HISTORY) if "event" in row]
+    return [row for row in read_metrics(Path(run_dir) / HISTORY) if "event" in row]
 
 
 def note_restart(run_dir: Path, step: int) -> None:

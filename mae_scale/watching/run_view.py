@@ -63,7 +63,8 @@ class RunView:
         UserError: the folder is no run folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
         self.folder, self.name = folder, folder.resolve().name
         try:
             self.config = read_yaml(folder / "config.yaml")
