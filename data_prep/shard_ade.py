@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mae_scale.errors import UserError
 from mae_scale.launch.outputs import take_over
-from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated_script import Find, run
-from mae_scale.sharding.sources import Source
+
+if TYPE_CHECKING:
+    from mae_scale.sharding.sources import Source
 
 
 def listed(src: Path, split: str, workers: int) -> Source:
+    from mae_scale.sharding.ade import find_ade
+
     found = find_ade(src, split, workers)
     if found is None:
         raise UserError(

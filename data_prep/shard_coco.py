@@ -13,10 +13,11 @@ from pathlib import Path
 
 from mae_scale.launch.outputs import take_over
 from mae_scale.sharding.annotated_script import Find, run
-from mae_scale.sharding.coco import read_coco
 
 
 def source(args: argparse.Namespace) -> tuple[Path, Find]:
+    from mae_scale.sharding.coco import read_coco
+
     return args.images, lambda *_: read_coco(args.instances, args.images)
 
 

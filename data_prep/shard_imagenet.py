@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
-from mae_scale.errors import STOPPED
 from mae_scale.launch.outputs import one_line, take_over
+from mae_scale.launch.stopping import leave_before_start
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,14 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def leave(*_: object) -> None:
-    """End at once: nothing is written before the command handles these signals itself."""
-    print("stopped; the same command starts again", file=sys.stderr)
-    os._exit(STOPPED)
-
-
 if __name__ == "__main__":
     take_over()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    leave_before_start()  # until the command handles signals itself
     sys.exit(main())

@@ -13,6 +13,7 @@ from mae_scale import __version__
 from mae_scale.errors import CommonError, RunError, UserError, did_you_mean
 from mae_scale.files import TRUST
 from mae_scale.launch.outputs import one_line, take_over
+from mae_scale.launch.stopping import catch_signals_early
 from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.task import main as train
 from mae_scale.world import World
@@ -33,9 +34,10 @@ COMMANDS = {
     "export": "weights for the authors' code, timm or Hugging Face",
     "reconstruct": "draw what a trained one makes of images",
     "predict": "draw what a classifier, detector or segmenter sees in images",
+    "completion": "print what makes bash or zsh complete commands and options",
 }
 # The product of these is what they print.
-PRINTING = {"plan", "status", "help", "--help", "-h", "--version", "-V"}
+PRINTING = {"plan", "status", "completion", "help", "--help", "-h", "--version", "-V"}
 
 
 def usage() -> str:
@@ -77,9 +79,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if name in TASKS:
-            from mae_scale.launch.stopping import catch_signals_early
-
-            catch_signals_early()
             return train(name, argv[1:], f"mae-scale {name}")
         if name not in COMMANDS:
             known = [*TASKS, *COMMANDS]
@@ -109,6 +108,8 @@ def entry() -> NoReturn:
     not end those threads, since DeepSpeed keeps references to it.
     """
     prints = not sys.argv[1:] or sys.argv[1] in PRINTING
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) in TASKS:
+        catch_signals_early()
     take_over(drops=not prints)
     try:
         code = main()

@@ -11,10 +11,10 @@ import argparse
 import os
 import re
 import signal
-import sys
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.errors import STOPPED, RunError, UserError
+from mae_scale.errors import RunError, UserError
+from mae_scale.launch.stopping import leave_before_start
 
 
 def size(text: str) -> int:
@@ -144,7 +144,7 @@ def main(argv: list[str], prog: str) -> int:
         UserError: bad input; nothing has been written.
         RunError: no room, or a file could not be read or written.
     """
-    before = {n: signal.signal(n, _leave) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = leave_before_start()
     try:
         args = parse(argv, prog)
         from mae_scale.data.formats import MAX_PIXELS
@@ -185,9 +185,3 @@ def main(argv: list[str], prog: str) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leave(*_: object) -> None:
-    """Until `shard` takes the signals over nothing is written."""
-    print("stopped; the same command starts again", file=sys.stderr)
-    os._exit(STOPPED)

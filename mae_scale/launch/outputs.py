@@ -15,6 +15,7 @@ import select
 import stat
 import sys
 import time
+from contextlib import suppress
 
 PATIENCE_S = 5.0  # for a pipe or terminal whose reader does not read, before text is dropped
 PIECE = 4096  # bytes that a pipe takes whole once it is writable (PIPE_BUF)
@@ -38,6 +39,16 @@ def printable(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def say_at_once(line: str) -> None:
+    """Write a line to descriptor 2 from a signal handler: without a buffer, a lock or a wait."""
+    with suppress(OSError):
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):
+            start = "\n" if os.isatty(2) else ""  # a progress bar may stand there
+            os.write(2, f"{start}{one_line(line)}\n".encode(errors="backslashreplace"))
 
 
 class Descriptor(io.RawIOBase):

@@ -7,13 +7,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import psutil
 
 from mae_scale.errors import STOPPED
+from mae_scale.launch.outputs import say_at_once
 from mae_scale.launch.parent import when_parent_ends
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -26,11 +27,23 @@ class StopRequest:
     """Remembers whether this process was asked to stop, and by what.
 
     Slurm, a launcher and a person may each send a signal, and often two of them do. Further signals
-    change nothing, so that none can break the save that the first one asked for.
+    change nothing, so that none can break the save that the first one asked for. Ctrl-C (SIGINT)
+    gets an answer at once, on rank 0.
+
+    Args:
+        reason: what has asked already.
+        is_early: no run has begun, so that Ctrl-C may end the process, if it is alone.
+
+    Attributes:
+        doing: tells what this rank does and for how many seconds; None: no run has begun.
+        step_seconds: length of the last step; None before the first one.
     """
 
-    def __init__(self, reason: str | None = None) -> None:
-        self._reason = reason
+    def __init__(self, reason: str | None = None, *, is_early: bool = False) -> None:
+        self._reason, self._is_early = reason, is_early
+        self._presses = 0  # of Ctrl-C
+        self.doing: Callable[[], tuple[str, float]] | None = None
+        self.step_seconds: float | None = None
         self._ends_at: float | None = None  # on the monotonic clock
 
     @property
@@ -52,16 +65,45 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take a signal; this is the handler that `signal.signal` is given."""
         self.set(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            self._presses += 1
+            if self._is_early and _is_alone():
+                say_at_once("mae-scale: stopped before the run began; the same command starts it")
+                os._exit(STOPPED)
+            if _is_first_rank():
+                say_at_once(f"mae-scale: {self.answer()}")
+
+    def answer(self) -> str:
+        """Say to who pressed Ctrl-C what comes before the end, and for how long."""
+        again = "press again to see how long"
+        if self.doing is None:
+            return f"stopping once all processes are there; {again}"
+        what, seconds = self.doing()
+        if self._presses > 1:
+            usual = "" if self.step_seconds is None else f"; a step takes {self.step_seconds:.1f} s"
+            return f"stopping: {what} for {seconds:.0f} s{usual}; then it is saved"
+        if what.startswith(("computing", "waiting for the data")):
+            return f"stopping after this step; {again}"
+        return f"stopping after {what}; {again}"
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _is_alone() -> bool:
+    return not {"RANK", "SLURM_PROCID"} & os.environ.keys()
 
 
 def catch_signals_early() -> None:
     """Take over the signals of `SIGNALS` before the slow imports, and watch the launcher.
 
-    The run that begins later learns of a signal that came before it. SIGHUP stays ignored under
+    The run that begins later learns of a signal that came before it; but Ctrl-C ends a process that
+    is alone, since nothing has begun. SIGHUP stays ignored under
     nohup. A launcher that is killed cannot pass a signal on, and its ranks would train on as
     orphans. The ranks of torchrun are its children; those of `deepspeed` are its grandchildren.
     """
-    early = StopRequest()
+    early = StopRequest(is_early=True)
     _set_handlers(early)
     if "TORCHELASTIC_RUN_ID" not in os.environ and "CROSS_SIZE" not in os.environ:
         return
@@ -146,3 +188,17 @@ def waiting_for_others(stop: StopRequest | None) -> Iterator[None]:
         signal.set_wakeup_fd(before)
         over.set()
         writer.close()
+
+
+def leave_before_start() -> dict[int, signal.Handlers]:
+    """Let Ctrl-C and SIGTERM end the process at once, with exit code 85, as long as nothing began.
+
+    Returns:
+        The handlers that were there before.
+    """
+
+    def leave(*_: object) -> None:
+        say_at_once("stopped; the same command starts again")
+        os._exit(STOPPED)
+
+    return {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}  # type: ignore[misc]

@@ -116,6 +116,9 @@ class Watchdog:
             "beat": 0, "host": host(), "moves": 0, "doing": "starting",
             "waits": False, "broken": None,
         }  # fmt: skip
+        self._since = time.monotonic()
+        if stop is not None:
+            stop.doing = self.now
         self._stop = threading.Event()
         self._leaving = False
         self._threads: list[threading.Thread] = []
@@ -142,8 +145,12 @@ class Watchdog:
 
     def doing(self, what: str) -> None:
         """Say what this rank does from now on. All ranks say the same in the same order."""
-        self._record["doing"] = what
+        self._record["doing"], self._since = what, time.monotonic()
         self._record["moves"] += 1  # after it, so that what is said always fits the count
+
+    def now(self) -> tuple[str, float]:
+        """What this rank does, and for how many seconds."""
+        return self._record["doing"], time.monotonic() - self._since
 
     def leave(self) -> None:
         """From now on other ranks may end, and the store may end with rank 0."""

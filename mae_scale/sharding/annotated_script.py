@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mae_scale.errors import RunError, UserError
 from mae_scale.launch.outputs import one_line
-from mae_scale.sharding.plan import Options
-from mae_scale.sharding.run import shard
-from mae_scale.sharding.sources import Source
+from mae_scale.launch.stopping import leave_before_start
 
-Find = Callable[[Path, str, int], Source]
+Find = Callable[[Path, str, int], Any]  # gives a Source
 
 
 def run(
@@ -31,6 +30,7 @@ def run(
         find: function from the arguments to the folder of the images and the function that lists
             them.
     """
+    leave_before_start()  # until `shard` handles signals itself
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     for name, text in places.items():
         parser.add_argument(name, type=Path, metavar=name.upper(), help=text)
@@ -47,6 +47,10 @@ def run(
     for option in ("workers", "samples_per_shard"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
+
+    from mae_scale.sharding.plan import Options
+    from mae_scale.sharding.run import shard
+
     options = Options(args.split, seed=args.seed, samples_per_shard=args.samples_per_shard)
     try:
         src, lists = find(args)

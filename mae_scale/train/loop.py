@@ -51,6 +51,7 @@ class Loop:
     """Optimiser steps done."""
 
     def __post_init__(self) -> None:
+        self._began: float | None = None  # the last step
         self._pending: StepResult | None = None  # the last step, on its way to the host
         self._agreed = Wishes()
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -98,6 +99,10 @@ class Loop:
         self.profiler.before(self.step + 1)
         with record_function(f"step {self.step + 1}"):
             wishes = Wishes(save=save, written=self.saver.written)
+            now = time.monotonic()
+            if self._began is not None:
+                self.stop.step_seconds = now - self._began
+            self._began = now
             return self.stepper.hand_over(batches, self.step, wishes)
 
     def _settle(self) -> None:

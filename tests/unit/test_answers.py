@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,27 @@ def test_nothing_to_do_shows_the_commands(capsys: pytest.CaptureFixture[str]) ->
     assert main([]) == 2
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in [*TASKS, *COMMANDS])
+
+
+def test_a_shell_completes_commands_options_recipes_and_values(tmp_path: Path) -> None:
+    script = tmp_path / "completion.sh"
+    script.write_text(
+        subprocess.run(
+            [sys.executable, "-m", "mae_scale", "completion", "bash"],
+            capture_output=True, text=True, check=True,
+        ).stdout
+        + 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_mae_scale\n'
+        + 'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )  # fmt: skip
+
+    def completed(*words: str) -> set[str]:
+        done = subprocess.run(
+            ["bash", script, "mae-scale", *words], capture_output=True, text=True, check=True
+        )
+        return set(done.stdout.split())
+
+    assert {"pretrain", "predict"} <= completed("pre")
+    assert completed("pretrain", "--train.ep") == {"--train.epochs"}
+    assert "pretrain_vit_base" in completed("pretrain", "--config", "pretrain_vit")
+    assert completed("finetune", "--model.pool", "m") == {"mean"}
+    assert completed("evaluate", "--multi") == {"--multi_scale"}

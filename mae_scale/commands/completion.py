@@ -1,0 +1,99 @@
+"""Print a script with which a shell completes commands, options, recipes and values.
+
+bash: source <(mae-scale completion bash), or that line in ~/.bashrc; likewise in zsh.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mae_scale.commands.arguments import Parser
+from mae_scale.config.parsing import config_keys, recipe_names
+from mae_scale.errors import UserError
+from mae_scale.tasks.task import TASKS
+
+SHELLS = ("bash", "zsh")
+
+
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
+    parser = Parser(prog=prog, description=__doc__)
+    parser.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments and print the script."""
+    options = parser(prog).parse_args(argv)
+    print(script(options.shell))
+    return 0
+
+
+def script(shell: str) -> str:
+    """Compose the script.
+
+    Raises:
+        UserError: shtab, which composes it, is not installed.
+    """
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs shtab: pip install shtab") from None
+    return shtab.complete(everything(), shell)
+
+
+def everything() -> argparse.ArgumentParser:
+    """One parser of all commands, for completion only."""
+    from importlib import import_module
+
+    from mae_scale.cli import COMMANDS
+
+    whole = argparse.ArgumentParser(prog="mae-scale")
+    commands = whole.add_subparsers()
+    for name, task in TASKS.items():
+        added = commands.add_parser(name, help=task.about)
+        recipes = [recipe for recipe in recipe_names() if recipe.startswith(name)]
+        _add(added, "--config", choices=recipes + [r for r in recipe_names() if r not in recipes])
+        for key in config_keys(task.config):
+            _add(added, f"--{key}", choices=_choices(task.config, key), places=key in _PATHS)
+    for name, about in COMMANDS.items():
+        own = import_module(f"mae_scale.commands.{name}").parser(f"mae-scale {name}")
+        added = commands.add_parser(name, help=about, parents=[own], conflict_handler="resolve")
+        for action in added._actions:
+            if (action.choices is None and not action.option_strings) or _is_path(action):
+                _complete_files(action)
+    return whole
+
+
+_PATHS = ("run_dir", "weights", "deepspeed", "data.train", "data.val", "data.cache_dir")
+
+
+def _add(
+    parser: argparse.ArgumentParser, option: str, *, choices: Any, places: bool = False
+) -> None:
+    action = parser.add_argument(option, choices=choices or None)
+    if places:
+        _complete_files(action)
+
+
+def _complete_files(action: Any) -> None:
+    import shtab
+
+    action.complete = shtab.FILE
+
+
+def _is_path(action: Any) -> bool:
+    return getattr(action.type, "__name__", "") == "Path"
+
+
+def _choices(config_class: Any, key: str) -> list[str]:
+    """The words that a key takes, if these are all it takes."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config_class = get_type_hints(config_class)[section]
+    hint = get_type_hints(config_class)[name]
+    if hint is bool:
+        return ["true", "false"]
+    hints = [hint, *get_args(hint)] if get_origin(hint) is not Literal else [hint]
+    return [str(word) for each in hints if get_origin(each) is Literal for word in get_args(each)]
