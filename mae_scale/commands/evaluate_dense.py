@@ -140,9 +140,18 @@ def _segmentation(
 
 
 def table(sets: dict[str, Any], scores: Any) -> str:
-    """Format the scores, one line for each score of each set."""
-    lines = []
+    """Format the scores: a line for each set; of detection one for boxes and one for masks."""
+    kinds: dict[str, dict[str, str]] = {}
+    for key, label in scores.items():
+        kind, _, rest = (
+            label.partition(" ") if label.startswith(("box ", "mask ")) else ("", "", "")
+        )
+        kinds.setdefault(kind, {})[key] = (rest or label).removesuffix(", %").removeprefix("AP, ")
+    heads = next(iter(kinds.values())).values()
+    width = max(9, *(len(head) + 2 for head in heads))
+    lines = [f"{'set':<20}{'images':>7}{'':5}" + "".join(f"{head:>{width}}" for head in heads)]
     for name, row in sets.items():
-        lines.append(f"{name}: {row['images']} images")
-        lines += [f"  {label:<20}{row[key]:>8.2f}" for key, label in scores.items()]
+        for kind, columns in kinds.items():
+            values = "".join(f"{row[key]:>{width}.2f}" for key in columns)
+            lines.append(f"{name:<20}{row['images']:>7} {kind:<4}{values}")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Show how runs are doing, on one screen, read from their folders alone."""
+"""Show how runs are doing, on one screen, read from their folders alone.
+
+A folder of runs, such as that of a sweep, gives one line for each of them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from mae_scale.commands.arguments import Parser
 from mae_scale.errors import UserError
 from mae_scale.launch.console import size_text
 from mae_scale.watching.health import Rows, duration, health, pace_of, seconds_to_save
+from mae_scale.watching.overview import HEAD, line, runs_below
 from mae_scale.watching.run_view import RunView
 
 ROWS = 400  # of the metrics that are looked at, the last ones
@@ -23,7 +27,9 @@ COLOURS = {"running": 32, "finished": 32, "failed": 31, "!": 33}
 def parser(prog: str) -> Parser:
     """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of runs"
+    )
     parser.add_argument(
         "--watch", type=float, metavar="SECONDS", help="print again every so many seconds"
     )
@@ -41,12 +47,28 @@ def main(argv: list[str], prog: str) -> int:
     clear = "\033[H\033[2J" if options.watch is not None and terminal else ""
     with suppress(KeyboardInterrupt):
         while True:
-            text = "\n\n".join(status(RunView(folder), colours) for folder in options.runs)
+            text = "\n\n".join(_shown(folder, colours) for folder in options.runs)
             print(clear + text, flush=True)
             if options.watch is None:
                 break
             time.sleep(options.watch)
     return 0
+
+
+def _shown(folder: Path, colours: bool) -> str:
+    """The status of a run, or a line for each run of a folder of runs."""
+    found = [folder] if (folder / "config.yaml").exists() else runs_below(folder)
+    if found == [folder]:
+        return status(RunView(folder), colours)
+    lines = [HEAD]
+    for run in found:
+        state, text = line(run, str(run.relative_to(folder)))
+        lines.append(_paint(text, state) if colours else text)
+    return "\n".join(lines)
+
+
+def _paint(text: str, key: str) -> str:
+    return f"\033[{COLOURS[key]}m{text}\033[0m" if key in COLOURS else text
 
 
 def status(run: RunView, colours: bool = False, now: float | None = None) -> str:
@@ -59,7 +81,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     now = time.time() if now is None else now
 
     def paint(text: str, key: str) -> str:
-        return f"\033[{COLOURS[key]}m{text}\033[0m" if colours and key in COLOURS else text
+        return _paint(text, key) if colours else text
 
     rows, facts, state = run.last_rows(ROWS), run.facts, run.state
     lines = [f"{printable(str(run.folder))}: {facts.get('task', 'training')} of {run.model}"]
@@ -70,7 +92,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
         where.append(f"ZeRO-{facts['zero_stage']}, {facts['precision']}")
     lines += [", ".join(where), ""]
 
-    def line(name: str, *parts: str | None) -> None:
+    def add(name: str, *parts: str | None) -> None:
         lines.append(f"  {name:<15}{'   '.join(part for part in parts if part)}".rstrip())
 
     step, total = run.step, facts.get("total_steps")
@@ -81,33 +103,33 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     epochs = (
         f"epoch {step / per_epoch:.2f} of {total / per_epoch:.5g}" if total and per_epoch else ""
     )
-    line("step", f"{step:,} of {total:,}" if total else f"{step:,}", epochs)
+    add("step", f"{step:,} of {total:,}" if total else f"{step:,}", epochs)
     pace = pace_of(rows)
     if state == "running" and pace and total:
         left = min((total - step) * pace.seconds_per_step, 1e10)
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
-        line("ETA", f"{duration(left)} ({end}), without validations and saves")
+        add("ETA", f"{duration(left)} ({end}), without validations and saves")
     if rows:
-        line("loss", _number(rows[-1].get("loss"), ".4f"), _trend(rows))
-        line("learning rate", _number(rows[-1].get("lr"), ".2e"),
+        add("loss", _number(rows[-1].get("loss"), ".4f"), _trend(rows))
+        add("learning rate", _number(rows[-1].get("lr"), ".2e"),
              f"gradient norm {_number(rows[-1].get('grad_norm'), '.3g')}")  # fmt: skip
     if pace:
         mfu = rows[-1].get("mfu")
-        line("speed", f"{pace.images_per_second:,.0f} images/s",
+        add("speed", f"{pace.images_per_second:,.0f} images/s",
              f"{pace.seconds_per_step:.3g} s a step", mfu and f"MFU {mfu:.0%}")  # fmt: skip
         memory = _number(rows[-1].get("memory_gb"), ".3g")
-        line("data wait", f"{pace.data_wait:.0%}", f"memory {memory} GB")
+        add("data wait", f"{pace.data_wait:.0%}", f"memory {memory} GB")
     if run.last_sign is not None:
         often = f"one every {duration(pace.interval)}" if pace and pace.interval else ""
-        line("last row" if rows else "last sign", f"{duration(now - run.last_sign)} ago", often)
+        add("last row" if rows else "last sign", f"{duration(now - run.last_sign)} ago", often)
     due = seconds_to_save(run, now, step, pace) if state == "running" else None
-    line("checkpoint", *_saved(run, now, due))
+    add("checkpoint", *_saved(run, now, due))
     best = run.best_validation()
     if best:
         score, row = best
-        line("best", f"{score} {row[score]:.2f} % at step {row['step']:,}")
+        add("best", f"{score} {row[score]:.2f} % at step {row['step']:,}")
     if run.resumes:
-        line("restarts", f"{len(run.resumes)}, the last from step {run.resumes[-1]:,}")
+        add("restarts", f"{len(run.resumes)}, the last from step {run.resumes[-1]:,}")
     lines.append("")
     unhealthy = health(run, rows, state, now)
     lines += [paint(f"  ! {text}", "!") for text in unhealthy] or ["  nothing unusual"]

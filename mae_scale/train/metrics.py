@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from mae_scale.train.sinks import Rows, TensorBoard
 log = logging.getLogger("mae_scale")
 
 RECONSTRUCTIONS = "reconstructions"  # folder in the run folder
+WIDTH = 80  # of the progress bar, in columns, at the most
+BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt} {postfix} ETA {remaining}"
+FIRST, GROWN = 5, 3.0  # steps that a loss is compared with, and the factor that is worth a line
 SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time and seconds, after which it is worth a line
 
 
@@ -74,7 +78,8 @@ class Progress:
         self._steps_per_epoch = steps_per_epoch
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+            columns = min(WIDTH, shutil.get_terminal_size().columns - 1)
+            self._bar = tqdm(total=total, initial=step, bar_format=BAR, ncols=columns)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -84,13 +89,15 @@ class Progress:
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of the metrics."""
         loss, grad_norm = (math.nan if row[k] is None else row[k] for k in ("loss", "grad_norm"))
+        if self._bar is not None:
+            self._bar.set_description_str(f"epoch {row['epoch']:.2f}", refresh=False)
+            rate = f"{row['images_per_second']:.0f} img/s"
+            self._bar.set_postfix_str(f"loss {loss:.4f} {rate}")
+            return
         text = (
             f"loss {loss:.4f}  lr {row['lr']:.2e}  grad norm {grad_norm:.3f}  "
             f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait']:.0%}"
         )
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            return
         rate = row["images_per_second"] / (row["samples"] / row["step"])
         left = int((self._total - row["step"]) / rate)
         eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
@@ -102,6 +109,37 @@ class Progress:
         """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Growth:
+    """Says so in the log when the loss has grown to several times what it was at the start.
+
+    It compares a moving average with the mean of the first steps of this start of the run.
+    """
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._average = 0.0
+        self._limit = GROWN
+
+    def add(self, step: int, loss: float, lr: float) -> None:
+        """Take in the loss of a step; one that is not finite is named elsewhere."""
+        if not math.isfinite(loss):
+            return
+        if len(self._first) < FIRST:
+            self._first.append(loss)
+            self._average = sum(self._first) / len(self._first)
+            return
+        self._average += (loss - self._average) / FIRST
+        first = abs(sum(self._first) / FIRST)
+        if first == 0 or self._average < self._limit * first:
+            return
+        log.warning(
+            "the loss grows: %.4g around step %d, %.3g times the %.4g that it was when this start "
+            "began; the learning rate %.2e may be too high (optim.base_lr)",
+            *(self._average, step, self._average / first, first, lr),
+        )
+        self._limit = 10 * self._average / first
 
 
 class Meter:
@@ -191,6 +229,7 @@ class Record:
             self._validations = MetricsLog(run_dir, step, VALIDATION, "validation")
         self._progress = Progress(total_steps, step, steps_per_epoch)
         self._meter = Meter(batch, workers)
+        self._growth = Growth()
 
     def add(
         self,
@@ -209,6 +248,7 @@ class Record:
             wait, at: seconds it waited for data; when it was handed to the device.
         """
         self._meter.add(wait, at)
+        self._growth.add(step, loss, lr)
         self._progress.advance()
         if step % self._log_every and step != self._total_steps:
             return

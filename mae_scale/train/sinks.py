@@ -111,7 +111,7 @@ class TensorBoard:
     def add(self, row: dict[str, Any]) -> None:
         """Add a point to each curve."""
         for key, value in row.items():
-            if value is not None and key != "step":
+            if value is not None and key not in ("step", "time"):
                 self._do("add_scalar", f"{self._group}/{key}", value, row["step"])
 
     def show(self, name: str, path: Path, step: int) -> None:

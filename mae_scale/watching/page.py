@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import time
+from collections.abc import Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -25,7 +26,12 @@ from mae_scale.watching.run_view import SESSION, RunView
 
 _MOST_PIXELS = 1 << 26  # of a picture; those of a run have a tenth of it
 PICTURES = 6  # of a run, at the most
-PICTURE_SIDE = 1000  # pixels
+PICTURE_SIDE = 1400  # pixels
+LEGEND = (
+    "Each picture: the image, what the model sees of it, what it makes of that, and the same with "
+    "the visible patches in their places. The loss counts hidden patches only, so that the model's "
+    "own version of visible ones may look wrong. Click to enlarge."
+)
 ROWS = 40  # of a table, the last ones
 # With which the browser itself sees to it that nothing is fetched.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -33,12 +39,13 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 COLOURS = ("#1f83c4", "#e07b12", "#14a06f", "#c9559a", "#8a6be0", "#b8960c", "#d4493b", "#5b8f99")
 
 
-def write_report(folders: list[Path], out: Path) -> None:
+def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
     """Write the page; it needs no other file and no network.
 
     Raises:
         UserError: a folder is no run's, or the file cannot be written.
     """
+    out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out} must end in .html")
     if out.is_dir():
@@ -138,12 +145,21 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
     files |= {path.name: path for path in [folder / "reconstructions.png"] if path.is_file()}
     if not files:
         return []
-    figures = "".join(_figure(caption, path) for caption, path in files.items())
+    figures = "".join(
+        _figure(caption, path, f"{run.view.name}-{number}")
+        for number, (caption, path) in enumerate(files.items())
+    )
     of = f" of {escape(run.label)}" if several else ""
-    return [f"<h2>Reconstructions{of}</h2>", f'<div class="pictures">{figures}</div>']
+    return [
+        f"<h2>Reconstructions{of}</h2>",
+        f'<p class="soft">{LEGEND}</p>',
+        f'<div class="pictures">{figures}</div>',
+    ]
 
 
-def _figure(caption: str, path: Path) -> str:
+def _figure(caption: str, path: Path, name: str) -> str:
+    """A picture that fills the window when it is clicked, by CSS alone."""
+    anchor = escape(f"picture-{name}")
     stream = io.BytesIO()
     try:
         with open_image(read_file(path, MAX_FILE), _MOST_PIXELS) as image:
@@ -154,7 +170,9 @@ def _figure(caption: str, path: Path) -> str:
     picture.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
     return (
-        f'<figure class="card"><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
+        f'<figure class="card" id="{anchor}"><a href="#{anchor}" title="enlarge">'
+        f'<img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}"></a>'
+        f'<a class="close" href="#close">close</a>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
