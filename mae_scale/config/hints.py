@@ -66,10 +66,15 @@ EXPLAINED = {
     "accum_iter": "accumulation follows from train.global_batch_size, train.micro_batch_size and "
     "the number of processes",
     "num_classes": "the number of classes follows from the training shards",
+    "optimizer": "the task decides it: LARS for linprobe, AdamW for all others",
+    "wandb": "curves are in RUN/tensorboard, and mae-scale report draws them",
     "eval": "mae-scale evaluate measures a trained run",
 }
 _SAME = {"gradient_accumulation_steps": "accum_iter", "accumulate_grad_batches": "accum_iter",
-         "nb_classes": "num_classes", "auto_resume": "resume", "num_nodes": "nodes"}  # fmt: skip
+         "nb_classes": "num_classes", "auto_resume": "resume", "opt": "optimizer",
+         "use_wandb": "wandb", "wandb_project": "wandb", "project": "wandb", "gpu_ids": "gpus",
+         "n_gpus": "gpus", "ngpus": "gpus", "devices": "gpus", "num_gpus": "gpus",
+         "num_nodes": "nodes"}  # fmt: skip
 
 
 def hint_for(key: str, known: list[str]) -> str:

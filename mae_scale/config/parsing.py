@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from argparse import HelpFormatter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mae_scale.config.batch import fit_micro_batch
-from mae_scale.config.help import help_text
+from mae_scale.config.help import help_text, type_text
 from mae_scale.config.hints import hint_for
 from mae_scale.config.identity import flatten
 from mae_scale.config.yaml_files import read_yaml
@@ -45,6 +45,13 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as a `UserError`, in words that do not come from Python."""
         text = " ".join(message.split()).replace("Parser key", "config key")
+        if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
+            raise UserError(f"{found[1]}: {self._hint(found[1].split()[0])}")
+        if found := re.fullmatch(r"the following arguments are required: (.*)", text):
+            needed = " and ".join(f"--{key}" for key in found[1].split(", "))
+            raise UserError(f"{needed} must be given; {self.prog} --help explains them")
+        if found := re.fullmatch(r"argument (--\S+): expected one argument", text):
+            raise UserError(f"{found[1]} needs a value")
         number = re.search(r"Not of type ([\w ]+?):", text)
         value = re.search(
             r"Given value: (.*)$|: (\S+) does not conform|(?:literal|convert).*: ('.*')$", text
@@ -52,6 +59,8 @@ class _Parser(ArgumentParser):
         words = [word for found in _LITERAL.findall(text) for word in found.split(", ")]
         words = [word.strip("'") for word in words]
         start = text.split(": ")[0]
+        if number and text.endswith("not 'NoneType'"):
+            raise UserError(f"{start}: null is not a {number[1]}")
         if number and value:
             given = next(group for group in value.groups() if group is not None)
             others = ["one of " + ", ".join(words)] * bool(words) + ["null"] * ("NoneType" in text)
@@ -66,6 +75,18 @@ class _Parser(ArgumentParser):
                 "'[0.9,0.95]'"
             )
         raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text))
+
+    def _hint(self, word: str) -> str:
+        """Say what would be right for an argument that is no option."""
+        if self.config_class is None:
+            return "it is no option"
+        key, _, value = word.lstrip("-").partition("=")
+        known = config_keys(self.config_class)
+        if key in known:
+            return f"did you mean --{key}{f'={value}' if value else ''}?"
+        if word.startswith("-"):
+            return f"options begin with two dashes; {hint_for(key, known)}"
+        return "it belongs to no option; a value with spaces is quoted, a list is in brackets"
 
 
 _LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
@@ -90,13 +111,16 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     known = config_keys(config_class)
     files, rest = _split_config_arguments(argv)
     for file in files:
-        _check_known(_read_yaml(file), known, f" in {file}")
+        values = _read_yaml(file)
+        _check_known(values, known, f" in {file}")
+        _check_file_sections(values, known, file)
     options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
     _check_known(options, [*known, "help", "print_config"], "")
     _check_sections(rest, known)
     namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
     namespace.pop("config")
     config = _plain(config_class(**vars(parser.instantiate(namespace))))
+    _check_nulls(config)
     if "train.micro_batch_size" not in options:
         fit_micro_batch(config.train, World.from_environment().size)
     return config
@@ -123,6 +147,33 @@ def _check_sections(arguments: list[str], known: list[str]) -> None:
             raise UserError(
                 f"--{section} is a section of the config and takes a YAML file, not {value!r}; did "
                 f"you mean --{keys[0]} {value}?"
+            )
+
+
+def _check_nulls(config: Any, prefix: str = "") -> None:
+    """Raise a UserError where a file leaves a key without a value that needs one."""
+    hints = get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        value, hint = getattr(config, entry.name), hints[entry.name]
+        if dataclasses.is_dataclass(value):
+            _check_nulls(value, f"{prefix}{entry.name}.")
+        elif value is None and hint is not Any and type(None) not in get_args(hint):
+            raise UserError(
+                f'config key "{prefix}{entry.name}": null is not a {type_text(hint)}; '
+                "give a value, or leave the key out"
+            )
+
+
+def _check_file_sections(values: Mapping[str, Any], known: list[str], file: Path) -> None:
+    """Raise a UserError where a file gives a section a value instead of keys."""
+    for section, value in values.items():
+        keys = [key for key in known if key.startswith(f"{section}.")]
+        if keys:
+            name = keys[0].partition(".")[2]
+            what = "nothing" if value is None or value == {} else repr(value)
+            raise UserError(
+                f"{file}: {section} is a section of keys such as '{name}: ...', but holds {what}; "
+                "write keys below it, or leave it out"
             )
 
 
@@ -196,6 +247,8 @@ def _find_config(value: str) -> Path:
     for path in (Path(value), RECIPES / f"{value}.yaml"):
         if path.is_file():
             return path
+    if not value:
+        raise UserError("--config needs the path of a YAML file or the name of a recipe")
     near = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
     raise UserError(f"--config {value!r} is neither a file nor a recipe; {near}")
 
