@@ -34,5 +34,6 @@ setup: .venv/current
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mae-scale needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	rm -f .venv/current
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@echo "Installing PyTorch and all else into .venv: 5.6 GB in the end, which takes some minutes."
+	.venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch .venv/current

@@ -52,8 +52,9 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
     say(3, "Pre-training on two processes with DeepSpeed ZeRO-2, stopped half-way by SIGTERM")
     epochs = max(1, round(steps * BATCH / len(open_shards(shards))))
     pretrain = [
-        # `deepspeed` itself; the script of that name does not start from a path with a space in it
-        sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", 2,
+        # `deepspeed` itself; the script of that name does not start from a path with a space in it.
+        # It would call the stop below an error.
+        sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical", "--num_gpus", 2,
         "--module", "--master_port", free_port(), "mae_scale", "pretrain", "--config", "demo",
         "--data.train", shards, "--run_dir", run, "--train.epochs", epochs,
     ]  # fmt: skip
