@@ -138,8 +138,11 @@ def _plan(
     steps = job.config.checkpoint.every_steps
     if minutes is None and steps and chosen and chosen.compute_s is not None:
         minutes = steps * (chosen.compute_s + chosen.network_s) / 60
-    command = _command(name, job, cluster, chosen, rest, options) if chosen else ""
-    return RunPlan(name, job, cluster, found, chosen, minutes, command)
+    command, hint = "", ""
+    if chosen:
+        command, places = _command(name, job, cluster, chosen, rest, options)
+        hint = _hint(places, options.this_machine)
+    return RunPlan(name, job, cluster, found, chosen, minutes, command, hint)
 
 
 def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
@@ -160,8 +163,12 @@ def _command(
     chosen: Row,
     rest: list[str],
     options: argparse.Namespace,
-) -> str:
-    """Compose the command that starts the run: sbatch, or torchrun on this machine."""
+) -> tuple[str, list[str]]:
+    """Compose the command that starts the run: sbatch, or torchrun on this machine.
+
+    Returns:
+        The command, and the words in it that stand for paths that were not given.
+    """
     task = job.config.task
     if options.this_machine:
         start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"
@@ -172,16 +179,32 @@ def _command(
         )
     arguments = ["--config", name, *rest]
     given = given_values(arguments)
-    for key, place in PLACES.items():
-        if key not in given:
-            arguments += [f"--{key}", place]
+    places = dict(PLACES)
+    if job.config.task in ("finetune", "linprobe"):
+        places["data.val"] = "VAL_SHARDS"
+    weights = job.config.weights
+    if weights is not None and not Path(weights).exists() and "--weights" not in " ".join(rest):
+        places["weights"] = "WEIGHTS"
+    missing = {key: p for key, p in places.items() if key not in given or key == "weights"}
+    for key, place in missing.items():
+        arguments += [f"--{key}", place]
     values = (chosen.deepspeed, chosen.micro_batch, chosen.checkpointing, chosen.offload)
     for key, value in zip(CHOSEN, values, strict=True):
         if key not in job.fixed and (value or key in given):
             arguments += [f"--{key}", str(value).lower()]
     if options.checkpoint_minutes is not None:
         arguments += ["--checkpoint.every_minutes", f"{options.checkpoint_minutes:g}"]
-    return f"{start} {shlex.join(arguments)}"
+    return f"{start} {shlex.join(arguments)}", list(missing.values())
+
+
+def _hint(places: list[str], here: bool) -> str:
+    """Say what to do before the command is copied."""
+    words = ["Start it so"]
+    if places:
+        words.append(f", with paths of yours for {', '.join(places)}")
+    if not here:
+        words.append(" (first `source slurm/site.sh`, which holds account and partition)")
+    return "".join([*words, ":"])
 
 
 def _write(path: Path, content: Any) -> None:

@@ -305,6 +305,44 @@ def choose(found: list[Row]) -> Row | None:
     return min(as_fast, key=_order)
 
 
+def reason(found: list[Row], chosen: Row) -> str:
+    """Say in words why `choose` chose a setting, above all one that looks worse than others."""
+    fitting = [row for row in found if row.fits and row != chosen]
+    if not fitting:
+        return "It is the only one that fits." if len(found) > 1 else "It was asked for."
+    words = []
+    faster = [row for row in fitting if (row.images_per_second or 0) > _rate(chosen)]
+    near = [row for row in faster if _rate(chosen) >= AS_FAST * _rate(row)]
+    if chosen.images_per_second is None:
+        words.append("Times are not known here, so it is the first that fits in the order below")
+    elif not faster:
+        words.append("It is the fastest that fits")
+    elif near:
+        words.append(
+            f"The estimates are no better than {1 - AS_FAST:.0%}, and it is within that of the "
+            "fastest"
+        )
+    if chosen.images_per_second is None or near or any(_rate(r) == _rate(chosen) for r in fitting):
+        words.append(
+            "of those as fast the first is taken: zero1, zero2, zero3; then the fewest blocks "
+            "recomputed; then the largest micro-batch"
+        )
+    if any(row.deepspeed == "zero0" for row in fitting):
+        words.append("zero0 is there to compare with")
+    passed = {row.deepspeed for row in faster if row not in near} - {"zero0"}
+    if chosen.deepspeed in FIRST and "zero3" in passed:
+        words.append("zero3 is for what does not fit otherwise")
+    if any(row.host for row in faster) and not chosen.host:
+        words.append("< has copies to host memory, whose time is not known")
+    if any(not row.busy for row in faster if row not in near) and chosen.busy:
+        words.append(f"a micro-batch of fewer than {BUSY_TOKENS} tokens leaves a GPU idle")
+    return "; ".join(words) + "."
+
+
+def _rate(row: Row) -> float:
+    return row.images_per_second or 0.0
+
+
 def _order(row: Row) -> tuple[int, int, int]:
     stage = PREFERENCE.index(row.deepspeed) if row.deepspeed in PREFERENCE else 0
     option = (row.checkpointing, row.offload)
@@ -325,6 +363,8 @@ class RunPlan:
     """Between two checkpoints; None where it is in steps and their time is not known."""
     command: str
     """The command that starts the run."""
+    hint: str
+    """What to know before it is started."""
 
     @property
     def seconds(self) -> float | None:

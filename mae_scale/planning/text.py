@@ -1,4 +1,4 @@
-"""The text that `mae-scale plan` prints, at most 120 columns wide but for the command to copy."""
+"""The text that `mae-scale plan` prints: 80 columns, but for the command to copy; answers last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 
 from mae_scale.launch.console import size_text
-from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan
+from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan, reason
+
+WIDTH = 80
 
 
 def recomputed(row: Row) -> str:
@@ -23,8 +25,8 @@ def _number(value: float | None, pattern: str = ",.0f") -> str:
 
 
 _COLUMNS = (
-    f"  {'':14}{'checkpointing':14}{'micro':>6}{'accum':>6}{'weights':>8}{'grads':>7}{'optim':>7}"
-    f"{'activ':>7}{'buffers':>8}{'all':>7}{'host':>7}{'sent':>7}{'wait s':>7}{'img/s':>9}"
+    f"  {'':14}{'recomputed':14}{'micro':>6}{'accum':>6}{'states':>8}{'activ':>7}{'buffers':>8}"
+    f"{'all':>7}{'img/s':>9}"
 )
 
 
@@ -34,15 +36,13 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
     for row in found:
         mark = "*" if row == chosen else " " if row.fits else "x"
         bound = "<" if row.host and row.images_per_second else ""
-        parts = [row.gradients, row.optimizer, row.activations]
-        name = Path(row.deepspeed).stem
+        states = row.weights + row.gradients + row.optimizer
         lines.append(
-            f"{mark} {name:14.14}{recomputed(row):14}{row.micro_batch:6}{row.accumulation:6}"
-            f"{row.weights / unit:8.1f}" + "".join(f"{size / unit:7.1f}" for size in parts)
-            + f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}{row.host / unit:7.1f}"
-            f"{row.sent / unit:7.1f}{row.network_s:7.2f}"
+            f"{mark} {Path(row.deepspeed).stem:14.13}{recomputed(row):14}{row.micro_batch:6}"
+            f"{row.accumulation:6}{states / unit:8.1f}{row.activations / unit:7.1f}"
+            f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}"
             f"{bound + _number(row.images_per_second):>9}"
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -66,26 +66,44 @@ def page(plan: RunPlan) -> str:
     everything = list(job.model.parameters())
     trained = sum(p.numel() for p in everything if p.requires_grad) / 1e6
     lines = [
-        f"{plan.name}: {config.model.name} at {config.model.img_size} pixels, "
-        f"{sum(p.numel() for p in everything) / 1e6:.1f} M parameters, {trained:.1f} M trained",
-        f"{_machine(cluster)}; batch {config.train.global_batch_size}, "
-        f"{job.total_images / 1e6:,.1f} M images in all",
-        "",
-        f"{'GB' if size == 1e9 else 'MB'} for each {unit}, at the largest micro-batch that fits "
-        f"into {cluster.memory_gb * (1 - HEADROOM):.1f} GB ({cluster.memory_gb:.1f} less "
-        f"{HEADROOM:.0%}); x: none fits; *: choose this",
-        *_table(_with(chosen, _largest(plan.rows)), chosen, size),
-        "",
-        f"{chosen.deepspeed}, checkpointing {recomputed(chosen)}, at every micro-batch:",
-        *_table([row for row in plan.rows if _same_checkpointing(row, chosen)], chosen, size),
-        "",
-        *_consequences(plan),
-        "",
-        plan.command,
+        f"{plan.name}: {config.model.name} at {config.model.img_size} pixels",
+        f"{sum(p.numel() for p in everything) / 1e6:.1f} M parameters, {trained:.1f} M trained; "
+        f"batch {config.train.global_batch_size}, {job.total_images / 1e6:,.1f} M images in all",
+        _machine(cluster),
         "",
         *_assumptions(plan),
+        "",
+        *_filled(
+            f"Memory of each {unit} in {'GB' if size == 1e9 else 'MB'}, at the largest micro-batch "
+            f"that fits into {cluster.memory_gb * (1 - HEADROOM):.1f} GB "
+            f"({cluster.memory_gb:.1f} less {HEADROOM:.0%}). x: does not fit. *: chosen, see below."
+        ),
+        *_table(_with(chosen, _largest(plan.rows)), chosen, size),
+        "",
+        *_filled(
+            f"The same for {chosen.deepspeed}, recomputed {recomputed(chosen)}, at every "
+            "micro-batch:"
+        ),
+        *_table([row for row in plan.rows if _same_checkpointing(row, chosen)], chosen, size),
+        "",
+        *_filled(
+            f"Choose {chosen.deepspeed}, blocks recomputed: {recomputed(chosen)}, micro-batch "
+            f"{chosen.micro_batch}, {chosen.accumulation} of them a step. "
+            f"{reason(plan.rows, chosen)}"
+        ),
+        *(line for text in _consequences(plan) for line in _filled(text, 13)),
+        "",
+        *_filled(plan.hint),
+        plan.command,
     ]
     return "\n".join(lines)
+
+
+def _filled(text: str, indent: int = 0) -> list[str]:
+    """Break a text into lines of the page's width."""
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _with(chosen: Row, some: list[Row]) -> list[Row]:
@@ -123,6 +141,11 @@ def _consequences(plan: RunPlan) -> list[str]:
             f"{chosen.network_s / step:.1%} of the time is spent waiting for it",
         ]
         lines.append(f"host         {_host_limit(plan, chosen)}")
+        if chosen.host:
+            lines.append(
+                f"memory       {size_text(chosen.host)} of host memory for each GPU; copies to it "
+                "are not in the time"
+            )
         if chosen.recompute_share:
             lines.append(f"recomputing  {chosen.recompute_share:.0%} of the computing")
         a_node = rate / cluster.gpus * cluster.gpus_per_node
@@ -157,28 +180,31 @@ def _host_limit(plan: RunPlan, chosen: Row) -> str:
 
 
 def comparison(plans: list[RunPlan]) -> str:
-    """A line for each config and number of GPUs."""
-    width = max(len(plan.name) for plan in plans) + 2
-    lines = [
-        f"{'':{width}}{'GPUs':>5}  {'stage':14}{'checkpointing':15}{'micro':>5}{'accum':>6}"
-        f"{'GB':>6}{'img/s':>9}{'wait':>6}{'days':>7}{'GPU-h':>9}{'cores':>6}{'save GB':>8}"
-    ]
+    """A block for each config, with a line for each number of GPUs."""
+    lines = [*_assumptions(plans[0], several=True)]
+    name = None
     for plan in plans:
         row, gpus = plan.chosen, plan.cluster.gpus
-        start = f"{plan.name:{width}}{gpus:5}  "
+        if plan.name != name:
+            name = plan.name
+            lines += [
+                "",
+                name,
+                f"{'GPUs':>6}  {'stage':14}{'recomputed':14}{'micro':>5}{'accum':>6}{'GB':>6}"
+                f"{'img/s':>8}{'wait':>5}{'days':>6}{'GPU-h':>8}",
+            ]
         if row is None:
-            lines.append(f"{start}nothing fits into {plan.cluster.memory_gb:g} GB")
+            lines.append(f"{gpus:6}  nothing fits into {plan.cluster.memory_gb:g} GB")
             continue
         rate, hours = row.images_per_second, plan.seconds and plan.seconds / 3600
         wait = row.step_s and row.network_s / row.step_s
         lines.append(
-            f"{start}{Path(row.deepspeed).stem:14.13}{recomputed(row):15}{row.micro_batch:5}{row.accumulation:6}"
-            f"{row.memory / 1e9:6.1f}{_number(rate):>9}{_number(wait, '.0%'):>6}"
-            f"{_number(hours and hours / 24, ',.1f'):>7}{_number(hours and hours * gpus):>9}"
-            f"{_number(rate and rate / gpus / plan.cluster.images_per_core, '.1f'):>6}"
-            f"{row.checkpoint / 1e9:8.1f}"
+            f"{gpus:6}  {Path(row.deepspeed).stem:14.13}{recomputed(row):14}{row.micro_batch:5}"
+            f"{row.accumulation:6}{row.memory / 1e9:6.1f}{_number(rate):>8}"
+            f"{_number(wait, '.0%'):>5}{_number(hours and hours / 24, ',.1f'):>6}"
+            f"{_number(hours and hours * gpus):>8}"
         )
-    return "\n".join([*lines, "", *_assumptions(plans[0], several=True)])
+    return "\n".join(lines)
 
 
 def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
@@ -190,9 +216,10 @@ def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
             f"- {cluster.name} of {cluster.memory_gb:g} GB, {HEADROOM:.0%} of it left free"
         )
     lines.append(
-        "- memory by formula (docs/scaling.md has the errors); buffers: gradients being sent, "
-        "gathered weights, what is computed again, temporary tensors; the headroom is for the "
-        "CUDA context, NCCL and the allocator"
+        "- memory by formula (docs/scaling.md has the errors); states: weights, gradients and "
+        "optimiser; activ: what the forward pass keeps; buffers: gradients being sent, gathered "
+        "weights, what is computed again, temporary tensors; the headroom is for the CUDA "
+        "context, NCCL and the allocator"
     )
     if cluster.tflops is not None:
         lines += [
@@ -211,4 +238,4 @@ def _assumptions(plan: RunPlan, several: bool = False) -> list[str]:
         f"- {cluster.disk_gbs:g} GB/s to the run folder; {cluster.restart_minutes:g} minutes for a "
         "restart; a job that is warned saves first"
     )
-    return [textwrap.fill(line, 112, subsequent_indent="  ") for line in lines]
+    return [part for line in lines for part in _filled(line, 2)]
