@@ -1,1 +1,20 @@
 """The commands that do not train, and those that only read a run."""
+
+# What each command does. Its module in `commands` has `parser(prog)` and `main(argv, prog) -> exit
+# code`. It imports torch and the like only after parsing: --help and typing errors must not wait.
+COMMANDS = {
+    "shard": "make shards of ImageNet, or of any images",
+    "index": "make WebDataset tars of others usable as they are",
+    "verify": "check shards down to each image",
+    "evaluate": "accuracy of a classifier, also on robustness sets",
+    "knn": "accuracy of an encoder's nearest neighbours, without training",
+    "features": "what an encoder makes of each image, as npy or Parquet",
+    "plan": "memory, time, data and saves of a recipe on a cluster",
+    "sweep": "run a table of experiments, such as the paper's ablations",
+    "status": "print how runs are doing, on one screen",
+    "report": "write an HTML page that shows one or several runs",
+    "export": "weights for the authors' code, timm or Hugging Face",
+    "reconstruct": "draw what a trained one makes of images",
+    "predict": "draw what a classifier, detector or segmenter sees in images",
+    "completion": "print what makes bash or zsh complete commands and options",
+}

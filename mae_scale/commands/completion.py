@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mae_scale.commands import COMMANDS
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.parsing import config_keys, recipe_names
 from mae_scale.errors import UserError
@@ -46,8 +47,6 @@ def script(shell: str) -> str:
 def everything() -> argparse.ArgumentParser:
     """One parser of all commands, for completion only."""
     from importlib import import_module
-
-    from mae_scale.cli import COMMANDS
 
     whole = argparse.ArgumentParser(prog="mae-scale")
     commands = whole.add_subparsers()

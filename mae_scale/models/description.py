@@ -170,7 +170,9 @@ def _json(path: Path) -> dict[str, Any]:
 def _front_matter(card: Path) -> dict[str, Any]:
     """The YAML between the first lines of a card; nothing where there is none."""
     try:
-        found = re.match(r"---\n(.*?)\n---\n", read_file(card, _MOST_CARD).decode(errors="replace"), re.DOTALL)
+        found = re.match(
+            r"---\n(.*?)\n---\n", read_file(card, _MOST_CARD).decode(errors="replace"), re.DOTALL
+        )
         content = yaml.safe_load(found[1]) if found else {}
     except (OSError, yaml.YAMLError):
         return {}

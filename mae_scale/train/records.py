@@ -68,14 +68,9 @@ def readable_rows(
         last_bytes: look only at the end of the file.
         whole: leave out a last line without an end, even if it can be read.
     """
-<<<<<<< HEAD
     try:
         file = open_file(path)
     except OSError:  # it is not there, or not a file
-=======
-    path = Path(path)
-    if not path.exists():
->>>>>>> 90cc31b (In Python: paths as text or Path, weights of run folders, models that draw their masks, shards shown on one line)
         return
     with file:
         if last_bytes is not None and os.fstat(file.fileno()).st_size > last_bytes:
