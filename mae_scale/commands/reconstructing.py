@@ -57,9 +57,10 @@ def reconstruct(
             )
         folder = checkpoint.find_checkpoint(weights)
         mae, limit = load_mae(folder), TrainedRun.read(folder).config.data.max_pixels
-        source = f"{weights} at step {checkpoint.Commit.read(folder).step}"
+        step = checkpoint.Commit.read(folder).step
+        source = f"{folder.parents[1].resolve().name} at step {step:,}"
     else:
-        mae, source = load_foreign(weights, model, norm_pix_loss), str(weights)
+        mae, source = load_foreign(weights, model, norm_pix_loss), weights.name
         limit = MAX_PIXELS
     size = mae.patch_embed.img_size[0]
     pixels = torch.stack([_read(file, size, max_pixels or limit) for file in files])
@@ -73,7 +74,7 @@ def reconstruct(
         denormalize(inputs),
         mask,
         denormalize(reconstruction),
-        title=f"{source}: {ratio:.0%} masked",
+        title=f"{source}: {100 * ratio:g} % of the patches are hidden",
         captions=[file.name for file in files],
     )
     log.info("wrote %s: %d images", out, len(files))

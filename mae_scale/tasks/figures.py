@@ -21,6 +21,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mae_scale.files import owner
 
+# Under the title, since the third column is puzzling without it.
+NOTE = (
+    "Only hidden patches count in the loss: what the third column shows in the places of visible",
+    "ones means nothing. The last column has the visible patches themselves there.",
+)
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 _DPI = 100
 _MIN_TILE = 160  # pixels; smaller images are enlarged by a whole factor, so that pixels stay square
@@ -65,7 +70,7 @@ def save_reconstruction_grid(
     gap, margin = 6, 16
     group_gap = 4 * gap
     caption_height = 20 if captions else 0
-    header = 30 + (32 if title else 0)
+    header = 30 + (32 + 15 * len(NOTE) if title else 0)
     group_width = 4 * width + 3 * gap
     row_height = height + gap + caption_height
     canvas_height = header + rows * row_height + margin - gap
@@ -79,6 +84,8 @@ def save_reconstruction_grid(
 
     if title:
         write(margin, 26, title, 12, ha="left", va="baseline", weight="bold")
+        for number, line in enumerate(NOTE):
+            write(margin, 44 + 15 * number, line, 7, ha="left", va="baseline")
     for i, four in enumerate(tiles):
         group, row = divmod(i, rows)
         left = margin + group * (group_width + group_gap)
