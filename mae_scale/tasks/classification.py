@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -80,7 +79,7 @@ def initial_weights(
         return None
 
     def read() -> dict[str, torch.Tensor]:
-        state = read_any(Path(spec))
+        state = read_any(spec, model)
         weights = fit_to_classifier(state, model, new_head=new_head)
         log.info("from %s: %s", spec, fitted(state, weights, model))
         return weights

@@ -56,7 +56,7 @@ def initial_weights(
     path = Path(config.weights)
 
     def read() -> dict[str, torch.Tensor]:
-        state = read_any(path)
+        state = read_any(path, model)
         weights = fit_to_dense_model(state, model, new_head=config.new_head)
         log.info("from %s: %s", path, fitted(state, weights, model))
         return weights

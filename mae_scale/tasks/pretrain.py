@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import islice
-from pathlib import Path
 
 import torch
 
@@ -155,7 +154,7 @@ def initial_weights(
     def read() -> dict[str, torch.Tensor]:
         weights = {}
         if spec is not None:
-            state = read_any(Path(spec))
+            state = read_any(spec, model)
             weights = fit_to_mae(state, model)
             log.info("from %s: %s", spec, fitted(state, weights, model))
         if weights and "decoder_pred.weight" not in weights:

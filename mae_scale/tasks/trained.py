@@ -15,6 +15,7 @@ from mae_scale.config.sections import RunConfig
 from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
+from mae_scale.models.description import describe
 from mae_scale.models.weights import read_weights
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
@@ -25,13 +26,33 @@ _MOST_BYTES = 1 << 24  # of classes.json
 CLASSES = "classes.json"  # in the run folder of a task that has classes
 
 
-def read_any(path: str | Path) -> dict[str, torch.Tensor]:
-    """Weights of a run of ours (its best or newest checkpoint), of a step folder, or of a file.
+def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
+    """Read the weights of a run of ours (its best or newest checkpoint), a step folder, or a file.
+
+    Args:
+        model: what they are for, if its attention must have as many heads as theirs.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they say that they have another number of heads. Their shapes
+            are the same with any number, but the model would compute something else.
     """
-    return load_weights(best_checkpoint(path)) if is_ours(path) else read_weights(path)
+    run = TrainedRun.read(best_checkpoint(path)) if is_ours(path) else None
+    if model is not None:
+        if run is None:
+            heads = describe(path).sizes.get("num_heads")
+        else:
+            with torch.device("meta"):
+                heads = _heads(run.model())
+        if heads not in (None, _heads(model)):
+            raise UserError(
+                f"weights: {path} has {heads} attention heads, num_heads of the model is "
+                f"{_heads(model)}; set it to {heads}"
+            )
+    return read_weights(path) if run is None else load_weights(run.folder)
+
+
+def _heads(model: Any) -> int:
+    return getattr(model, "backbone", model).blocks[0].attn.num_heads
 
 
 def is_ours(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from mae_scale.data.transforms import eval_crop
 from mae_scale.errors import UserError
 from mae_scale.models import build_classifier, hugging_face, timm_form
 from mae_scale.models.description import FACTS, Description, describe, facts_of
+from mae_scale.tasks.trained import read_any
 
 NAME = "mae_vit_tiny_patch16"
 SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 6}
@@ -92,3 +93,14 @@ def test_a_damaged_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         describe(tmp_path)
+
+
+def test_weights_with_other_heads_are_refused(tmp_path: Path) -> None:
+    weights = build_classifier(NAME, 3, **SIZES)
+    torch.save({"model": weights.state_dict()}, tmp_path / "w.pth")
+    front = yaml.safe_dump({FACTS: facts_of(NAME, weights, None)})
+    (tmp_path / "w.md").write_text(f"---\n{front}---\n")
+    assert read_any(tmp_path / "w.pth", weights).keys() == weights.state_dict().keys()
+    other = build_classifier(NAME, 3, **{**SIZES, "num_heads": 3})
+    with pytest.raises(UserError, match="6 attention heads, num_heads of the model is 3; set it"):
+        read_any(tmp_path / "w.pth", other)
