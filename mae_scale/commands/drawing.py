@@ -82,7 +82,7 @@ def class_map(pixels: Pixels, classes: npt.NDArray[np.int64], names: Sequence[st
     Args:
         pixels: uint8 [H, W, 3].
         classes: int64 [H, W].
-        names: of all classes.
+        names: Names of all classes.
     """
     palette = np.array([color_of(number) for number in range(len(names))], np.float32)
     shown = (0.4 * pixels + 0.6 * palette[classes]).astype(np.uint8)

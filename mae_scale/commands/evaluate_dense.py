@@ -41,7 +41,7 @@ def run(
 
     Args:
         trained: the checkpoint.
-        options: of `mae-scale evaluate`.
+        options: Arguments of `mae-scale evaluate`.
         sets: name and shards of each.
         world: this process among the others.
         doing: is told what this rank does, as `Watchdog.doing` wants to be.

@@ -165,8 +165,8 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
     """Read a file and check the settings of each of its runs; nothing is made.
 
     Args:
-        path: of the file.
-        run_dir: folder for all runs: `seed0/pretrain/ROW` and so on.
+        path: File that describes the sweep.
+        run_dir: Folder for all runs: `seed0/pretrain/ROW` and so on.
         data: config keys that all runs get.
 
     Raises:

@@ -21,7 +21,7 @@ class ClassifierConfig(EncoderConfig):
     """The encoder of a masked autoencoder and a classification head (paper Appendix A.1)."""
 
     pool: Literal["mean", "token"] = "mean"
-    """What is classified: the mean of the patches' features, or the class token's."""
+    """Features that are classified: the mean of the patches' features, or the class token's."""
     head: Literal["linear", "mlp"] = "linear"
     """One linear layer, or an MLP with one hidden layer of the encoder's width."""
     drop_path: ShareBelow1 = 0.0
@@ -33,7 +33,7 @@ class ClassifierConfig(EncoderConfig):
 
 @dataclass
 class AugmentConfig:
-    """What makes training images vary (paper Tables 9 and 11)."""
+    """Random changes of training images (paper Tables 9 and 11)."""
 
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
@@ -133,7 +133,7 @@ class ProbeModelConfig(EncoderConfig):
     """A frozen encoder and the linear layer on it (paper Table 10)."""
 
     pool: Literal["mean", "token"] = "token"
-    """What is classified: the mean of the patches' features, or the class token's."""
+    """Features that are classified: the mean of the patches' features, or the class token's."""
     crop_ratio: ShareAbove0 | None = None
     """Share of the short side that evaluation's centre crop covers; null: 0.875 up to 224 pixels,
     1.0 above."""

@@ -55,7 +55,7 @@ def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any
     user has written says itself what it wants.
 
     Args:
-        name: of a file in ds_configs/, or a path.
+        name: Name of a file in ds_configs/, or a path.
         zero: its section `zero_optimization`.
         trained: number of parameters that are trained.
     """

@@ -33,10 +33,10 @@ def help_text(
     """Describe the keys of a config.
 
     Args:
-        config_class: of the config.
-        actions: of the parser that reads it.
-        prog: the command.
-        recipes: examples of names that `--config` takes.
+        config_class: Class of the config.
+        actions: Actions of the parser that reads it.
+        prog: Name of the command.
+        recipes: Examples of names that `--config` takes.
     """
     by_key = {a.dest: a for a in actions if hasattr(a, "_typehint") and a.help != SUPPRESS}
     types = get_type_hints(config_class)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mae_scale.errors import did_you_mean
 
-# What other programs call these keys.
+# Names that other programs have for these keys.
 HABITS = {
     "lr": "optim.base_lr",
     "learning_rate": "optim.base_lr",
@@ -55,7 +55,7 @@ HABITS = {
     "reprob": "augment.erasing",
     "aa": "augment.rand_augment",
 }
-# What other programs have an option for and a config has not.
+# Options of other programs for which there is no key.
 EXPLAINED = {
     "gpu": "the launcher says how many processes there are; --gpu belongs to mae-scale plan",
     "gpus": "the launcher says how many processes there are; --gpus belongs to mae-scale plan",

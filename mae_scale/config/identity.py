@@ -39,8 +39,9 @@ def differences(old: dict[str, Any], config: Any) -> list[str]:
     """Name the keys that a run may not change and that differ, as lines `key: old -> new`.
 
     Args:
-        old: as in the config.yaml of the run; keys that are newer than it count as their defaults.
-        config: the new one.
+        old: Values by key, as in the config.yaml of the run; keys that are newer than it count as
+            their defaults.
+        config: Config of this start.
     """
     before, after = {**_defaults(config), **flatten(old)}, flatten(yaml.safe_load(as_yaml(config)))
     may_change = _changeable_keys(config)

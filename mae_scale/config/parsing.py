@@ -33,7 +33,7 @@ class _Parser(ArgumentParser):
     """jsonargparse's parser with a help text of ours, and one-line errors as `UserError`s."""
 
     config_class: Any = None
-    """The class of the config that it reads, if it is a command's parser."""
+    """Class of the config that this parser reads; None where it does not belong to a command."""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Give the text of `--help`."""
@@ -127,7 +127,7 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
 
 
 def config_parser(config_class: type[Any], prog: str) -> ArgumentParser:
-    """The parser of a command that has a config."""
+    """Make the parser of a command that has a config."""
     parser = _Parser(prog=prog, allow_abbrev=False)
     parser.config_class = config_class
     parser.add_argument("--config", action="config")

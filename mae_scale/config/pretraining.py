@@ -16,12 +16,12 @@ class ModelConfig(EncoderConfig):
     mask_ratio: Between0And1 = 0.75
     """Share of the patches that is removed (paper Figure 5)."""
     mask_sampling: Literal["random", "block", "grid"] = "random"
-    """How these are chosen: each by itself, rectangles as in BEiT, or all but one of every four
-    (paper Table 1f)."""
+    """Rule by which they are chosen: each by itself, rectangles as in BEiT, or all but one of every
+    four (paper Table 1f)."""
     mask_tokens_in_encoder: bool = False
     """Whether the encoder sees mask tokens in the place of removed patches (paper Table 1c)."""
     target: Literal["pixels", "pca", "tokens"] = "pixels"
-    """What is predicted of a removed patch (paper Table 1d): its pixels, their largest PCA
+    """Target that is predicted of a removed patch (paper Table 1d): its pixels, their largest PCA
     coefficients, or the id that a tokenizer gives to it."""
     norm_pix_loss: bool = True
     """Whether the target is each patch's pixels normalised by their own mean and deviation."""
@@ -46,7 +46,7 @@ class ModelConfig(EncoderConfig):
 
 @dataclass
 class PretrainAugmentConfig:
-    """What makes training images vary (paper Table 1e); by default a random crop and a flip."""
+    """Random changes of training images (paper Table 1e); by default a random crop and a flip."""
 
     crop: Literal["none", "fixed", "random"] = "random"
     """none: the centre, without a flip; fixed: a square of fixed size somewhere, covering 0.875 of

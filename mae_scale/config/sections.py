@@ -31,7 +31,7 @@ def changeable(default: Any) -> Any:
 
 
 def given(section: Any, *without: str) -> dict[str, Any]:
-    """The keys of a section that are not null, as keyword arguments.
+    """Give the keys of a section that are not null, as keyword arguments.
 
     Args:
         section: a config section.
@@ -218,7 +218,7 @@ class RunConfig:
     task: str = ""
     """Name of the task whose config this is; it may be left out."""
     weights: str | None = None
-    """What to start from: a run folder of pretrain or finetune or a step folder in it, a .pth of
+    """Weights to start from: a run folder of pretrain or finetune or a step folder in it, a .pth of
     the authors, a .safetensors, or a folder of timm or Hugging Face; null: from scratch."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     augment: Any = None

@@ -149,7 +149,7 @@ class Watchdog:
         self._record["moves"] += 1  # after it, so that what is said always fits the count
 
     def now(self) -> tuple[str, float]:
-        """What this rank does, and for how many seconds."""
+        """Tell what this rank does, and for how many seconds."""
         return self._record["doing"], time.monotonic() - self._since
 
     def leave(self) -> None:

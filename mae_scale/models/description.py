@@ -79,7 +79,7 @@ def describe(path: str | Path) -> Description:
 
 
 def facts_of(name: str, model: Any, crop_ratio: float | None) -> dict[str, Any]:
-    """What the card of an export says for `describe`.
+    """Collect what `describe` is to find in the card of an export.
 
     Args:
         name: the architecture's.
@@ -95,7 +95,7 @@ def facts_of(name: str, model: Any, crop_ratio: float | None) -> dict[str, Any]:
 
 
 def _of_timm(config: Mapping[str, Any]) -> Description:
-    """Of the config.json that timm writes to the Hub."""
+    """Read the config.json that timm writes to the Hub."""
     size = re.match(r"vit_(\w+?)_patch(\d+)", str(config["architecture"]))
     names = [name for name in MODELS if size and f"_{size[1]}_" in name]
     preprocessing = config.get("pretrained_cfg")
@@ -110,7 +110,7 @@ def _of_timm(config: Mapping[str, Any]) -> Description:
 
 
 def _of_hugging_face(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Description:
-    """Of a ViT's or ViTMAE's config.json, and the processor of its images."""
+    """Read the config.json of a ViT or ViTMAE, and that of the processor of its images."""
     sizes = _numbers({ours: config.get(theirs) for theirs, ours in _HUGGING_FACE.items()})
     hidden, width = config.get("intermediate_size"), config["hidden_size"]
     if isinstance(hidden, int) and isinstance(width, int) and width and hidden != 4 * width:

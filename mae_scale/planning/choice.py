@@ -364,7 +364,7 @@ class RunPlan:
     command: str
     """The command that starts the run."""
     hint: str
-    """What to know before it is started."""
+    """Advice to read before it is started."""
 
     @property
     def seconds(self) -> float | None:

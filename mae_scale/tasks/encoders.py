@@ -29,7 +29,7 @@ class Describer:
     crop_ratio: float | None
     """Share of the short side that its centre crop covers; None: what suits its size."""
     source: str
-    """What it is, in words."""
+    """Description of the weights in words."""
     max_pixels: int = MAX_PIXELS
     """Most pixels that an image may have: what the run allows."""
 

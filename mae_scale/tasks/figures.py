@@ -120,7 +120,7 @@ def save_loss_curve(
 
     Args:
         path: PNG to write or replace.
-        steps, losses: of equal length, in order of step.
+        steps, losses: Steps and their losses, of equal length, in order of step.
         interruptions: last steps done before each stop; a vertical line marks each.
         title: one line above the plot.
         interruption_label: what the lines mean; each is labelled so, with its step, while there

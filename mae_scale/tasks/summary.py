@@ -16,7 +16,7 @@ def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: 
     """Describe a run, a line for each subject.
 
     Args:
-        model: as it is trained; it may be on the meta device.
+        model: Model as it is trained; it may be on the meta device.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
@@ -40,9 +40,9 @@ def fitted(state: dict[str, torch.Tensor], taken: dict[str, torch.Tensor], model
     """Say which keys of a model are new, which of the weights are left out, which are resized.
 
     Args:
-        state: the weights as they were read.
-        taken: what of them the model gets.
-        model: that gets them; it may be on the meta device.
+        state: Weights as they were read.
+        taken: Those of them that the model gets.
+        model: Model that gets them; it may be on the meta device.
     """
     expected = model.state_dict().keys()
     resized = [key for key in taken if key in state and state[key].shape != taken[key].shape]

@@ -30,7 +30,7 @@ def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
     """Read the weights of a run of ours (its best or newest checkpoint), a step folder, or a file.
 
     Args:
-        model: what they are for, if its attention must have as many heads as theirs.
+        model: Model that gets them, if its attention must have as many heads as theirs.
 
     Raises:
         UserError: there are none, or they say that they have another number of heads. Their shapes

@@ -18,7 +18,7 @@ def validation_by(config: RunConfig, every_epochs: int, scores: Measure) -> Vali
     """A validation of the weights and of their moving average, where the optimiser keeps one.
 
     Args:
-        config: of the run.
+        config: Config of the run.
         every_epochs: epochs between two of them.
         scores: measures the weights that the engine has; None where it was stopped.
     """

@@ -41,7 +41,7 @@ def line(folder: Path, name: str) -> tuple[str, str]:
     """Describe a run on one line of at most 80 columns.
 
     Args:
-        name: what to call it.
+        name: Name that is shown.
 
     Returns:
         Its state, and the line.

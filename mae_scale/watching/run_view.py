@@ -52,9 +52,9 @@ class RunView:
     """The view of a run through its folder.
 
     Attributes:
-        folder: as it was given.
-        name: of the folder.
-        config: its config.yaml, nested.
+        folder: Folder of the run, as it was given.
+        name: Name of the folder.
+        config: The run's config.yaml, nested.
         history: rows of history.jsonl.
         checkpoints: the committed ones, oldest first.
         uncommitted: names of step folders without a commit: being written, damaged, or left over.
