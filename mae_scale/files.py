@@ -9,7 +9,7 @@ import re
 import socket
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # Environment variable that `--trust` sets, so that child processes see it too: pickles may run
 # code when they are read.
@@ -115,13 +115,36 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
+class Digest:
+    """SHA-256 and number of the bytes of a stream, piece by piece."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def update(self, data: Any) -> None:
+        """Take in the next piece, any object with a buffer."""
+        self._hash.update(data)
+        self.bytes += memoryview(data).nbytes
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all pieces so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def digest_of(path: Path) -> Digest:
+    """Read a file, and give the digest of its content."""
+    digest = Digest()
+    with open_file(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(path).sha256
 
 
 def sync_tree(folder: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from mae_scale.commands import drawing
+from mae_scale.data.formats import IMAGE_SUFFIXES, is_image_name
 from mae_scale.data.transforms import decode_image, default_crop_ratio, eval_crop, normalize
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import read_file, write_atomically
@@ -24,7 +25,6 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 TABLE = "predictions.csv"
 _TABLE_TOP = 5
 
@@ -96,9 +96,9 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
+            inside = [p for p in sorted(path.rglob("*")) if is_image_name(p.name)]
             if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(IMAGES)})")
+                raise UserError(f"{path} holds no images (.{', .'.join(IMAGE_SUFFIXES)})")
             found += [(p, p.relative_to(path)) for p in inside]
         elif path.is_file():
             found.append((path, Path(path.name)))

@@ -22,6 +22,7 @@ import psutil
 
 from mae_scale.data.remote import open_remote, shown
 from mae_scale.errors import UserError
+from mae_scale.files import Digest
 
 _TRIES = 5
 _WAIT_S = 1.0  # before the second try; doubles
@@ -171,17 +172,17 @@ def _with_retries(url: str, attempt: Callable[[], Any]) -> Any:
 
 def _download(url: str, stream: Any, size: int, sha256: str | None) -> None:
     stream.seek(0)
-    got, digest = 0, hashlib.sha256()
+    digest = Digest()
     for chunk in _chunks(url):
-        got += len(chunk)
         digest.update(chunk)
-        if got > size:
+        if digest.bytes > size:
             break
         stream.write(chunk)
     stream.flush()
+    got = digest.bytes
     if got != size:
         raise OSError(f"{'more than ' if got > size else ''}{min(got, size)} bytes came of {size}")
-    if sha256 not in (None, digest.hexdigest()):
+    if sha256 not in (None, digest.sha256):
         raise OSError("it has another SHA-256 than when it was indexed")
 
 

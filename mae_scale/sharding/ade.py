@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_scale.data.annotations import read_label_map
+from mae_scale.data.formats import is_image_name
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
@@ -18,7 +19,6 @@ from mae_scale.sharding.processes import run_all, shared
 
 _FOLDERS = {"train": "training", "val": "validation"}
 _NAMES = "objectInfo150.txt"
-_IMAGES = {".jpg", ".jpeg", ".png"}
 
 
 def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
@@ -46,7 +46,7 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
     for folder in (images, masks):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: the split {split} of {root}")
-    stems = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in _IMAGES}
+    stems = {p.stem: p for p in sorted(images.iterdir()) if is_image_name(p.name)}
     labels = {p.stem: p for p in sorted(masks.iterdir()) if p.suffix.lower() == ".png"}
     alone = sorted(set(stems) ^ set(labels))
     if alone or not stems:

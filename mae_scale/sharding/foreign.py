@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import multiprocessing
 import tarfile
 from collections import Counter
@@ -38,7 +37,7 @@ from mae_scale.data.shards import (
     write_shard_set,
 )
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import open_file
+from mae_scale.files import Digest, open_file
 from mae_scale.launch.console import warn
 from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_in_text, number_labels
 from mae_scale.sharding.places import check_old_index, expand, hide_commands, index_folder
@@ -194,7 +193,7 @@ class _Counted(Tail):
     def __init__(self, stream: IO[bytes], counter: Any, place: int) -> None:
         super().__init__(stream)
         self.counter, self.place = counter, place
-        self.digest = hashlib.sha256()
+        self.digest = Digest()
 
     def passed(self, data: bytes) -> None:
         self.digest.update(data)
@@ -212,7 +211,7 @@ def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
     except OSError as error:
         reason = error.strerror or "the transfer failed"
         raise UserError(f"{shown(file)} cannot be read: {reason}") from None
-    tar.shard = Shard(file, len(tar.images), stream.bytes, stream.digest.hexdigest())
+    tar.shard = Shard(file, len(tar.images), stream.bytes, stream.digest.sha256)
     tar.has_end = stream.has_end
     return number, tar
 

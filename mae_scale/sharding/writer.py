@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from mae_scale.data.tar import make_header
 from mae_scale.errors import RunError
-from mae_scale.files import host_label, owner, read_file, sha256_of, write_atomically
+from mae_scale.files import Digest, host_label, owner, read_file, sha256_of, write_atomically
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.baseline import is_progressive, make_baseline
@@ -98,7 +97,7 @@ class _Piece:
 
 
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
-    digest = hashlib.sha256()
+    digest = Digest()
     index, checksums, damaged = [], [], []
     baseline = progressive = 0
     at = 0
@@ -121,7 +120,7 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         "file": job.plan.file(shard),
         "samples": len(index),
         "bytes": at + len(end),
-        "sha256": digest.hexdigest(),
+        "sha256": digest.sha256,
         "index": index,
         "checksums": checksums,
         "damaged": damaged,

@@ -7,7 +7,6 @@ was cut short at any moment leaves nothing behind that could be mistaken for a c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import open_file, read_file, sync_folder, write_atomically
+from mae_scale.files import digest_of, read_file, sync_folder, write_atomically
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.ds import DeepSpeedEngine
@@ -104,12 +103,8 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with open_file(path) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    digest = digest_of(path)
+    return {"bytes": digest.bytes, "sha256": digest.sha256}
 
 
 def checkpoint_damage(folder: Path, config_hash: str | None = None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -12,6 +11,7 @@ from typing import IO, Any, cast
 import torch
 
 from mae_scale.errors import RunError, UserError
+from mae_scale.files import Digest
 from mae_scale.train.ds import TorchCheckpointEngine
 from mae_scale.train.reading import load_tensors
 
@@ -97,13 +97,11 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._digest = Digest()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
-        self._bytes += len(data)
         try:
             return self._file.write(data)
         except OSError as error:
@@ -117,7 +115,7 @@ class _HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+        return {"bytes": self._digest.bytes, "sha256": self._digest.sha256}
 
 
 def _write_synced(path: Path, state: Any) -> dict[str, Any]:
