@@ -291,51 +291,51 @@ def choose(found: list[Row]) -> Row | None:
     ZeRO-3 is for what does not fit otherwise. Settings that wait for host memory come last, since
     their speed is not known; before them come micro-batches that do not keep a GPU busy.
     """
+    some = _candidates(found)
+    if not some:
+        return None
+    best = max(map(_rate, some))
+    return min((row for row in some if _rate(row) >= AS_FAST * best), key=_order)
+
+
+def _candidates(found: list[Row]) -> list[Row]:
+    """Settings among which `choose` goes by speed."""
     fitting = [row for row in found if row.fits]
     if len({row.deepspeed for row in found}) > 1:
         fitting = [row for row in fitting if row.deepspeed in PREFERENCE]
     on_device = [row for row in fitting if row.host == 0]
     busy = [row for row in on_device if row.busy]
     first = [row for row in busy if row.deepspeed in FIRST]
-    some = first or busy or on_device or fitting
-    if not some:
-        return None
-    best = max(row.images_per_second or 0 for row in some)
-    as_fast = [row for row in some if (row.images_per_second or 0) >= AS_FAST * best]
-    return min(as_fast, key=_order)
+    return first or busy or on_device or fitting
 
 
 def reason(found: list[Row], chosen: Row) -> str:
     """Say in words why `choose` chose a setting, above all one that looks worse than others."""
-    fitting = [row for row in found if row.fits and row != chosen]
-    if not fitting:
+    some = _candidates(found)
+    if len(some) < 2:
         return "It is the only one that fits." if len(found) > 1 else "It was asked for."
-    words = []
-    faster = [row for row in fitting if (row.images_per_second or 0) > _rate(chosen)]
-    near = [row for row in faster if _rate(chosen) >= AS_FAST * _rate(row)]
+    order = "zero1, zero2, zero3, then the fewest recomputed blocks, then the largest micro-batch"
+    best = max(map(_rate, some))
     if chosen.images_per_second is None:
-        words.append("Times are not known here, so it is the first that fits in the order below")
-    elif not faster:
-        words.append("It is the fastest that fits")
-    elif near:
-        words.append(
-            f"The estimates are no better than {1 - AS_FAST:.0%}, and it is within that of the "
-            "fastest"
-        )
-    if chosen.images_per_second is None or near or any(_rate(r) == _rate(chosen) for r in fitting):
-        words.append(
-            "of those as fast the first is taken: zero1, zero2, zero3; then the fewest blocks "
-            "recomputed; then the largest micro-batch"
-        )
-    if any(row.deepspeed == "zero0" for row in fitting):
-        words.append("zero0 is there to compare with")
-    passed = {row.deepspeed for row in faster if row not in near} - {"zero0"}
-    if chosen.deepspeed in FIRST and "zero3" in passed:
-        words.append("zero3 is for what does not fit otherwise")
-    if any(row.host for row in faster) and not chosen.host:
-        words.append("< has copies to host memory, whose time is not known")
-    if any(not row.busy for row in faster if row not in near) and chosen.busy:
-        words.append(f"a micro-batch of fewer than {BUSY_TOKENS} tokens leaves a GPU idle")
+        words = [f"Times are not known here; it is the first that fits, in the order {order}"]
+    elif _rate(chosen) == best:
+        words = ["It is the fastest of those that come into question"]
+        if sum(_rate(row) == best for row in some) > 1:
+            words.append(f"of equals the first is taken: {order}")
+    else:
+        words = [
+            f"It is within {1 - AS_FAST:.0%} of the fastest ({best:,.0f} images/s), which is no "
+            f"difference for an estimate; of such the first is taken: {order}"
+        ]
+    faster = [r for r in found if r.fits and r not in some and _rate(r) > _rate(chosen)]
+    if any(row.deepspeed == "zero0" for row in faster):
+        words.append("zero0 is shown to compare with only")
+    if any(row.deepspeed == "zero3" and row.busy for row in faster):
+        words.append("zero3 is for what does not fit otherwise: it waits for weights at each block")
+    if any(row.host for row in faster):
+        words.append("where host memory takes part (<), the time of the copies is not known")
+    if any(not row.busy and row.deepspeed in FIRST for row in faster):
+        words.append(f"a micro-batch of fewer than {BUSY_TOKENS} tokens does not keep a GPU busy")
     return "; ".join(words) + "."
 
 

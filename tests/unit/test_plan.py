@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from mae_scale.cli import main
 from mae_scale.config.classification import FinetuneOptimConfig, LarsConfig
 from mae_scale.config.deepspeed import fit_to_model, load_deepspeed_config
-from mae_scale.config.parsing import recipe_names
+from mae_scale.config.parsing import RECIPES, recipe_names
 from mae_scale.config.sections import OptimConfig
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
+from mae_scale.planning.choice import Row, choose, reason
 from mae_scale.planning.flops import recomputed_flops, training_flops
 from mae_scale.planning.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
 from mae_scale.planning.model_states import ParameterStates, model_states, traffic, trained_by
@@ -237,6 +239,10 @@ def test_what_it_does_not_know_it_says(recipe: str, capsys: pytest.CaptureFixtur
     assert f"plan does not know the memory and the time of {recipe.split('_')[0]}" in err
 
 
+def found_weights(recipe: str) -> str | None:
+    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()).get("weights")
+
+
 @pytest.mark.parametrize("recipe", sorted({*recipe_names()} - {*NOT_PLANNED}))
 def test_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Its table, the choice that fits, the command to submit, and all numbers as JSON."""
@@ -247,13 +253,16 @@ def test_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path:
     chosen = found["chosen"]
     assert chosen["fits"] and chosen["memory"] <= 72e9 and chosen in found["rows"]
     assert 0 < found["seconds"] == pytest.approx(found["images"] / chosen["images_per_second"])
-    (command,) = [line for line in out.splitlines() if line.startswith("sbatch")]
+    *lines, command = out.splitlines()  # the answer comes last
+    assert "Choose " in out and command.startswith("sbatch")
     task = recipe.split("_")[0].replace("scratch", "finetune").replace("demo", "pretrain")
     words = shlex.split(command)
     assert words[1:4] == ["--nodes=1", "--gpus-per-node=8", f"slurm/{task}.sbatch"]
     assert words[words.index("--train.micro_batch_size") + 1] == str(chosen["micro_batch"])
-    assert len([line for line in out.splitlines() if line.startswith("* ")]) == 2
-    assert all(len(line) <= 120 for line in out.splitlines() if line != command)
+    assert len([line for line in lines if line.startswith("* ")]) == 2
+    assert all(len(line) <= 80 for line in lines)
+    assert ("--weights WEIGHTS" in command) == (found_weights(recipe) is not None)
+    assert ("--data.val VAL_SHARDS" in command) == (task != "pretrain")
 
 
 def test_the_table_of_the_docs_is_what_the_command_prints(
@@ -302,11 +311,44 @@ def test_a_slow_host_is_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert rates["0.001"][16]["images_per_second"] > 2 * slow["images_per_second"]
 
 
+def row(stage: str, rate: float | None, **more: Any) -> Row:
+    numbers = dict.fromkeys(
+        ("weights", "gradients", "optimizer", "activations", "buffers", "host", "sent",
+         "network_s", "recompute_share", "checkpoint"), 0.0,
+    )  # fmt: skip
+    plain = {"checkpointing": "none", "offload": False, "micro_batch": 64, "accumulation": 1,
+             "fits": True, "busy": True, "compute_s": None}  # fmt: skip
+    return Row(deepspeed=stage, images_per_second=rate, **{**numbers, **plain, **more})
+
+
+@pytest.mark.parametrize(
+    ("rows", "stage", "says"),
+    [
+        ([row("zero1", 100), row("zero2", 101)], "zero1", "within 2% of the fastest (101 images"),
+        ([row("zero1", 90), row("zero2", 101)], "zero2", "the fastest of those that come into"),
+        ([row("zero1", 9), row("zero2", 9)], "zero1", "of equals the first is taken: zero1"),
+        ([row("zero1", 9), row("zero2", 8), row("zero3", 99)], "zero1", "zero3 is for what does"),
+        ([row("zero0", 99), row("zero1", 9), row("zero2", 8)], "zero1", "zero0 is shown to"),
+        ([row("zero1", 9), row("zero2", 8), row("zero3_offload", 99, host=1.0)], "zero1", "copies"),
+        ([row("zero1", 9), row("zero2", 8), row("zero2", 99, busy=False)], "zero1", "2048 tokens"),
+        ([row("zero1", None), row("zero2", None)], "zero1", "Times are not known here"),
+        ([row("zero1", 9), row("zero2", 99, fits=False)], "zero1", "the only one that fits"),
+        ([row("zero3", 9)], "zero3", "asked for"),
+    ],
+)
+def test_a_choice_has_a_reason(rows: list[Row], stage: str, says: str) -> None:
+    chosen = choose(rows)
+    assert chosen is not None and chosen.deepspeed == stage
+    assert says in reason(rows, chosen)
+
+
 def test_where_nothing_fits_a_comparison_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = plan(capsys, "--config", "pretrain_vit_huge", "--gpus", "1", "64",
                           "--gpu", "A10", "--memory_gb", "1")  # fmt: skip
     assert (code, err) == (0, "")
-    first, second = [line for line in out.splitlines() if line.startswith("pretrain_vit_huge")]
+    lines = out.splitlines()
+    assert "pretrain_vit_huge" in lines
+    first, second = [line for line in lines if re.match(r" +(1|64)  ", line)]
     assert first.endswith("nothing fits into 1 GB") and " zero" in second
 
 
