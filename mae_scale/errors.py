@@ -31,16 +31,17 @@ class CommonError(RunError):
     """A `RunError` that all ranks raise alike, so that they end together and it is said once."""
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
     """Give a hint for the end of a message: the known word that is nearest to a mistyped one.
 
     Args:
         word: as it was typed.
         known: words that would be right.
         otherwise: the hint where none of them is near.
+        cutoff: similarity from 0 to 1 from which on a word is near.
     """
     by_small = {key.lower(): key for key in known}
-    near = difflib.get_close_matches(word.lower(), by_small, 1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), by_small, 1, cutoff=cutoff)
     return f"did you mean '{by_small[near[0]]}'?" if near else otherwise
 
 

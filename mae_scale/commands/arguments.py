@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, NoReturn
 
-from mae_scale.errors import UserError
+from mae_scale.errors import UserError, did_you_mean
+
+# Names that other programs have for options of these commands.
+HABITS = {
+    "bs": "batch_size",
+    "image_size": "img_size",
+    "input_size": "img_size",
+    "num_workers": "workers",
+    "j": "workers",
+    "output": "out",
+    "output_dir": "out",
+    "out_dir": "out",
+    "outdir": "out",
+    "o": "out",
+    "format": "to",
+    "arch": "model",
+    "model_name": "model",
+    "k": "neighbours",
+    "topk": "top",
+    "threshold": "score",
+    "n": "most",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,5 +40,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as a `UserError`."""
+        """Raise the message as a `UserError`, with a hint where an option is not known."""
+        if found := re.match(r"unrecognized arguments: (-\S+)", message):
+            word = found[1].lstrip("-").partition("=")[0].replace("-", "_")
+            known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
+            same = [option for option in known if option.replace("-", "_") == word]
+            habit = HABITS.get(word)
+            if same or habit in known:
+                message += f"; did you mean '--{same[0] if same else habit}'?"
+            else:
+                options = [f"--{option}" for option in known]
+                message += f"; {did_you_mean(f'--{word}', options, f'see {self.prog} --help', 0.6)}"
+        elif message.startswith("the following arguments are required"):
+            message += f"; {self.prog} --help explains them"
         raise UserError(message)

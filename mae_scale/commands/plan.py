@@ -14,7 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from mae_scale.commands.arguments import Parser
-from mae_scale.config.parsing import given_values, parse
+from mae_scale.config.hints import hint_for
+from mae_scale.config.parsing import config_keys, given_values, parse
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.planning.gpus import GPU_MEMORY_GB
 from mae_scale.tasks.task import TASKS, Task, task_of_arguments
@@ -105,7 +106,12 @@ def gpu_name(options: argparse.Namespace) -> str:
     name = options.gpu or "A100-80GB"
     name = {key.lower(): key for key in GPU_MEMORY_GB}.get(name.lower(), name)
     if name not in GPU_MEMORY_GB and options.memory_gb is None:
-        hint = did_you_mean(name, GPU_MEMORY_GB)
+        kinds = [known for known in GPU_MEMORY_GB if known.lower().startswith(name.lower())]
+        hint = (
+            f"did you mean {' or '.join(map(repr, kinds))}?"
+            if kinds
+            else did_you_mean(name, GPU_MEMORY_GB)
+        )
         raise UserError(
             f"--gpu {name!r} is not known; {hint} Known are {', '.join(GPU_MEMORY_GB)}; for "
             "another one give --memory_gb and --tflops"
@@ -123,11 +129,12 @@ def _check_config(name: str, rest: list[str], task_name: str | None, prog: str) 
             "was published of it"
         )
     own = [action.option_strings[-1] for action in parser("")._actions]
+    keys = config_keys(task.config)
     sections = {field.name for field in fields(task.config)}
     for token in rest:
         option = token.split("=")[0]
         if option.startswith("--") and option[2:].split(".")[0] not in sections:
-            hint = did_you_mean(option, own, "--help lists the known ones")
+            hint = did_you_mean(option, own, "", 0.75) or hint_for(option[2:], keys)
             raise UserError(f"unknown option {option}; {hint}")
     parse(task.config, config_arguments(name, rest), prog)
     return task

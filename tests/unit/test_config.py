@@ -371,3 +371,19 @@ def test_a_run_names_its_task_and_older_ones_are_found_out() -> None:
         assert task_of(content).config is type(config)
     with pytest.raises(UserError, match="task 'pretrian' is not known; tasks: pretrain, finetune"):
         task_of({"task": "pretrian"})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("train: 3", "train is a section of keys such as 'epochs: ...', but holds 3"),
+        ("optim:", "optim is a section of keys such as 'base_lr: ...', but holds nothing"),
+        ("model: {img_size: }", 'config key "model.img_size": null is not a whole number from 1'),
+        ("- a", "holds no config keys"),
+    ],
+)
+def test_files_without_keys_or_values(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content + "\n")
+    with pytest.raises(UserError) as error:
+        read("--config", str(tmp_path / "config.yaml"))
+    assert says in str(error.value)
