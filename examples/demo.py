@@ -76,8 +76,9 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
 Done. Loss {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {rows[-1]["step"]} steps.
 
   {shown(reconstructions)}
-      what the model sees (a quarter of each image) and what it makes of it; photographs that it
-      never saw come last: {", ".join(file.name for file in unseen)}
+      what the model sees (a quarter of each image) and what it makes of the rest; its own version
+      of the visible patches means nothing, since they do not count in the loss. Photographs that
+      it never saw come last: {", ".join(file.name for file in unseen)}
   {shown(loss)}
       one curve; the dashed line marks where it was stopped
   {shown(run)}

@@ -98,8 +98,8 @@ class ShardCache:
                         raise
                     raise FetchError(
                         f"{shown(url)} ({size:,} bytes) does not fit into the cache folder "
-                        f"{self._folder}: {error.strerror}; give another one (data.cache_dir), or "
-                        "limit it (data.cache_gb)"
+                        f"{self._folder}: {error.strerror}; give another one (cache_dir), or "
+                        "limit it (cache_gb)"
                     ) from None
                 descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
                 part.rename(path)

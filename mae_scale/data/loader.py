@@ -193,9 +193,9 @@ class TrainLoader(_Loader):
             need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
             if cache_bytes < need:
                 logger.warning(
-                    "data.cache_dir may take %.3g GB, but %d lanes of %s are read at a time out of "
+                    "cache_dir may take %.3g GB, but %d lanes of %s are read at a time out of "
                     "up to %.3g GB: it will take more, or shards will be fetched again and again; "
-                    "raise data.cache_gb or lower data.lanes",
+                    "raise cache_gb or lower lanes",
                     cache_bytes / 1e9, lanes, shards.root, need / 1e9,
                 )  # fmt: skip
         dataset = self._make_dataset(shards, img_size, order, cache, augment)

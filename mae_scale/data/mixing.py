@@ -35,7 +35,7 @@ def sorted_by_class(shards: ShardSet, order: SampleOrder, batch: int) -> str | N
     while (lanes := 2 * lanes) <= min(_MOST_LANES, len(shards)):
         other = SampleOrder(shards.samples, order.seed, lanes, order.window)
         if _classes(labels, other, batch) >= _ENOUGH * expected:
-            text = f"set data.lanes {lanes}"
+            text = f"set lanes to {lanes}"
             break
     return (
         f"{shards.root} is sorted by class, and {order.lanes} lanes of it are read at a time: a "

@@ -344,4 +344,4 @@ def test_tars_that_are_sorted_by_class_are_warned_of(
     assert bool(messages) == warns
     if warns:
         assert "is sorted by class, and 2 lanes" in messages[0]
-        assert "set data.lanes" in messages[0]
+        assert "set lanes to" in messages[0]
