@@ -53,7 +53,8 @@ def line(folder: Path, name: str) -> tuple[str, str]:
         state, rows, facts = run.state, run.last_rows(ROWS), run.facts
         best = run.best_validation()
     except UserError as error:
-        return "failed", f"{shown:{NAME}} {one_line(error)[: 79 - NAME]}"
+        what = one_line(str(error).removeprefix(f"{folder}/").removeprefix(f"{folder} "))
+        return "failed", f"{shown:{NAME}} {what[: 79 - NAME]}"
     step, total = run.step, facts.get("total_steps")
     steps = f"{step}/{total}" if total else str(step)
     done = f"{min(100, 100 * step // total)}%" if total else ""
