@@ -82,16 +82,17 @@ def test_the_card_of_an_export(tmp_path: Path) -> None:
     assert describe(str(tmp_path / "other.pth")) == Description()
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"architecture": 3}', '{"hidden_size": "x"}'])
+@pytest.mark.parametrize("content", ['{"architecture": 3}', '{"hidden_size": "x"}'])
 def test_other_content_says_nothing_wrong(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert describe(tmp_path).crop_ratio is None
 
 
-def test_a_damaged_config(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+@pytest.mark.parametrize(("content", "says"), [("{", "is not JSON"), ("[1]", "is no record")])
+def test_a_damaged_config(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=says):
         describe(tmp_path)
 
 
