@@ -46,10 +46,13 @@ class _Parser(ArgumentParser):
         """Raise the message as a `UserError`, in words that do not come from Python."""
         text = " ".join(message.split()).replace("Parser key", "config key")
         if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
-            raise UserError(f"{found[1]}: {self._hint(found[1].split()[0])}")
+            hint = self._hint(found[1].split()[0])
+            raise UserError(f"unrecognized arguments: {found[1]}; {hint}")
         if found := re.fullmatch(r"the following arguments are required: (.*)", text):
-            needed = " and ".join(f"--{key}" for key in found[1].split(", "))
-            raise UserError(f"{needed} must be given; {self.prog} --help explains them")
+            needed = ", ".join(f"--{key}" for key in found[1].split(", "))
+            raise UserError(
+                f"the following arguments are required: {needed}; {self.prog} --help explains them"
+            )
         if found := re.fullmatch(r"argument (--\S+): expected one argument", text):
             raise UserError(f"{found[1]} needs a value")
         number = re.search(r"Not of type ([\w ]+?):", text)
@@ -79,14 +82,14 @@ class _Parser(ArgumentParser):
     def _hint(self, word: str) -> str:
         """Say what would be right for an argument that is no option."""
         if self.config_class is None:
-            return "it is no option"
+            return "there is no such option"
         key, _, value = word.lstrip("-").partition("=")
         known = config_keys(self.config_class)
         if key in known:
             return f"did you mean --{key}{f'={value}' if value else ''}?"
         if word.startswith("-"):
             return f"options begin with two dashes; {hint_for(key, known)}"
-        return "it belongs to no option; a value with spaces is quoted, a list is in brackets"
+        return "they belong to no option; a value with spaces is quoted, a list is in brackets"
 
 
 _LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
@@ -248,7 +251,10 @@ def _find_config(value: str) -> Path:
         if path.is_file():
             return path
     if not value:
-        raise UserError("--config needs the path of a YAML file or the name of a recipe")
+        raise UserError(
+            "--config '' is neither a file nor a recipe; give the path of a YAML file or the name "
+            "of a recipe"
+        )
     near = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
     raise UserError(f"--config {value!r} is neither a file nor a recipe; {near}")
 

@@ -51,7 +51,7 @@ def test_help_imports_nothing_slow(command: str) -> None:
         (["plan", "--gpus", "8", "--gpu", "A100"], "did you mean 'A100-40GB' or 'A100-80GB'?"),
         (["plan", "--gpus", "8", "--lr", "3"], "did you mean 'optim.base_lr'?"),
         (["pretrain", "train.epochs=3"], "did you mean --train.epochs=3?"),
-        (["pretrain"], "--run_dir and --data.train must be given"),
+        (["pretrain"], "are required: --run_dir, --data.train; mae-scale pretrain --help"),
         (["pretrain", "--run_dir"], "--run_dir needs a value"),
         (["pretrain", "--config"], "the name of a recipe"),
         (["export", "run", "out", "--to", "tim"], "--to"),
