@@ -17,7 +17,8 @@ from mae_scale.config.parsing import given_values, key_names, parse
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError, renamed
 from mae_scale.files import write_atomically
-from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, choose, rows
+from mae_scale.planning.choice import HEADROOM, Cluster, PlannedRun, Row, RunPlan, rows
+from mae_scale.planning.choosing import choose
 from mae_scale.planning.gpus import GPU_MEMORY_GB, peak_flops
 from mae_scale.planning.text import comparison, page, recomputed
 from mae_scale.tasks.classification import classes_of

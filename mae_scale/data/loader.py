@@ -33,7 +33,7 @@ from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.mixing import sorted_by_class
 from mae_scale.data.order import SampleOrder, step_positions
 from mae_scale.data.remote import is_remote, shown
-from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.shards import ShardSet, opened
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.data.worker import STOP_SIGNALS, DataWorker
 from mae_scale.errors import RunError, UserError
@@ -366,11 +366,6 @@ def _shared_images(batch_size: int, size: int) -> torch.Tensor:
     memory = mmap.mmap(-1, batch_size * 3 * size * size)
     images = torch.frombuffer(memory, dtype=torch.uint8).view(batch_size, size, size, 3)
     return images.permute(0, 3, 1, 2)
-
-
-def opened(shards: ShardSet | str | Path, cache_dir: str | Path | None) -> ShardSet:
-    """Open the shards of a folder, unless they are open."""
-    return shards if isinstance(shards, ShardSet) else open_shards(shards, cache_dir)
 
 
 def shard_cache(

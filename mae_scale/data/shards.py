@@ -229,6 +229,11 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
     )
 
 
+def opened(shards: ShardSet | str | Path, cache_dir: str | Path | None) -> ShardSet:
+    """Open the shards of a folder, unless they are open."""
+    return shards if isinstance(shards, ShardSet) else open_shards(shards, cache_dir)
+
+
 def _index_dtype(manifest: dict[str, Any]) -> np.dtype:
     return INDEX_DTYPE if manifest["version"] == VERSION else ANNOTATED_DTYPE
 

@@ -9,7 +9,8 @@ from typing import Any
 import psutil
 
 from mae_scale.launch.console import size_text
-from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan, reason
+from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan
+from mae_scale.planning.choosing import reason
 
 WIDTH = 80
 
@@ -171,7 +172,7 @@ def _consequences(plan: RunPlan) -> list[str]:
 
 def _host_limit(plan: RunPlan, chosen: Row) -> str:
     """Say from which micro-batch on the GPU, and not the host, decides how long a step takes."""
-    text = f"{chosen.host_s:.3f} s to hand a step over to the GPU"
+    text = f"{chosen.host_s:.3f} s a step"
     alike = [row for row in plan.rows if _same_checkpointing(row, chosen)]
     fast = [row.micro_batch for row in alike if row.step_s and row.step_s > row.host_s]
     if not fast:

@@ -22,7 +22,8 @@ from mae_scale.config.parsing import RECIPES, recipe_names
 from mae_scale.config.sections import OptimConfig
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.planning.choice import Row, choose, reason
+from mae_scale.planning.choice import Row
+from mae_scale.planning.choosing import choose, reason
 from mae_scale.planning.flops import recomputed_flops, training_flops
 from mae_scale.planning.memory import activation_parts, host_bytes, kept_bytes, peak_bytes, sizes
 from mae_scale.planning.model_states import ParameterStates, model_states, traffic, trained_by
@@ -314,7 +315,7 @@ def test_a_slow_host_is_the_limit(capsys: pytest.CaptureFixture[str], tmp_path: 
 def row(stage: str, rate: float | None, **more: Any) -> Row:
     numbers = dict.fromkeys(
         ("weights", "gradients", "optimizer", "activations", "buffers", "host", "sent",
-         "network_s", "recompute_share", "checkpoint"), 0.0,
+         "network_s", "host_s", "recompute_share", "checkpoint"), 0.0,
     )  # fmt: skip
     plain = {"checkpointing": "none", "offload": False, "micro_batch": 64, "accumulation": 1,
              "fits": True, "busy": True, "compute_s": None}  # fmt: skip
