@@ -26,7 +26,7 @@ def _number(value: float | None, pattern: str = ",.0f") -> str:
 
 
 _COLUMNS = (
-    f"  {'':14}{'recomputed':14}{'micro':>6}{'accum':>6}{'states':>8}{'activ':>7}{'buffers':>8}"
+    f"  {'':14}{'recomputed':13}{'micro':>6}{'accum':>6}{'states':>8}{'activ':>7}{'buffers':>8}"
     f"{'all':>7}{'img/s':>9}"
 )
 
@@ -39,7 +39,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
         bound = "<" if row.host and row.images_per_second else ""
         states = row.weights + row.gradients + row.optimizer
         lines.append(
-            f"{mark} {Path(row.deepspeed).stem:14.13}{recomputed(row):14}{row.micro_batch:6}"
+            f"{mark} {Path(row.deepspeed).stem:14.13}{recomputed(row):13}{row.micro_batch:6}"
             f"{row.accumulation:6}{states / unit:8.1f}{row.activations / unit:7.1f}"
             f"{row.buffers / unit:8.1f}{row.memory / unit:7.1f}"
             f"{bound + _number(row.images_per_second):>9}"
