@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import time
+import zlib
 from collections.abc import Sequence
 from html import escape
 from itertools import cycle
@@ -146,7 +147,7 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
     if not files:
         return []
     figures = "".join(
-        _figure(caption, path, f"{run.view.name}-{number}")
+        _figure(caption, path, f"picture-{zlib.crc32(str(folder).encode()):x}-{number}")
         for number, (caption, path) in enumerate(files.items())
     )
     of = f" of {escape(run.label)}" if several else ""
@@ -157,9 +158,8 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
     ]
 
 
-def _figure(caption: str, path: Path, name: str) -> str:
+def _figure(caption: str, path: Path, anchor: str) -> str:
     """A picture that fills the window when it is clicked, by CSS alone."""
-    anchor = escape(f"picture-{name}")
     stream = io.BytesIO()
     try:
         with open_image(read_file(path, MAX_FILE), _MOST_PIXELS) as image:
