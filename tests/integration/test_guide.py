@@ -121,9 +121,9 @@ MISSING = (  # what a command may miss that was read whole
     "is no run", "there is no", "arguments are required", "is neither a file nor a recipe",
     "holds no",
 )  # fmt: skip
-# Two steps of a narrow model in the place of a recipe's; both numbers of heads divide its width.
+# Two steps of a narrow model in the place of a recipe's, with the same heads for all.
 SHRUNK = {
-    "model.embed_dim": 96, "model.depth": 2, "train.global_batch_size": 4,
+    "model.embed_dim": 96, "model.num_heads": 8, "model.depth": 2, "train.global_batch_size": 4,
     "train.micro_batch_size": 2, "train.max_steps": 2, "data.workers": 0, "train.log_every": 1,
 }  # fmt: skip
 DECODER = {"model.decoder_embed_dim": 32, "model.decoder_depth": 1}
