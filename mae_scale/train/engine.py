@@ -12,7 +12,11 @@ from torch import nn
 from mae_scale.config.sections import OptimizerConfig
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.deepspeed_config import zero_stage
-from mae_scale.train.deepspeed_state import inner_optimizer, step_without_reads
+from mae_scale.train.deepspeed_state import (
+    inner_optimizer,
+    keep_gradients_of_one_process,
+    step_without_reads,
+)
 from mae_scale.train.ds import (
     DeepSpeedEngine,
     deepspeed,
@@ -89,6 +93,8 @@ def build_engine(
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
         step_without_reads(engine)
+    if stage == 0:
+        keep_gradients_of_one_process(engine)
     if stage in (1, 2):
         use_fewer_operators(engine.optimizer)
     if stage == 3:
