@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from mae_scale.config.detect import DetectAugmentConfig, DetectConfig
+from mae_scale.config.sections import DataConfig
+from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
 from mae_scale.models.detector import Detector, build_detector
 from mae_scale.models.proposals import (
@@ -23,6 +26,7 @@ from mae_scale.models.proposals import (
     mask_loss,
     paste_masks,
 )
+from mae_scale.tasks.detect import detect
 
 LI = {"pyramid": "fpn", "norm": "batch", "relative": "shared", "positions": "fixed", "window": 16}
 VITDET = {"pos_grid": 14}
@@ -254,3 +258,32 @@ def test_layers_for_decay() -> None:
 def test_what_cannot_be_is_said(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Detector(**{"num_classes": 5, **SMALL, **wrong})
+
+
+@pytest.mark.parametrize("recipe", ["vitdet", "li2021"])
+def test_padding_is_shown_as_in_training(recipe: Literal["vitdet", "li2021"]) -> None:
+    """li2021 shows grey as a part of the image, vitdet the mean colour outside of it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def model(images: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        seen.update(images=images, sizes=sizes)
+        boxes = torch.tensor(
+            [[0.0, 0.0, 32.0, 16.0], [0.0, 40.0, 10.0, 60.0]]
+        )  # one in the padding
+        return [
+            {"boxes": boxes, "classes": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.8]),
+             "masks": torch.ones(2, 1, 28, 28)}
+        ]  # fmt: skip
+
+    config = DetectConfig("run", DataConfig("shards"), augment=DetectAugmentConfig(recipe))
+    image = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+    image[..., :32, :] = 200  # the image has half the height of the square
+    (found,) = detect(model, config, image, torch.tensor([[32, 64]]), torch.tensor([[100, 200]]))
+    shown = [64, 64] if recipe == "li2021" else [32, 64]
+    assert seen["sizes"].tolist() == [shown]
+    padding, grey = seen["images"][..., 32:, :], normalize(image)[..., 32:, :]
+    assert torch.equal(padding, grey if recipe == "li2021" else torch.zeros_like(grey))
+    assert found["boxes"].tolist() == [[0, 0, 100, 50]] and found["classes"].tolist() == [0]
+    assert found["masks"].shape == (1, 100, 200)
+    # The corners of a box lie between the mask and nothing.
+    assert found["masks"][0, 2:48, 2:98].all() and not found["masks"][0, 50:].any()
