@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mae_scale.cli import COMMANDS, main
+from mae_scale.commands.completion import script
 from mae_scale.tasks.task import TASKS
 
 SLOW = ("torch", "timm", "deepspeed", "matplotlib", "torchvision")
@@ -72,19 +73,16 @@ def test_nothing_to_do_shows_the_commands(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_shell_completes_commands_options_recipes_and_values(tmp_path: Path) -> None:
-    script = tmp_path / "completion.sh"
-    script.write_text(
-        subprocess.run(
-            [sys.executable, "-m", "mae_scale", "completion", "bash"],
-            capture_output=True, text=True, check=True,
-        ).stdout
-        + 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_mae_scale\n'
+    program = tmp_path / "completion.sh"
+    program.write_text(
+        script("bash")
+        + '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_mae_scale\n'
         + 'printf "%s\\n" "${COMPREPLY[@]}"\n'
-    )  # fmt: skip
+    )
 
     def completed(*words: str) -> set[str]:
         done = subprocess.run(
-            ["bash", script, "mae-scale", *words], capture_output=True, text=True, check=True
+            ["bash", program, "mae-scale", *words], capture_output=True, text=True, check=True
         )
         return set(done.stdout.split())
 
