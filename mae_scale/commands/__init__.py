@@ -6,6 +6,7 @@ COMMANDS = {
     "shard": "make shards of ImageNet, or of any images",
     "index": "make WebDataset tars of others usable as they are",
     "verify": "check shards down to each image",
+    "stats": "mean and deviation of each band of images, for data.mean and data.std",
     "evaluate": "accuracy of a classifier, also on robustness sets",
     "knn": "accuracy of an encoder's nearest neighbours, without training",
     "features": "what an encoder makes of each image, as npy or Parquet",

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from mae_scale.config.batch import resolve_precision
-from mae_scale.data.dataset import ShardReader
-from mae_scale.data.loader import EvalLoader, shard_cache
+from mae_scale.data.loader import EvalLoader
+from mae_scale.data.reader import ShardReader, shard_cache
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import owner, write_atomically
@@ -64,7 +64,7 @@ def loader_of(
     """Make the loader of this rank's part of some shards."""
     return EvalLoader(
         shards,
-        img_size=encoder.model.patch_embed.img_size[0],
+        img_size=encoder.model.patch_embed.img_size,
         batch_size=options.batch_size,
         rank=world.rank,
         world_size=world.size,
@@ -73,6 +73,7 @@ def loader_of(
         pin_memory=world.device.type == "cuda",
         cache_dir=options.cache_dir,
         max_pixels=options.max_pixels or encoder.max_pixels,
+        bands=encoder.bands,
     )
 
 
@@ -130,7 +131,7 @@ def _write(
 
 
 def _keys(shards: ShardSet, cache_dir: str | None) -> list[str]:
-    """The name of each image in its tar, without its ending, as webdataset has it."""
+    """List the name of each image in its tar, without its ending, as webdataset does."""
     with closing(ShardReader(shards, shard_cache(shards, cache_dir, None))) as reader:
         names = [reader.name(sample) for sample in range(len(shards))]
     keys = []

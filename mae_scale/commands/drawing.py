@@ -95,6 +95,34 @@ def class_map(pixels: Pixels, classes: npt.NDArray[np.int64], names: Sequence[st
     return _with_panel(_enlarged(shown), lines)
 
 
+def rows_of_images(
+    rows: Sequence[Sequence[tuple[Pixels, str, Color | None]]], header: Sequence[str]
+) -> Image.Image:
+    """Images side by side, with a line of text below each and perhaps a frame in a colour.
+
+    Args:
+        rows: for each image its pixels, uint8 [H, W, 3], all of one size, its text and its colour.
+        header: a word above each column.
+    """
+    first = _enlarged(rows[0][0][0])
+    zoom, (width, height) = first.width // rows[0][0][0].shape[1], first.size
+    step_x, step_y = width + 2 * _MARGIN, height + 2 * _MARGIN + _LINE
+    canvas = Image.new("RGB", (step_x * len(rows[0]), _LINE + step_y * len(rows)), "white")
+    draw, font = ImageDraw.Draw(canvas), _font()
+    for column, word in enumerate(header):
+        draw.text((column * step_x + _MARGIN, 4), word, "#222222", font)
+    for number, row in enumerate(rows):
+        for column, (pixels, text, color) in enumerate(row):
+            left, top = column * step_x + _MARGIN, _LINE + number * step_y + _MARGIN
+            if color is not None:
+                draw.rectangle((left - 4, top - 4, left + width + 3, top + height + 3), fill=color)
+            tile = Image.fromarray(np.ascontiguousarray(pixels))
+            tile = tile.resize((tile.width * zoom, tile.height * zoom), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left, top))
+            draw.text((left, top + height + 6), _fitting(text, width // 7), "#222222", font)
+    return canvas
+
+
 def _enlarged(pixels: Pixels) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     zoom = max(1, _SMALLEST // max(picture.size))

@@ -30,6 +30,12 @@ def parser(prog: str) -> Parser:
         help="shard folders, each with a name for the table (without one, its path)",
     )
     add("--imagenet_c", help="folder of <corruption>/<severity>/ shard folders: ImageNet-C")
+    add(
+        "--tables",
+        type=Path,
+        help="for classifiers: folder for two CSV files of each data set: a row for each class, "
+        "and the confusion matrix",
+    )
     add("--out", type=Path, help="JSON file to write")
     add("--ema", action="store_true", help="measure the moving average of the weights")
     add("--model", help="architecture of foreign weights that do not say it, such as "

@@ -13,7 +13,8 @@ import torch
 
 from mae_scale.config.batch import resolve_precision
 from mae_scale.data.annotated import DetectionEvalLoader, SegmentationEvalLoader
-from mae_scale.data.loader import EvalLoader, shard_cache
+from mae_scale.data.loader import EvalLoader
+from mae_scale.data.reader import shard_cache
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.tasks import detect as detection
@@ -50,7 +51,7 @@ def run(
         UserError: data or options that do not fit the run.
     """
     task, config = trained.task.name, cast(Any, trained.config)
-    for name in ("imagenet_c", "classes", "model", "img_size", "crop_ratio"):
+    for name in ("imagenet_c", "tables", "classes", "model", "img_size", "crop_ratio"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is for classifiers; {trained.run_dir} is a run of {task}")
     if options.multi_scale and task != "segment":

@@ -6,8 +6,11 @@ Detectors and segmenters are passed on to `evaluate_dense`.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 
 from mae_scale.commands import evaluate_dense
 from mae_scale.config.batch import resolve_precision
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
@@ -33,7 +37,13 @@ from mae_scale.models.description import describe
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
 from mae_scale.sharding.labels import normal
 from mae_scale.tasks.classification import classes_of
-from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
+from mae_scale.tasks.trained import (
+    TrainedRun,
+    best_checkpoint,
+    check_foreign_bands,
+    grid_of,
+    is_ours,
+)
 from mae_scale.train import checkpoint
 from mae_scale.train.validation import Scores, evaluate
 from mae_scale.world import World
@@ -95,7 +105,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     def scores_on(name: str, shards: ShardSet) -> Scores:
         loader = EvalLoader(
             shards,
-            img_size=model.patch_embed.img_size[0],
+            img_size=model.patch_embed.img_size,
             batch_size=options.batch_size,
             rank=world.rank,
             world_size=world.size,
@@ -104,6 +114,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             pin_memory=world.device.type == "cuda",
             cache_dir=options.cache_dir,
             max_pixels=options.max_pixels or loaded.max_pixels,
+            bands=loaded.bands,
         )
         columns, label_of = outputs[name]
         found = evaluate(
@@ -114,6 +125,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             doing=watchdog.doing,
             what=f"evaluating {name}",
             label_of=label_of,
+            confusion=options.tables is not None,
         )
         assert found is not None  # nothing stops it
         return found
@@ -124,6 +136,8 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
         names = [loaded.classes[i] for i in outputs[name][0].tolist()]
         per_class = dict(zip(names, scores.per_class(), strict=True))
         results["sets"][name] = {"shards": shards.root, **scores.row(), "per_class": per_class}
+        if world.rank == 0 and options.tables is not None:
+            write_tables(options.tables, name, names, scores)
     if corrupted:
         top1 = {name: scores_on(name, shards).row()["top1"] for name, shards in corrupted.items()}
         results["imagenet_c"] = corruption_errors(top1)
@@ -144,6 +158,8 @@ class Loaded:
     step: int | None
     max_pixels: int = MAX_PIXELS
     """Most pixels that an image may have."""
+    bands: Bands = RGB
+    """Bands of its images."""
 
 
 def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
@@ -189,6 +205,7 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
     pool = "mean" if "fc_norm.weight" in state else "token"
     kinds = {"head.0.running_mean": "probe", "head.fc1.weight": "mlp"}
     kind = next((kinds[key] for key in kinds if key in state), "linear")
+    check_foreign_bands(options.weights, sizes)
     model = build_classifier(name, len(classes), pool=pool, head=kind, **sizes)
     model.load_state_dict(fit_to_classifier(state, model, whole=True))
     crop_ratio = described.crop_ratio if options.img_size in (None, own_size) else None
@@ -200,11 +217,13 @@ def _load_ours(options: argparse.Namespace) -> Loaded:
     if not trained.classes:
         raise UserError(f"{trained.run_dir} is no run of finetune or linprobe: it has no classes")
     model = trained.model(options.img_size)
-    model.load_state_dict(fit_to_classifier(trained.weights(options.ema), model, whole=True))
+    grid, state = grid_of(trained.folder), trained.weights(options.ema)
+    model.load_state_dict(fit_to_classifier(state, model, whole=True, grid=grid))
     same_size = options.img_size in (None, trained.config.model.img_size)
     crop_ratio = getattr(trained.config.model, "crop_ratio", None) if same_size else None
     step = checkpoint.Commit.read(trained.folder).step
-    return Loaded(model, trained.classes, crop_ratio, step, trained.config.data.max_pixels)
+    limit, bands = trained.config.data.max_pixels, Bands.of(trained.config)
+    return Loaded(model, trained.classes, crop_ratio, step, limit, bands)
 
 
 def _named(specs: Sequence[str]) -> list[tuple[str, str]]:
@@ -260,6 +279,37 @@ def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torc
     columns = sorted(numbers[name] for name in names)
     place = {column: i for i, column in enumerate(columns)}
     return torch.tensor(columns), torch.tensor([place[numbers[name]] for name in names])
+
+
+def write_tables(folder: Path, name: str, classes: list[str], scores: Scores) -> None:
+    """Write the accuracy of each class of a data set and its confusion matrix, as CSV.
+
+    Args:
+        folder: for `<name>-classes.csv` and `<name>-confusion.csv`.
+        name: of the data set; what is no letter or digit in it becomes `_`.
+        classes: names of the classes, in order.
+        scores: with the counts of the confusion.
+    """
+    assert scores.confusion is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    base = re.sub(r"[^\w.-]+", "_", name).strip("_")
+    counts = scores.confusion.tolist()
+    rows: list[list[Any]] = [["class", "images", "top1", "most_often_taken_for", "times"]]
+    for number, (label, top1) in enumerate(zip(classes, scores.per_class(), strict=True)):
+        wrong = [(times, i) for i, times in enumerate(counts[number]) if i != number and times]
+        times, other = max(wrong, key=lambda pair: (pair[0], -pair[1]), default=(0, None))
+        shown = "" if top1 is None else f"{top1:.2f}"
+        named = "" if other is None else classes[other]
+        rows.append([label, int(scores.images[number]), shown, named, times])
+    _write_csv(folder / f"{base}-classes.csv", rows)
+    matrix = [[label, *row] for label, row in zip(classes, counts, strict=True)]
+    _write_csv(folder / f"{base}-confusion.csv", [["class", *classes], *matrix])
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def corruption_errors(top1: dict[str, float]) -> dict[str, Any]:

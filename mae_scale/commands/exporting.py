@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mae_scale.commands.model_card import MARK, model_card
-from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD, default_crop_ratio
+from mae_scale.config.sizes import ImageSize
+from mae_scale.data.bands import Bands
+from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import owner, sync_folder, sync_tree
 from mae_scale.models import hugging_face, timm_form
@@ -164,13 +166,13 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True)
 model = timm.create_model({_call(name, kwargs)}, checkpoint_path="FILE")
 """
-    size = model.patch_embed.img_size[0]
+    bands = Bands.of(trained.config)
     preprocessing = {
         "interpolation": "bicubic",
-        "crop_pct": _crop_ratio(trained, size),
+        "crop_pct": _crop_ratio(trained, model.patch_embed.img_size),
         "crop_mode": "center",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(bands.mean),
+        "std": list(bands.std),
     }
     config = timm_form.config(name, kwargs, model, trained.classes, preprocessing)
     return Form(state, SAFETENSORS, {CONFIG: config}, "timm", code)
@@ -191,20 +193,26 @@ def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict
         names = ["ViTForImageClassification"]
         config = hugging_face.classifier_config(model, trained.classes)
     state = hugging_face.to_hugging_face(_folded(weights(), model))
-    size = model.patch_embed.img_size[0]
-    preprocessor = {
+    bands, (height, width) = Bands.of(trained.config), model.patch_embed.img_size
+    sizes: dict[str, Any] = {
         "image_processor_type": "BitImageProcessor",  # which resizes the short side, and crops
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": int(size / _crop_ratio(trained, size))},
-        "resample": 3,  # bicubic
+        "size": {"shortest_edge": int(height / _crop_ratio(trained, height))},
         "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": height, "width": width},
+    }
+    if height != width:  # of which it would crop too little, and fill up; the other one stretches
+        size = {"height": height, "width": width}
+        sizes = {"image_processor_type": "ViTImageProcessor", "size": size}
+    preprocessor = {
+        **sizes,
+        "do_convert_rgb": bands.count == 3,
+        "do_resize": True,
+        "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(bands.mean),
+        "image_std": list(bands.std),
     }
     loads = "\n".join(f'model = {name}.from_pretrained("FOLDER")' for name in names)
     code = f"""
@@ -247,7 +255,7 @@ def _folded(state: StateDict, model: Any) -> StateDict:
     return state
 
 
-def _crop_ratio(trained: TrainedRun, size: int) -> float:
+def _crop_ratio(trained: TrainedRun, size: ImageSize) -> float:
     return getattr(trained.config.model, "crop_ratio", None) or default_crop_ratio(size)
 
 

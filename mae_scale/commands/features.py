@@ -1,4 +1,4 @@
-"""Compute what an encoder makes of each image of a shard folder, as npy or Parquet."""
+"""Write an encoder's features of each image of a shard folder, as npy or Parquet."""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ def parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--neighbours", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.07, help="default: %(default)s")
+    parser.add_argument(
+        "--picture", type=Path, help="PNG to write: some images and their nearest neighbours"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 

@@ -11,6 +11,7 @@ import yaml
 
 from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, flatten
+from mae_scale.config.sizes import sides
 from mae_scale.data.shards import MANIFEST, open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.description import FACTS
@@ -40,11 +41,11 @@ def model_card(
     front: dict[str, Any] = {"library_name": library, "tags": ["mae-scale", "masked-autoencoder"]}
     front |= {"pipeline_tag": trained.task.hub_tag, FACTS: facts}
     average = ", the moving average of its weights" if ema else ""
-    size, classes = config.model.img_size, len(trained.classes)
+    (height, width), classes = sides(config.model.img_size), len(trained.classes)
     table = [
         (
             "Model",
-            f"`{name}`, {size} x {size} pixels" + (f", {classes} classes" if classes else ""),
+            f"`{name}`, {height} x {width} pixels" + (f", {classes} classes" if classes else ""),
         ),
         ("Form", f"{to}, fp32"),
         *_steps(trained, commit),

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+from contextlib import closing
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
 from mae_scale.commands.describing import encoder_of, labels_of, loader_of
+from mae_scale.commands.drawing import rows_of_images
+from mae_scale.data.bands import for_display
+from mae_scale.data.dataset import EvalDataset
+from mae_scale.data.reader import shard_cache
 from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.tasks.classification import classes_of, matched
+from mae_scale.tasks.encoders import Describer
 from mae_scale.train.features import features_of
 from mae_scale.train.knn import knn_scores
 from mae_scale.world import World
+
+_DRAWN, _SHOWN = 8, 6  # images in a picture, and neighbours of each
+_RIGHT, _WRONG = (46, 125, 50), (198, 40, 40)
 
 
 def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
@@ -24,6 +39,8 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options that do not fit each other.
     """
+    if options.picture is not None and options.picture.suffix.lower() != ".png":
+        raise UserError(f"--picture {options.picture} must end in .png")
     if options.neighbours < 1:
         raise UserError(f"--neighbours {options.neighbours} must be at least 1")
     if not 0.001 <= options.temperature < float("inf"):
@@ -44,6 +61,9 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
 
     bank = features(train, "computing the features of the images that vote")
     queries = None if options.val is None else features(val, "computing features")
+    if world.rank == 0 and options.picture is not None:
+        watchdog.doing("drawing neighbours")
+        _draw(options, encoder, train, val, bank, queries, labels)
     watchdog.doing("comparing features")
     scores = knn_scores(
         bank,
@@ -69,3 +89,67 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
         write_atomically(options.out, json.dumps(facts, indent=1) + "\n")
     print(f"{'images':>9}{'top-1':>9}{'top-5':>9}")
     print(f"{len(val):>9}{scores['knn_top1']:>9.2f}{scores['knn_top5']:>9.2f}")
+
+
+def _draw(
+    options: argparse.Namespace,
+    encoder: Describer,
+    train: ShardSet,
+    val: ShardSet,
+    bank: torch.Tensor,
+    queries: torch.Tensor | None,
+    labels: torch.Tensor,
+) -> None:
+    """Draw some images, spread over the set, and the nearest neighbours of each.
+
+    Args:
+        options: of `mae-scale knn`.
+        encoder: that the features are of.
+        train, val: the sets of the images that vote, and of those that are drawn.
+        bank, queries: their features; None: those of the bank.
+        labels: int64 [M], classes of the images that are drawn.
+    """
+    asked, near = bank if queries is None else queries, labels_of(train)
+    number = min(_DRAWN, len(asked))
+    chosen = [i * len(asked) // number for i in range(number)]
+    cosines = F.normalize(asked[chosen], dim=1) @ F.normalize(bank, dim=1).T
+    if queries is None:
+        cosines[range(number), chosen] = -torch.inf
+    best = cosines.topk(min(_SHOWN, len(bank) - (queries is None)), dim=1)
+    rows = []
+    with (
+        closing(_Images(options, encoder, val)) as own,
+        closing(_Images(options, encoder, train)) as others,
+    ):
+        for i, values, found in zip(
+            chosen, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            right = int(labels[i])
+            row: list[Any] = [(own(i), train.classes[right], None)]
+            for cosine, j in zip(values, found, strict=True):
+                label = int(near[j])
+                color = _RIGHT if label == right else _WRONG
+                row.append((others(j), f"{cosine:.2f} {train.classes[label]}", color))
+            rows.append(row)
+    header = ["image", "nearest: cosine and class; green: the same class, red: another one"]
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    stream = io.BytesIO()
+    rows_of_images(rows, header).save(stream, "PNG")
+    write_atomically(options.picture, stream.getvalue())
+
+
+class _Images:
+    """The pixels of a set's images as the encoder sees them, uint8 [H, W, 3]."""
+
+    def __init__(self, options: argparse.Namespace, encoder: Describer, shards: ShardSet) -> None:
+        size = encoder.model.patch_embed.img_size
+        ratio = encoder.crop_ratio or default_crop_ratio(size)
+        cache = shard_cache(shards, options.cache_dir, None)
+        self._dataset = EvalDataset(shards, size, ratio, cache)
+        self._dataset.bands = encoder.bands
+
+    def __call__(self, sample: int) -> npt.NDArray[np.uint8]:
+        return for_display(self._dataset.pixels(sample)[None])[0].permute(1, 2, 0).numpy()
+
+    def close(self) -> None:
+        self._dataset.reader.close()

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from mae_scale.commands import drawing
-from mae_scale.data.formats import IMAGE_SUFFIXES, is_image_name
-from mae_scale.data.transforms import decode_image, default_crop_ratio, eval_crop, normalize
+from mae_scale.data.bands import Bands, for_display
+from mae_scale.data.formats import IMAGE_SUFFIXES, image_files
+from mae_scale.data.transforms import default_crop_ratio, eval_crop
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import read_file, write_atomically
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
@@ -58,10 +59,11 @@ def run(options: argparse.Namespace, world: World) -> None:
     files = find_images(options.images)
     trained, predict = load(options, world.device)
     max_pixels = options.max_pixels or trained.config.data.max_pixels
+    bands = Bands.of(trained.config)
     rows, damaged = [], []
     for file, name in files:
         try:
-            image = decode_image(read_file(file), max_pixels)
+            image = bands.decode(read_file(file), max_pixels)
         except (ValueError, OSError) as error:
             text = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
             log.warning("%s %s", file, text)
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
-    """List each image file, and the name of what is written of it, without an ending.
+    """List image files, each with the path of its outputs without their endings.
 
     Raises:
         UserError: there are none, or two would have the same name.
@@ -96,7 +98,7 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if is_image_name(p.name)]
+            inside = image_files(path)
             if not inside:
                 raise UserError(f"{path} holds no images (.{', .'.join(IMAGE_SUFFIXES)})")
             found += [(p, p.relative_to(path)) for p in inside]
@@ -116,7 +118,7 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[TrainedRun, Predict]:
-    """Read the run, and return with it a function from an image to what its model sees.
+    """Read a run; return it and a function from an image to what its model sees.
 
     Raises:
         UserError: there is no run, or one of a task that sees nothing.
@@ -141,12 +143,13 @@ def _classifier(
 ) -> Predict:
     config: Any = trained.config
     size = config.model.img_size
-    ratio = config.model.crop_ratio or default_crop_ratio(size)
+    ratio, bands = config.model.crop_ratio or default_crop_ratio(size), Bands.of(config)
 
     @torch.no_grad()
     def predict(image: torch.Tensor) -> Seen:
         crop = eval_crop(image, size, ratio)[None].to(device)
-        best = model(normalize(crop))[0].softmax(0).topk(min(options.top, len(trained.classes)))
+        logits = model(bands.normalize(crop))[0]
+        best = logits.softmax(0).topk(min(options.top, len(trained.classes)))
         names = [trained.classes[number] for number in best.indices.tolist()]
         scores = best.values.tolist()
         facts = [{"name": n, "score": s} for n, s in zip(names, scores, strict=True)]
@@ -223,7 +226,7 @@ _PREDICTORS: dict[str, Callable[..., Predict]] = {
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy()
+    return for_display(image[None])[0].permute(1, 2, 0).numpy()
 
 
 def _png(picture: Image.Image) -> bytes:

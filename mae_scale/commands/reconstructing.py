@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, is_image_name
-from mae_scale.data.transforms import decode_image, denormalize, eval_crop, normalize
+from mae_scale.data.bands import RGB, Bands
+from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, image_files
+from mae_scale.data.transforms import eval_crop
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
 from mae_scale.models import MaskedAutoencoderViT, build_mae
@@ -20,7 +21,7 @@ from mae_scale.models.weights import (
     sizes_of,
 )
 from mae_scale.tasks.figures import save_reconstruction_grid
-from mae_scale.tasks.trained import TrainedRun, is_ours
+from mae_scale.tasks.trained import TrainedRun, check_foreign_bands, is_ours
 from mae_scale.train import checkpoint
 
 log = logging.getLogger("mae_scale")
@@ -49,31 +50,33 @@ def reconstruct(
         raise UserError(f"--max_pixels {max_pixels} must be at least 1")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
-    files = _evenly(_find_images([Path(image) for image in images]), most)
+    files, bands = _evenly(_find_images([Path(image) for image in images]), most), RGB
     if is_ours(weights):
         if model is not None or norm_pix_loss is not None:
             raise UserError(
                 f"--model and --norm_pix_loss are of foreign weights; {weights} is a run"
             )
         folder = checkpoint.find_checkpoint(weights)
-        mae, limit = load_mae(folder), TrainedRun.read(folder).config.data.max_pixels
+        trained = TrainedRun.read(folder)
+        mae = load_mae(folder)
+        limit, bands = trained.config.data.max_pixels, Bands.of(trained.config)
         step = checkpoint.Commit.read(folder).step
         source = f"{folder.parents[1].resolve().name} at step {step:,}"
     else:
         mae, source = load_foreign(weights, model, norm_pix_loss), weights.name
         limit = MAX_PIXELS
-    size = mae.patch_embed.img_size[0]
-    pixels = torch.stack([_read(file, size, max_pixels or limit) for file in files])
+    size = mae.patch_embed.img_size
+    pixels = torch.stack([_read(file, size, max_pixels or limit, bands) for file in files])
     number = torch.arange(len(files))
     noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
-    inputs = normalize(pixels)
+    inputs = bands.normalize(pixels)
     reconstruction, mask = mae.reconstruct(inputs, noise, mask_ratio)
     ratio = mae.mask_ratio if mask_ratio is None else mask_ratio
     save_reconstruction_grid(
         out,
-        denormalize(inputs),
+        bands.denormalize(inputs),
         mask,
-        denormalize(reconstruction),
+        bands.denormalize(reconstruction),
         title=f"{source}: {100 * ratio:g} % of the patches are hidden",
         captions=[file.name for file in files],
     )
@@ -113,6 +116,7 @@ def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> Mas
             f"{path} does not say whether it predicts normalised pixels, and published weights "
             "exist in both kinds; add --norm_pix_loss true or --norm_pix_loss false"
         )
+    check_foreign_bands(path, sizes_of(state))
     model = build_mae(name, **{**described.sizes, **sizes_of(state), "norm_pix_loss": normalised})
     model.load_state_dict(fit_to_mae(state, model, whole=True))
     return model.eval()
@@ -122,7 +126,7 @@ def _find_images(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if is_image_name(p.name))
+            found = image_files(path)
             if not found:
                 raise UserError(f"{path} holds no images (.{', .'.join(IMAGE_SUFFIXES)})")
             files += found
@@ -140,10 +144,10 @@ def _evenly(files: list[Path], most: int) -> list[Path]:
     return [files[i * len(files) // most] for i in range(most)]
 
 
-def _read(file: Path, size: int, max_pixels: int) -> torch.Tensor:
-    """The centre of an image as uint8 [3, size, size], its short side resized to fit."""
+def _read(file: Path, size: tuple[int, int], max_pixels: int, bands: Bands) -> torch.Tensor:
+    """The centre of an image as uint8 [C, height, width], resized so that it is covered."""
     try:
-        return eval_crop(decode_image(read_file(file), max_pixels), size, crop_ratio=1.0)
+        return eval_crop(bands.decode(read_file(file), max_pixels), size, crop_ratio=1.0)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from mae_scale.config.numbers import AtLeast0, From1, Share, ShareAbove0, ShareBelow1
 from mae_scale.config.sections import (
-    EncoderConfig,
+    BandedConfig,
     OptimConfig,
     OptimizerConfig,
     RunConfig,
@@ -17,7 +17,7 @@ from mae_scale.config.sections import (
 
 
 @dataclass
-class ClassifierConfig(EncoderConfig):
+class ClassifierConfig(BandedConfig):
     """The encoder of a masked autoencoder and a classification head (paper Appendix A.1)."""
 
     pool: Literal["mean", "token"] = "mean"
@@ -129,7 +129,7 @@ class FinetuneConfig(RunConfig):
 
 
 @dataclass
-class ProbeModelConfig(EncoderConfig):
+class ProbeModelConfig(BandedConfig):
     """A frozen encoder and the linear layer on it (paper Table 10)."""
 
     pool: Literal["mean", "token"] = "token"

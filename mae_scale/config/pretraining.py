@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mae_scale.config.numbers import Between0And1, From1, Share, ShareAbove0
-from mae_scale.config.sections import EncoderConfig, OptimConfig, RunConfig, TrainConfig, changeable
+from mae_scale.config.sections import BandedConfig, OptimConfig, RunConfig, TrainConfig, changeable
 
 
 @dataclass
-class ModelConfig(EncoderConfig):
+class ModelConfig(BandedConfig):
     """The masked autoencoder (paper section 3)."""
 
     mask_ratio: Between0And1 = 0.75
@@ -72,6 +72,8 @@ class PretrainTrainConfig(TrainConfig):
     Training goes on as it would have without."""
     probe_pool: Literal["mean", "token"] = changeable("token")
     """Features of a probe: the mean of the patches', or the class token's."""
+    probe_linear: bool = changeable(False)
+    """Whether a probe also fits a linear classifier to one half of data.val for the other half."""
 
 
 @dataclass

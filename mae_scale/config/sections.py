@@ -71,6 +71,14 @@ class DataConfig:
     """Share of samples that may be damaged, each replaced by another one, before the run ends."""
     max_pixels: From1 = 178_956_970
     """Pixels that an image may have; a larger one is not decoded and counts as damaged."""
+    mean: list[AtLeast0] | None = None
+    """Mean of each band of the images, for values from 0 to 1, as `mae-scale stats` computes it;
+    null: that of ImageNet's three."""
+    std: list[Above0] | None = None
+    """Standard deviation of each band; null: that of ImageNet's three."""
+    value_range: tuple[float, float] | None = None
+    """Values that become black and white, as 0 and 10000 for many satellites; what lies beyond is
+    clipped. null: all that 8 or 16 bits can hold."""
 
     @property
     def worker_processes(self) -> int:
@@ -84,8 +92,9 @@ class EncoderConfig:
 
     name: str = "mae_vit_base_patch16"
     """Architecture: mae_vit_{tiny,small,base,large}_patch16 or mae_vit_huge_patch14."""
-    img_size: From1 = 224
-    """Side of the square input image, in pixels; a multiple of the patch size."""
+    img_size: From1 | tuple[From1, From1] = 224
+    """Side of the square input image in pixels, or its height and width; multiples of the patch
+    size."""
     patch_size: From1 | None = None
     """Side of a patch, in pixels; null takes the one in the model's name."""
     embed_dim: From1 | None = None
@@ -96,6 +105,14 @@ class EncoderConfig:
     """Attention heads of the encoder, which must divide embed_dim; null: the architecture's."""
     mlp_ratio: Above0 | None = None
     """Width of the MLPs' hidden layers over that of their blocks; null: 4."""
+
+
+@dataclass
+class BandedConfig(EncoderConfig):
+    """An encoder of images with any number of bands."""
+
+    in_chans: From1 = 3
+    """Bands of an image; other numbers than 3 need data.mean and data.std."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from isal.isal_zlib import crc32
 
+from mae_scale.config.sizes import ImageSize, sides
 from mae_scale.data.annotated_transforms import (
     Targets,
     Transform,
@@ -64,7 +65,7 @@ class AnnotatedTrainDataset(TrainDataset):
     def __init__(
         self,
         shards: ShardSet,
-        img_size: int,
+        img_size: ImageSize,
         order: SampleOrder,
         cache: ShardCache | None,
         transform: Transform,
@@ -86,7 +87,7 @@ class AnnotatedTrainDataset(TrainDataset):
                 try:
                     image, annotation = read_pair(self, sample)
                     found, targets[i] = self._transform(
-                        image, annotation, self.img_size, keys, self.max_pixels
+                        image, annotation, sides(self.img_size)[0], keys, self.max_pixels
                     )
                     _check_classes(self.shards, targets[i])
                     return found
@@ -148,7 +149,7 @@ class AnnotatedTrainLoader(TrainLoader):
     def _make_dataset(
         self,
         shards: ShardSet,
-        img_size: int,
+        img_size: ImageSize,
         order: SampleOrder,
         cache: ShardCache | None,
         augment: Any,
@@ -165,7 +166,7 @@ class _DetectionEvalDataset(EvalDataset):
         def pixels(i: int) -> torch.Tensor:
             image = _decoded(self, int(key.positions[i]))
             height, width = image.shape[1:]
-            square, size = evaluation_input(image, self.img_size)
+            square, size = evaluation_input(image, sides(self.img_size)[0])
             targets[i] = {"size": np.array([size]), "original": np.array([[height, width]])}
             return square
 
@@ -204,7 +205,7 @@ class DetectionEvalLoader(EvalLoader):
     """Each image once: "image", "size" as in training, and "original" int64 [b, 2]."""
 
     def _make_dataset(
-        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None
+        self, shards: ShardSet, img_size: ImageSize, crop_ratio: float, cache: ShardCache | None
     ) -> EvalDataset:
         return _DetectionEvalDataset(shards, img_size, crop_ratio, cache)
 
@@ -213,6 +214,6 @@ class SegmentationEvalLoader(EvalLoader):
     """Each image once, alone, in its own size: "image" [1, 3, H, W], "segmentation" [1, H, W]."""
 
     def _make_dataset(
-        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None
+        self, shards: ShardSet, img_size: ImageSize, crop_ratio: float, cache: ShardCache | None
     ) -> EvalDataset:
         return _SegmentationEvalDataset(shards, img_size, crop_ratio, cache)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from pycocotools import mask as rle
 
 from mae_scale.data.cache import ShardCache
-from mae_scale.data.dataset import ShardReader
 from mae_scale.data.formats import MAX_PIXELS, TooLarge, open_image
+from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import ShardSet, read_manifest
 from mae_scale.errors import UserError
 

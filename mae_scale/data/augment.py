@@ -12,16 +12,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from mae_scale.data.formats import MAX_PIXELS
+from mae_scale.config.sizes import ImageSize, sides
+from mae_scale.data.bands import RGB, Bands
+from mae_scale.data.formats import MAX_PIXELS, is_array
 from mae_scale.data.transforms import (
     IMAGENET_MEAN,
     Scratch,
-    decode_image,
     decode_train_crops,
-    denormalize,
     eval_crop,
     fixed_crop,
-    normalize,
+    train_crop,
 )
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, hash64, permutation, uniform
@@ -82,30 +82,35 @@ class Augment:
     def __call__(
         self,
         data: bytearray,
-        size: int,
+        size: ImageSize,
         draws: Sequence[npt.NDArray[np.float64]],
         keys: Sequence[tuple[int, int, int]],
         max_pixels: int = MAX_PIXELS,
+        bands: Bands = RGB,
     ) -> list[torch.Tensor]:
         """Make the pixels of an image file, decoded once, for each of the draws.
 
         Args:
             data: the image file.
-            size: pixels of a side of the result.
+            size: pixels of a side of the result, or its height and width.
             draws: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
             keys: seed, epoch and sample of each draw, for the other changes.
             max_pixels: a larger image is refused before it is decoded.
+            bands: how it is decoded; RandAugment and colour jitter take three only.
 
         Returns:
-            uint8 [3, size, size] for each draw.
+            uint8 [C, height, width] for each draw.
 
         Raises:
             ValueError: the file is no image, or a damaged one, or one that is too large.
         """
-        crops = self._crops(data, size, draws, max_pixels)
-        return [self._vary(pixels, size, key) for pixels, key in zip(crops, keys, strict=True)]
+        crops = self._crops(data, size, draws, max_pixels, bands)
+        pairs = zip(crops, keys, strict=True)
+        return [self._vary(pixels, min(sides(size)), key, bands) for pixels, key in pairs]
 
-    def _vary(self, pixels: torch.Tensor, size: int, keys: tuple[int, int, int]) -> torch.Tensor:
+    def _vary(
+        self, pixels: torch.Tensor, size: int, keys: tuple[int, int, int], bands: Bands
+    ) -> torch.Tensor:
         if self._color_jitter:
             pixels = _jitter(pixels, self._color_jitter, keys)
         if self._rand_augment is None and not self._erasing:
@@ -121,21 +126,26 @@ class Augment:
                 raise RuntimeError(f"RandAugment failed: {error}") from error
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if random.random() < self._erasing:
-            pixels = _erase(pixels, key)
+            pixels = _erase(pixels, key, bands)
         return pixels
 
     def _crops(
         self,
         data: bytearray,
-        size: int,
+        size: ImageSize,
         draws: Sequence[npt.NDArray[np.float64]],
         max_pixels: int,
+        bands: Bands,
     ) -> list[torch.Tensor]:
         if self._crop == "none":
-            return [eval_crop(decode_image(data, max_pixels), size)] * len(draws)
-        if self._crop == "fixed":
-            image = decode_image(data, max_pixels)
-            return [fixed_crop(image, size, u, self._hflip) for u in draws]
+            return [eval_crop(bands.decode(data, max_pixels), size)] * len(draws)
+        clips = self._crop == "clipped"
+        if self._crop == "fixed" or not bands.are_plain or is_array(data):
+            image = bands.decode(data, max_pixels)
+            if self._crop == "fixed":
+                return [fixed_crop(image, size, u, self._hflip) for u in draws]
+            how = (self._crop_scale, self._hflip, clips)
+            return [train_crop(image, size, u, *how) for u in draws]
         return decode_train_crops(
             data,
             size,
@@ -144,7 +154,7 @@ class Augment:
             self._crop_scale,
             self._hflip,
             max_pixels,
-            clips=self._crop == "clipped",
+            clips=clips,
         )
 
     def _operations_for(self, size: int) -> Any:
@@ -192,11 +202,11 @@ def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def _erase(pixels: torch.Tensor, key: int) -> torch.Tensor:
+def _erase(pixels: torch.Tensor, key: int, bands: Bands) -> torch.Tensor:
     """Fill a rectangle with noise; its place comes from Python's generator, which is seeded."""
     from timm.data.random_erasing import RandomErasing
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key >> 1)
-        erased = RandomErasing(probability=1.0, mode="pixel", device="cpu")(normalize(pixels))
-    return (denormalize(erased) * 255).round().to(torch.uint8)
+        erased = RandomErasing(probability=1.0, mode="pixel", device="cpu")(bands.normalize(pixels))
+    return (bands.denormalize(erased) * 255).round().to(torch.uint8)

@@ -6,12 +6,7 @@ positions that are asked for, whichever worker makes it and whenever.
 
 from __future__ import annotations
 
-import os
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -21,174 +16,23 @@ import numpy.typing as npt
 import torch
 from isal.isal_zlib import crc32
 
+from mae_scale.config.sizes import ImageSize, sides
 from mae_scale.data.augment import Augment
-from mae_scale.data.cache import FetchError, ShardCache
+from mae_scale.data.bands import RGB
+from mae_scale.data.cache import ShardCache
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.order import SampleOrder
-from mae_scale.data.remote import is_remote, shown
+from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import ShardSet
-from mae_scale.data.tar import BLOCK, read_header
-from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop
+from mae_scale.data.transforms import (
+    TRAIN_UNIFORMS,
+    eval_crop,
+)
 from mae_scale.errors import UserError
-from mae_scale.files import NotAFile, open_descriptor
 from mae_scale.randomness import Purpose, uniform
 
-_OPEN_SHARDS = 512  # most that a worker keeps open; a process may usually have 1024 files
 Pixels = TypeVar("Pixels")
-_READ_TRIES = 4
-_READ_WAIT_S = 0.5  # before the second try; doubles
 _REPLACEMENT_TRIES = 10
-_FETCHES = 8  # remote shards that a worker fetches at a time
-
-
-class Member(NamedTuple):
-    """An image as it lies in its shard."""
-
-    name: str
-    data: bytearray
-
-
-class ShardReader:
-    """Reader of the images of any samples: one `preadv` of header and data on a file kept open.
-
-    Args:
-        shards: the set to read from.
-        cache: stages remote shards; None for local ones.
-    """
-
-    def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
-        self._shards = shards
-        self._cache = cache
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, last used last
-
-    def prepare(self, samples: npt.NDArray[np.int64]) -> None:
-        """Fetch the remote shards that these samples lie in, several at a time.
-
-        Raises:
-            FetchError: a shard cannot be fetched, after several tries; the message names it.
-        """
-        if self._cache is None:
-            return
-        shards = np.unique(self._shard_of(samples)).tolist()
-        missing = [shard for shard in shards if shard not in self._open]
-        if not missing:
-            return
-        for shard in set(self._open) - set(shards):
-            if os.fstat(self._open[shard]).st_nlink == 0:
-                self._close(shard)  # removed from the cache, it takes room until it is closed
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            for shard, descriptor in zip(missing, pool.map(self._open_file, missing), strict=True):
-                self._keep(shard, descriptor)
-
-    def announce(self, samples: npt.NDArray[np.int64]) -> None:
-        """Tell the kernel what will be read, so that it reads many places at the same time.
-
-        Copies in the cache have just been written and are left out. A shard that cannot be opened
-        is left to `read`, which raises the error.
-        """
-        for sample in samples:
-            shard = int(self._shard_of(sample))
-            if is_remote(self._shards.files[shard]):
-                continue
-            offset, size = self._shards.index[sample].item()[:2]
-            with suppress(OSError, UserError):
-                os.posix_fadvise(
-                    self._descriptor(shard), offset - BLOCK, size + BLOCK, os.POSIX_FADV_WILLNEED
-                )
-
-    def read(self, sample: int) -> Member:
-        """Read the image file of a global sample id.
-
-        Raises:
-            UserError: the shard is not what was indexed.
-            OSError: the shard cannot be read, after several tries; the message names it.
-        """
-        return self._member(sample, "offset", "size")
-
-    def name(self, sample: int) -> str:
-        """Read the name of the image of a global sample id; errors are those of `read`."""
-        shard, header = int(self._shard_of(sample)), bytearray(BLOCK)
-        offset = int(self._shards.index[sample]["offset"])
-        os.preadv(self._descriptor(shard), [header], offset - BLOCK)
-        found = read_header(header)
-        if found is None:
-            raise self._changed(shard, f"no member lies at offset {offset}")
-        return found.name
-
-    def read_annotation(self, sample: int) -> Member:
-        """Read the annotation file of a global sample id, in shards that have them; see `read`."""
-        return self._member(sample, "extra_offset", "extra_size")
-
-    def _member(self, sample: int, offset_field: str, size_field: str) -> Member:
-        shard = int(self._shard_of(sample))
-        entry = self._shards.index[sample]
-        offset, size = int(entry[offset_field]), int(entry[size_field])
-        header, data = bytearray(BLOCK), bytearray(size)
-        for attempt in range(_READ_TRIES):
-            try:
-                got = os.preadv(self._descriptor(shard), [header, data], offset - BLOCK)
-                break
-            except FetchError:
-                raise
-            except OSError as error:
-                self._close(shard)  # a stale handle never works again
-                file = shown(self._shards.files[shard])
-                if isinstance(error, NotAFile):
-                    raise UserError(f"{file} cannot be read: {error.strerror}") from None
-                if attempt + 1 == _READ_TRIES:
-                    what = f"{file} cannot be read ({_READ_TRIES} tries): {error}"
-                    raise OSError(what) from error
-                time.sleep(_READ_WAIT_S * 2**attempt)
-        found = read_header(header) if got == BLOCK + size else None
-        if found is None:
-            raise self._changed(shard, f"no member lies at offset {offset}")
-        if size != found.size:
-            raise self._changed(shard, f"{found.name} is not of the indexed {size} bytes")
-        return Member(found.name, data)
-
-    def _shard_of(self, samples: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.searchsorted(self._shards.starts, samples, side="right") - 1
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            self._keep(shard, self._open_file(shard))
-        self._open.move_to_end(shard)
-        descriptor = self._open[shard]
-        if self._cache is not None and is_remote(self._shards.files[shard]):
-            self._cache.used(descriptor)
-        return descriptor
-
-    def _open_file(self, shard: int) -> int:
-        file, size = self._shards.files[shard], int(self._shards.bytes[shard])
-        if self._cache is not None and is_remote(file):
-            descriptor = self._cache.open(file, size, self._shards.sha256[shard] or None)
-        else:
-            descriptor = open_descriptor(file)
-        found = os.fstat(descriptor).st_size
-        if found != size:
-            os.close(descriptor)
-            raise self._changed(shard, f"it has {found} bytes, indexed {size}")
-        return descriptor
-
-    def _keep(self, shard: int, descriptor: int) -> None:
-        self._open[shard] = descriptor
-        while len(self._open) > _OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-
-    def _changed(self, shard: int, what: str) -> UserError:
-        return UserError(
-            f"{shown(self._shards.files[shard])} has changed since it was indexed: {what}; "
-            "check it with `mae-scale verify`, or index it again"
-        )
-
-    def _close(self, shard: int) -> None:
-        if shard in self._open:
-            os.close(self._open.pop(shard))
-
-    def close(self) -> None:
-        """Close all files."""
-        for shard in list(self._open):
-            self._close(shard)
 
 
 class BatchKey(NamedTuple):
@@ -203,7 +47,7 @@ class BatchKey(NamedTuple):
 class Batch:
     """Answer of a worker. The pixels lie in the slot where there is one."""
 
-    images: torch.Tensor | None  # uint8 [b, 3, S, S]; None: they are in the slot
+    images: torch.Tensor | None  # uint8 [b, C, H, W]; None: they are in the slot
     slot: int
     labels: npt.NDArray[np.int64]  # [b]
     epochs: npt.NDArray[np.int64]  # [b], see `draw_epochs`
@@ -216,13 +60,14 @@ class _BatchDataset(torch.utils.data.Dataset):
     """Map-style dataset whose items are whole batches, keyed by `BatchKey`.
 
     Attributes:
-        slots: uint8 [b, 3, S, S] each, in memory shared with the main process. A worker writes
+        slots: uint8 [b, C, H, W] each, in memory shared with the main process. A worker writes
             its pixels there, so that they cross between processes without a copy, a file
             descriptor or a byte in /dev/shm. Empty without workers.
+        bands: how images are decoded.
     """
 
-    def __init__(self, shards: ShardSet, img_size: int, cache: ShardCache | None) -> None:
-        self.shards, self.img_size = shards, img_size
+    def __init__(self, shards: ShardSet, img_size: ImageSize, cache: ShardCache | None) -> None:
+        self.shards, self.img_size, self.bands = shards, img_size, RGB
         self.reader = ShardReader(shards, cache)
         self.slots: Sequence[torch.Tensor] = ()
 
@@ -264,7 +109,11 @@ class _BatchDataset(torch.utils.data.Dataset):
             views: gives the images of samples[i], and may put another id into `samples[i]`.
         """
         count = len(samples) * repeats
-        images = self.slots[key.slot][:count] if self.slots else empty_images(count, self.img_size)
+        images = (
+            self.slots[key.slot][:count]
+            if self.slots
+            else empty_images(count, self.img_size, self.bands.count)
+        )
         self.reader.prepare(samples)
         self.reader.announce(np.sort(samples))
         for i in np.argsort(samples):  # in the order of the shards
@@ -304,7 +153,7 @@ class TrainDataset(_BatchDataset):
     def __init__(
         self,
         shards: ShardSet,
-        img_size: int,
+        img_size: ImageSize,
         order: SampleOrder,
         cache: ShardCache | None = None,
         augment: Augment | None = None,
@@ -332,6 +181,7 @@ class TrainDataset(_BatchDataset):
                     draws=draws,
                     keys=[(self.order.seed, epoch, sample) for epoch in epochs],
                     max_pixels=self.max_pixels,
+                    bands=self.bands,
                 )
                 try:
                     return self._decode(sample, augment)
@@ -363,7 +213,7 @@ class EvalDataset(_BatchDataset):
     def __init__(
         self,
         shards: ShardSet,
-        img_size: int,
+        img_size: ImageSize,
         crop_ratio: float,
         cache: ShardCache | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -372,7 +222,7 @@ class EvalDataset(_BatchDataset):
         self.crop_ratio, self.max_pixels = crop_ratio, max_pixels
 
     def pixels(self, sample: int) -> torch.Tensor:
-        """Decode and crop the image of a global sample id, uint8 [3, S, S].
+        """Decode and crop the image of a global sample id, uint8 [C, H, W].
 
         Raises:
             ValueError: it is damaged.
@@ -380,7 +230,8 @@ class EvalDataset(_BatchDataset):
         """
 
         def decode(data: bytearray) -> torch.Tensor:
-            return eval_crop(decode_image(data, self.max_pixels), self.img_size, self.crop_ratio)
+            image = self.bands.decode(data, self.max_pixels)
+            return eval_crop(image, self.img_size, self.crop_ratio)
 
         return self._decode(sample, decode)
 
@@ -394,7 +245,7 @@ class EvalDataset(_BatchDataset):
         return self._fill(key, key.positions, views)
 
 
-def empty_images(count: int, size: int) -> torch.Tensor:
-    """Return uint8 [count, 3, size, size], uninitialised, laid out as decoder and resize write."""
-    layout = torch.channels_last
-    return torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=layout)
+def empty_images(count: int, size: ImageSize, bands: int = 3) -> torch.Tensor:
+    """Return uint8 [count, bands, H, W], uninitialised, laid out as decoder and resize write."""
+    shape = (count, bands, *sides(size))
+    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+ARRAY_SUFFIX = "npy"  # an image of any bands; beside images of other forms it is an annotation
 # Suffixes of images in lower case, the usual ones first: where a sample of a tar has several
 # images, the first in this order is taken.
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm",
-    "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib",
+    "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib", ARRAY_SUFFIX,
 )  # fmt: skip
 MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
 MAX_FILE = 1 << 30  # bytes of an image's file, or of an annotation's
@@ -27,6 +31,17 @@ def is_image_name(name: str) -> bool:
     """Return whether a file's name is an image's: its suffix says so, and it is not hidden."""
     base = name.rpartition("/")[2]
     return not base.startswith(".") and base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def is_array_name(name: str) -> bool:
+    """Return whether a file's name is that of an array of numbers."""
+    return name.lower().endswith(f".{ARRAY_SUFFIX}")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the images below a folder; arrays only where there are no images of other forms."""
+    found = sorted(path for path in folder.rglob("*") if is_image_name(path.name))
+    return [path for path in found if not is_array_name(path.name)] or found
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -77,6 +92,79 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 "can say what is white: convert it to 8 or 16 bits"
             )
     return image.convert("RGB")
+
+
+# Arrays, which hold images of any number of bands
+
+_ARRAY_MAGIC = b"\x93NUMPY"
+
+
+def is_array(data: bytes | bytearray) -> bool:
+    """Return whether a file is an array that `numpy.save` wrote."""
+    return data[:6] == _ARRAY_MAGIC
+
+
+def read_array(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
+    """Read an array of numbers, [H, W], [H, W, bands] or [bands, H, W], without unpickling.
+
+    Raises:
+        TooLarge: it has too many pixels.
+        ValueError: it is another array, or not whole.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read_header(file)
+    except Exception as error:  # numpy's parser of headers raises many kinds of error
+        raise ValueError(f"cannot be read as an array ({error})") from error
+    if dtype.kind not in "uif" or not 2 <= len(shape) <= 3 or 0 in shape:
+        raise ValueError(
+            f"is an array of shape {shape} and type {dtype}; expected numbers, [H, W], "
+            "[H, W, bands] or [bands, H, W]"
+        )
+    height, width = sorted(shape)[-2:]
+    check_pixels(width, height, max_pixels)
+    if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"does not hold the {math.prod(shape)} values of its header")
+    values = np.frombuffer(data, dtype, offset=file.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def is_tiff(data: bytes | bytearray) -> bool:
+    """Return whether a file is a TIFF, which may have more bands than PIL reads."""
+    return data[:4] in _TIFF_MAGIC
+
+
+def read_tiff(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
+    """Read a TIFF whose bands are samples of a pixel, or pages.
+
+    Overviews and masks, which GeoTIFFs have as further pages, are left out.
+
+    Returns:
+        Numbers as they are, [H, W], [H, W, bands] or [bands, H, W].
+
+    Raises:
+        ImportError: tifffile is missing.
+        TooLarge: it has too many pixels.
+        Exception: it is damaged, or of a kind that tifffile cannot read; the error is tifffile's.
+    """
+    import tifffile  # reads more kinds than PIL
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        pages = [page.aspage() for page in file.pages]
+        pages = [page for page in pages if not (page.is_reduced or page.is_mask)]
+        first = pages[0]
+        check_pixels(first.imagewidth, first.imagelength, max_pixels)
+        if len(pages) == 1 or any(page.shape != first.shape for page in pages):
+            return first.asarray()
+        return np.stack([page.asarray() for page in pages])
 
 
 # JPEG

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from mae_scale.data.dataset import ShardReader
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.formats import MAX_PIXELS
-from mae_scale.data.loader import shard_cache
+from mae_scale.data.reader import ShardReader, shard_cache
 from mae_scale.data.shards import open_shards
-from mae_scale.data.transforms import decode_image
 
 
 class ShardDataset(torch.utils.data.Dataset):
@@ -24,10 +23,11 @@ class ShardDataset(torch.utils.data.Dataset):
 
     Args:
         spec: folder with a manifest, or a remote prefix, see `open_shards`.
-        transform: applied to the decoded image, uint8 [3, H, W] RGB; such as one of
+        transform: applied to the decoded image, uint8 [3, H, W]; such as one of
             torchvision.transforms.v2. None: the image itself.
         cache_dir: folder into which remote shards are staged.
         max_pixels: a larger image is refused before it is decoded.
+        bands: how images are decoded; `Bands(5, mean, std)` gives uint8 [5, H, W].
 
     Attributes:
         shards: the `ShardSet`.
@@ -43,10 +43,11 @@ class ShardDataset(torch.utils.data.Dataset):
         transform: Callable[[torch.Tensor], Any] | None = None,
         cache_dir: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
+        bands: Bands = RGB,
     ) -> None:
         self.shards = open_shards(spec, cache_dir)
         self.classes = self.shards.classes
-        self._transform, self._max_pixels = transform, max_pixels
+        self._transform, self._max_pixels, self._bands = transform, max_pixels, bands
         self._cache = shard_cache(self.shards, cache_dir, None)
         self._reader: tuple[int, ShardReader] | None = None  # with its process
 
@@ -68,7 +69,7 @@ class ShardDataset(torch.utils.data.Dataset):
             self._reader = os.getpid(), ShardReader(self.shards, self._cache)
         name, data = self._reader[1].read(sample)
         try:
-            image = decode_image(data, self._max_pixels)
+            image = self._bands.decode(data, self._max_pixels)
         except ValueError as error:
             raise ValueError(f"{self.shards.root}: {name} {error}") from None
         label = int(self.shards.index["label"][sample])

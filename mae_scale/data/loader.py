@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mae_scale.config.sizes import ImageSize, sides
 from mae_scale.data.augment import Augment
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.cache import ShardCache
 from mae_scale.data.dataset import (
     Batch,
@@ -32,7 +34,8 @@ from mae_scale.data.dataset import (
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.mixing import sorted_by_class
 from mae_scale.data.order import SampleOrder, step_positions
-from mae_scale.data.remote import is_remote, shown
+from mae_scale.data.reader import shard_cache
+from mae_scale.data.remote import shown
 from mae_scale.data.shards import ShardSet, opened
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.data.worker import STOP_SIGNALS, DataWorker
@@ -67,7 +70,10 @@ class _Loader:
         # batch was copied and handed out.
         slots = self._workers * _PREFETCH + 1
         if self._workers:
-            self._dataset.slots = [_shared_images(self._batch_size, size) for _ in range(slots)]
+            bands = self._dataset.bands.count
+            self._dataset.slots = [
+                _shared_images(self._batch_size, size, bands) for _ in range(slots)
+            ]
         stop = mmap.mmap(-1, 1)
         loader: DataLoader = DataLoader(
             self._dataset,
@@ -122,7 +128,7 @@ class TrainLoader(_Loader):
 
     Args:
         shards: the shards of the split, or their folder as `open_shards` takes it.
-        img_size: pixels of a side.
+        img_size: pixels of a side, or height and width.
         global_batch_size: samples of a step over all ranks; a multiple of
             `micro_batch_size` x `world_size`.
         micro_batch_size: samples of a batch that this loader yields; None: a rank's whole share.
@@ -138,6 +144,7 @@ class TrainLoader(_Loader):
             (repeated augmentation); a divisor of `micro_batch_size`. An epoch is one pass over
             the samples, so it has `repeats` times as many images and steps.
         max_pixels: a larger image counts as damaged.
+        bands: how images are decoded.
 
     Raises:
         UserError: there are fewer samples than a batch has, or the batch does not divide.
@@ -147,7 +154,7 @@ class TrainLoader(_Loader):
         self,
         shards: ShardSet | str | Path,
         *,
-        img_size: int,
+        img_size: ImageSize,
         global_batch_size: int,
         micro_batch_size: int | None = None,
         seed: int = 0,
@@ -164,6 +171,7 @@ class TrainLoader(_Loader):
         augment: Augment | None = None,
         repeats: int = 1,
         max_pixels: int = MAX_PIXELS,
+        bands: Bands = RGB,
     ) -> None:
         shards = opened(shards, cache_dir)
         order = self._order(shards, seed, lanes, window)
@@ -201,7 +209,7 @@ class TrainLoader(_Loader):
         dataset = self._make_dataset(shards, img_size, order, cache, augment)
         if repeats > 1 and not dataset.can_repeat:
             raise UserError(f"repeats {repeats}: samples with annotations come once a step")
-        dataset.repeats, dataset.max_pixels = repeats, max_pixels
+        dataset.repeats, dataset.max_pixels, dataset.bands = repeats, max_pixels, bands
         if rank == 0 and (text := sorted_by_class(shards, order, self._samples_per_step)):
             logger.warning("%s", text)
         super().__init__(
@@ -223,7 +231,7 @@ class TrainLoader(_Loader):
     def _make_dataset(
         self,
         shards: ShardSet,
-        img_size: int,
+        img_size: ImageSize,
         order: SampleOrder,
         cache: ShardCache | None,
         augment: Any,
@@ -237,7 +245,7 @@ class TrainLoader(_Loader):
     def batches(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield dicts, one for each micro-batch, from a step on (counted from 0), without end.
 
-        "image" uint8 [b, 3, S, S] (channels_last), "label", "epoch" and "sample" int64 [b].
+        "image" uint8 [b, C, H, W] (channels_last), "label", "epoch" and "sample" int64 [b].
         "sample" is the global id (manifest order) of what was really used; "epoch" is what the
         random draws of an image follow from, and differs between the views of a sample (see
         `draw_epochs`).
@@ -298,16 +306,17 @@ class EvalLoader(_Loader):
 
     Args:
         shards: the shards of the split, or their folder as `open_shards` takes it.
-        img_size: pixels of a side.
+        img_size: pixels of a side, or height and width.
         batch_size: samples of a batch; the last one of a rank may be smaller.
         rank, world_size: which part this process reads.
         workers: processes that decode; 0 decodes in this one.
         crop_ratio: see `eval_crop`; by default 0.875 up to 224 pixels, 1.0 above (official).
         pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
         max_pixels: a larger image is an error.
+        bands: how images are decoded.
 
     Attributes:
-        img_size, batch_size: the arguments.
+        img_size, batch_size, bands: the arguments.
         num_samples: of the set, over all ranks.
         most_batches: largest number of batches of any rank.
     """
@@ -316,7 +325,7 @@ class EvalLoader(_Loader):
         self,
         shards: ShardSet | str | Path,
         *,
-        img_size: int,
+        img_size: ImageSize,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -326,21 +335,23 @@ class EvalLoader(_Loader):
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        bands: Bands = RGB,
     ) -> None:
         shards = opened(shards, cache_dir)
         if crop_ratio is None:
             crop_ratio = default_crop_ratio(img_size)
         cache = shard_cache(shards, cache_dir, cache_bytes)
         dataset = self._make_dataset(shards, img_size, crop_ratio, cache)
-        dataset.max_pixels = max_pixels
+        dataset.max_pixels, dataset.bands = max_pixels, bands
         super().__init__(dataset, batch_size, workers, pin_memory)
         n = len(shards)
         self._samples = np.arange(rank * n // world_size, (rank + 1) * n // world_size)
-        self.img_size, self.batch_size, self.num_samples = img_size, batch_size, n
+        self.img_size, self.batch_size, self.bands = img_size, batch_size, bands
+        self.num_samples = n
         self.most_batches = math.ceil(math.ceil(n / world_size) / batch_size)
 
     def _make_dataset(
-        self, shards: ShardSet, img_size: int, crop_ratio: float, cache: ShardCache | None
+        self, shards: ShardSet, img_size: ImageSize, crop_ratio: float, cache: ShardCache | None
     ) -> EvalDataset:
         return EvalDataset(shards, img_size, crop_ratio, cache)
 
@@ -361,26 +372,12 @@ class EvalLoader(_Loader):
             yield _as_tensors(batch)
 
 
-def _shared_images(batch_size: int, size: int) -> torch.Tensor:
-    """Return uint8 [batch_size, 3, size, size] (channels_last) in memory that forks share."""
-    memory = mmap.mmap(-1, batch_size * 3 * size * size)
-    images = torch.frombuffer(memory, dtype=torch.uint8).view(batch_size, size, size, 3)
+def _shared_images(batch_size: int, size: ImageSize, bands: int) -> torch.Tensor:
+    """Return uint8 [batch_size, bands, H, W] (channels_last) in memory that forks share."""
+    shape = (batch_size, *sides(size), bands)
+    memory = mmap.mmap(-1, math.prod(shape))
+    images = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
     return images.permute(0, 3, 1, 2)
-
-
-def shard_cache(
-    shards: ShardSet, folder: str | Path | None, max_bytes: int | None
-) -> ShardCache | None:
-    """Return the cache that stages the remote shards of a set; None if all shards are local.
-
-    Raises:
-        UserError: there are remote shards, but no folder for them.
-    """
-    if not any(is_remote(file) for file in shards.files):
-        return None
-    if folder is None:
-        raise UserError(f"{shards.root}: remote shards need a folder to be staged in, cache_dir")
-    return ShardCache(folder, max_bytes, shards.fingerprint)
 
 
 def _as_it_is(batch: Any) -> Any:

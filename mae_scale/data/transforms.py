@@ -17,6 +17,7 @@ import torch
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
 
+from mae_scale.config.sizes import ImageSize, sides
 from mae_scale.data.formats import (
     MAX_PIXELS,
     Frame,
@@ -130,9 +131,18 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def aspect_of(size: ImageSize) -> tuple[float, float]:
+    """Return the aspect ratios of a RandomResizedCrop that is resized to a size.
+
+    They are 3/4 to 4/3 of the size's own, so that a crop is stretched no more than for a square.
+    """
+    height, width = sides(size)
+    return 3 / 4 * (width / height), 4 / 3 * (width / height)
+
+
 def train_crop(
     image: torch.Tensor,
-    size: int,
+    size: ImageSize,
     u: npt.NDArray[np.float64],
     scale: tuple[float, float] = (0.2, 1.0),
     hflip: bool = True,
@@ -141,17 +151,17 @@ def train_crop(
     """Apply RandomResizedCrop (antialiased bicubic) and horizontal flip (paper Appendix A.1).
 
     Args:
-        image: uint8 [3, H, W].
-        size: pixels of a side of the result.
+        image: uint8 [C, H, W].
+        size: pixels of a side of the result, or its height and width.
         u: float64 [TRAIN_UNIFORMS] in [0, 1); nothing else is random.
         scale: area of the crop as a part of the image's.
         hflip: flip half of the images.
         clips: as for `crop_box`.
 
     Returns:
-        uint8 [3, size, size].
+        uint8 [C, height, width].
     """
-    box = crop_box(image.shape[1], image.shape[2], u, scale, clips=clips)
+    box = crop_box(image.shape[1], image.shape[2], u, scale, aspect_of(size), clips)
     return _crop(image, box, size, hflip and u[2 * _TRIES + 2] < 0.5)
 
 
@@ -173,7 +183,7 @@ class Scratch:
 
 def decode_train_crops(
     data: bytearray,
-    size: int,
+    size: ImageSize,
     draws: Sequence[npt.NDArray[np.float64]],
     scratch: Scratch,
     scale: tuple[float, float] = (0.2, 1.0),
@@ -192,14 +202,15 @@ def decode_train_crops(
         clips: as for `crop_box`.
 
     Returns:
-        uint8 [3, size, size] for each draw.
+        uint8 [3, height, width] for each draw.
 
     Raises:
         ValueError: the file is no image, or a damaged one, or one that is too large.
     """
     frame = _quick_frame(data, max_pixels)
     if frame is not None:
-        boxes = [crop_box(frame.height, frame.width, u, scale, clips=clips) for u in draws]
+        ratio = aspect_of(size)
+        boxes = [crop_box(frame.height, frame.width, u, scale, ratio, clips) for u in draws]
         lowest = max(top + height for top, _, height, _ in boxes)
         try:
             image = _decode_rows(data, frame, lowest, scratch)
@@ -232,53 +243,70 @@ def _decode_rows(data: bytearray, frame: Frame, rows: int, scratch: Scratch) -> 
 
 
 def _crop(
-    image: torch.Tensor, box: tuple[int, int, int, int], size: int, flip: bool
+    image: torch.Tensor, box: tuple[int, int, int, int], size: ImageSize, flip: bool
 ) -> torch.Tensor:
     top, left, h, w = box
-    crop = _resize(image[:, top : top + h, left : left + w], size, size)
+    crop = _resize(image[:, top : top + h, left : left + w], *sides(size))
     return crop.flip(-1) if flip else crop
 
 
 def fixed_crop(
-    image: torch.Tensor, size: int, u: npt.NDArray[np.float64], hflip: bool = True
+    image: torch.Tensor, size: ImageSize, u: npt.NDArray[np.float64], hflip: bool = True
 ) -> torch.Tensor:
-    """Crop a square of fixed size, as large as `eval_crop`'s, at a random place, and flip it.
+    """Crop a piece of fixed size, as large as `eval_crop`'s, at a random place, and flip it.
 
     Args:
-        image: uint8 [3, H, W].
-        size: pixels of a side of the result.
+        image: uint8 [C, H, W].
+        size: pixels of a side of the result, or its height and width.
         u: float64 [TRAIN_UNIFORMS] in [0, 1); only the numbers for place and flip are used.
         hflip: flip half of the images.
 
     Returns:
-        uint8 [3, size, size].
+        uint8 [C, height, width].
     """
-    resized = _resize_short(image, int(size / _CROP_RATIO))
-    height, width = resized.shape[1:]
-    top, left = (int(u[2 * _TRIES + i] * (n - size + 1)) for i, n in enumerate((height, width)))
-    crop = resized[:, top : top + size, left : left + size]
+    resized, (height, width) = _resize_to_cover(image, size, _CROP_RATIO), sides(size)
+    room = (resized.shape[1] - height + 1, resized.shape[2] - width + 1)
+    top, left = (int(u[2 * _TRIES + i] * n) for i, n in enumerate(room))
+    crop = resized[:, top : top + height, left : left + width]
     return crop.flip(-1) if hflip and u[2 * _TRIES + 2] < 0.5 else crop
 
 
-def default_crop_ratio(size: int) -> float:
+def default_crop_ratio(size: ImageSize) -> float:
     """Return the share of the short side that the official evaluation crops at this size."""
-    return _CROP_RATIO if size <= 224 else 1.0
+    return _CROP_RATIO if min(sides(size)) <= 224 else 1.0
 
 
-def eval_crop(image: torch.Tensor, size: int, crop_ratio: float = _CROP_RATIO) -> torch.Tensor:
+def eval_crop(
+    image: torch.Tensor, size: ImageSize, crop_ratio: float = _CROP_RATIO
+) -> torch.Tensor:
     """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
 
     Args:
-        image: uint8 [3, H, W].
-        size: pixels of a side of the result.
+        image: uint8 [C, H, W].
+        size: pixels of a side of the result, or its height and width.
         crop_ratio: 0.875 up to 224 pixels, 1.0 above, in the official evaluation.
 
     Returns:
-        uint8 [3, size, size].
+        uint8 [C, height, width].
     """
-    resized = _resize_short(image, int(size / crop_ratio))
-    top, left = (round((n - size) / 2) for n in resized.shape[1:])
-    return resized[:, top : top + size, left : left + size]
+    resized, (height, width) = _resize_to_cover(image, size, crop_ratio), sides(size)
+    top, left = round((resized.shape[1] - height) / 2), round((resized.shape[2] - width) / 2)
+    return resized[:, top : top + height, left : left + width]
+
+
+def _resize_to_cover(image: torch.Tensor, size: ImageSize, crop_ratio: float) -> torch.Tensor:
+    """Resize an image as little as it may be, so that a crop of `size` covers that share of it."""
+    height, width = sides(size)
+    if height == width:
+        return _resize_short(image, int(height / crop_ratio))
+    least = int(height / crop_ratio), int(width / crop_ratio)
+    scale = max(least[0] / image.shape[1], least[1] / image.shape[2])
+    # What lies beyond the crop's proportions by far is cut before it takes memory.
+    most = [max(1, math.ceil(_MAX_ASPECT * n / scale)) for n in least]
+    top, left = (max(0, n - m) // 2 for n, m in zip(image.shape[1:], most, strict=True))
+    image = image[:, top : top + most[0], left : left + most[1]]
+    resized = [max(n, int(scale * s)) for n, s in zip(least, image.shape[1:], strict=True)]
+    return _resize(image, *resized)
 
 
 def _resize_short(image: torch.Tensor, short: int) -> torch.Tensor:

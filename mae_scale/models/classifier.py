@@ -8,6 +8,7 @@ import torch
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
+from mae_scale.config.sizes import ImageSize
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder, Pool, layer_norm
 from mae_scale.models.mae import architecture
@@ -63,7 +64,9 @@ class Classifier(Encoder):
 
     Args:
         num_classes: outputs.
-        img_size, patch_size: sides of the square image and its patches, in pixels.
+        img_size: side of the square image in pixels, or its height and width.
+        patch_size: side of a patch, in pixels.
+        in_chans: channels of an image.
         embed_dim, depth, num_heads: of the encoder.
         drop_path: stochastic depth's rate in the last block.
         mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
@@ -78,8 +81,9 @@ class Classifier(Encoder):
         self,
         *,
         num_classes: int,
-        img_size: int = 224,
+        img_size: ImageSize = 224,
         patch_size: int = 16,
+        in_chans: int = 3,
         embed_dim: int = 1024,
         depth: int = 24,
         num_heads: int = 16,
@@ -88,7 +92,16 @@ class Classifier(Encoder):
         pool: Pool = "mean",
         head: Head = "linear",
     ) -> None:
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, drop_path, mlp_ratio)
+        super().__init__(
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            num_heads,
+            drop_path,
+            mlp_ratio,
+            in_chans=in_chans,
+        )
         if num_classes < 2:
             raise UserError(f"a classifier needs at least 2 classes, not {num_classes}")
         self.num_classes = num_classes

@@ -15,6 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mae_scale.config.sizes import ImageSize, plain_size, sides
 from mae_scale.errors import UserError
 from mae_scale.models.compiled import GraphDropPath
 from mae_scale.models.pos_embed import sincos_pos_embed
@@ -32,7 +33,7 @@ class PatchProjection(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] -> [B, D, H / p, W / p]; patches [B, K, 3, p, p] -> [B, K, D]."""
+        """Images [B, C, H, W] -> [B, D, H / p, W / p]; patches [B, K, C, p, p] -> [B, K, D]."""
         if x.ndim == 4:
             return super().forward(x)
         return F.linear(x.flatten(2), self.weight.flatten(1), self.bias)
@@ -44,12 +45,14 @@ class Encoder(nn.Module):
     State-dict keys are those of the published weights.
 
     Args:
-        img_size, patch_size: sides of the square image and its patches, in pixels.
+        img_size: side of the square image in pixels, or its height and width.
+        patch_size: side of a patch, in pixels.
         embed_dim, depth, num_heads: of the transformer.
         drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
         mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
         make_block: makes a block from its number and its rate of stochastic depth; None: timm's
             block as pre-training has it.
+        in_chans: channels of the image.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -57,7 +60,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        img_size: int,
+        img_size: ImageSize,
         patch_size: int,
         embed_dim: int,
         depth: int,
@@ -65,6 +68,7 @@ class Encoder(nn.Module):
         drop_path: float = 0.0,
         mlp_ratio: float = 4.0,
         make_block: Callable[[int, float], nn.Module] | None = None,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         _check_image(img_size, patch_size)
@@ -75,7 +79,7 @@ class Encoder(nn.Module):
         self._offload = False
         self._is_random = drop_path > 0
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
+        self.patch_embed = PatchEmbed(plain_size(img_size), patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         if make_block is None:
@@ -90,6 +94,16 @@ class Encoder(nn.Module):
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.patch_embed.patch_size[0]
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return self.patch_embed.proj.in_channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid_size
 
     @property
     def num_patches(self) -> int:
@@ -110,8 +124,7 @@ class Encoder(nn.Module):
     def initialize_module(self, module: nn.Module) -> None:
         """Set the parameters of one of `self.modules()`, those of the modules in it not."""
         if module is self:
-            grid_size = self.patch_embed.grid_size[0]
-            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], grid_size))
+            self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
             nn.init.normal_(self.cls_token, std=0.02)
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -162,21 +175,21 @@ class Encoder(nn.Module):
         """Embed some patches as `embed_patches` does; nothing is computed of the others.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             ids: int64 [B, K], numbers of the patches row by row.
 
         Returns:
             [B, K, D].
         """
-        b, p, grid = len(images), self.patch_size, self.patch_embed.grid_size[0]
-        patches = images.reshape(b, -1, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        b, p, (rows, columns) = len(images), self.patch_size, self.grid
+        patches = images.reshape(b, -1, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         image = torch.arange(b, device=ids.device)[:, None]
-        chosen = patches[image, ids // grid, ids % grid]
+        chosen = patches[image, ids // columns, ids % columns]
         projection = self.patch_embed.proj
         return projection(chosen.to(projection.weight.dtype)) + self.pos_embed[0, 1:][ids]
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Float [B, 3, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
+        """Float [B, C, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         return x + self.pos_embed[:, 1:]
 
@@ -220,14 +233,15 @@ def _multiples_near(size: int, step: int) -> str:
     return ", ".join(str(n) for n in (below, below + step) if n > 0)
 
 
-def _check_image(img_size: int, patch_size: int) -> None:
+def _check_image(img_size: ImageSize, patch_size: int) -> None:
     if patch_size < 1:
         raise UserError(f"patch_size {patch_size} must be at least 1 pixel")
-    if img_size < 1 or img_size % patch_size:
-        raise UserError(
-            f"img_size {img_size} is no multiple of patch_size {patch_size}; "
-            f"nearest: {_multiples_near(max(img_size, 1), patch_size)}"
-        )
+    for side in sides(img_size):
+        if side < 1 or side % patch_size:
+            raise UserError(
+                f"img_size {side} is no multiple of patch_size {patch_size}; "
+                f"nearest: {_multiples_near(max(side, 1), patch_size)}"
+            )
 
 
 def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mae_scale.config.sizes import plain_size
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
@@ -103,12 +104,14 @@ def mae_config(model: MaskedAutoencoderViT) -> dict[str, Any]:
         UserError: it predicts something else than the pixels of its patches, or its mask tokens
             are not the decoder's.
     """
-    outputs, pixels = model.decoder_pred.out_features, model.patch_size**2 * 3
+    outputs, pixels = model.decoder_pred.out_features, model.patch_size**2 * model.in_chans
     if outputs != pixels:
         raise UserError(
             f"ViTMAE predicts the {pixels} pixel values of a patch, this model "
             f"{outputs} other ones; the form official holds it"
         )
+    if model.grid[0] != model.grid[1]:
+        raise UserError("ViTMAE takes square images only; the forms official and timm hold others")
     block: Any = model.decoder_blocks[0]
     width = model.decoder_embed.out_features
     if model.mask_tokens_in_encoder:
@@ -152,9 +155,9 @@ def classifier_config(model: Classifier, classes: list[str]) -> dict[str, Any]:
 def _encoder_config(model: Encoder) -> dict[str, Any]:
     block: Any = model.blocks[0]
     return {
-        "image_size": model.patch_embed.img_size[0],
+        "image_size": plain_size(model.patch_embed.img_size),
         "patch_size": model.patch_size,
-        "num_channels": 3,
+        "num_channels": model.in_chans,
         "hidden_size": model.cls_token.shape[-1],
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": block.attn.num_heads,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mae_scale.config.sizes import ImageSize
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.models.encoder import (
     Encoder,
@@ -86,7 +87,9 @@ class MaskedAutoencoderViT(Encoder):
     the decoder's are the switches of the paper's Table 1 and Figure 5.
 
     Args:
-        img_size, patch_size: sides of the square image and its patches, in pixels.
+        img_size: side of the square image in pixels, or its height and width.
+        patch_size: side of a patch, in pixels.
+        in_chans: channels of an image.
         embed_dim, depth, num_heads: of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
         mlp_ratio: width of the MLPs' hidden layers over that of the blocks, in both.
@@ -109,8 +112,9 @@ class MaskedAutoencoderViT(Encoder):
     def __init__(
         self,
         *,
-        img_size: int = 224,
+        img_size: ImageSize = 224,
         patch_size: int = 16,
+        in_chans: int = 3,
         embed_dim: int = 1024,
         depth: int = 24,
         num_heads: int = 16,
@@ -127,9 +131,17 @@ class MaskedAutoencoderViT(Encoder):
         vocabulary_size: int = 8192,
         fewer_passes: bool = False,
     ) -> None:
-        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=mlp_ratio)
+        super().__init__(
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            in_chans=in_chans,
+        )
         check_transformer("decoder_", decoder_embed_dim, decoder_depth, decoder_num_heads)
-        check_sampling(mask_sampling, self.num_patches, mask_ratio)
+        check_sampling(mask_sampling, self.num_patches, mask_ratio, self.grid)
         if target not in TARGETS:
             *some, last = TARGETS
             raise UserError(f"target {target!r} must be {', '.join(some)} or {last}")
@@ -157,7 +169,7 @@ class MaskedAutoencoderViT(Encoder):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = layer_norm(width)
-        patch_values = patch_size**2 * 3
+        patch_values = patch_size**2 * in_chans
         predicted = TARGETS[target](
             patch_values,
             norm_pix_loss=norm_pix_loss,
@@ -188,7 +200,7 @@ class MaskedAutoencoderViT(Encoder):
         super().initialize_module(module)
         if module is self:
             width = self.decoder_pos_embed.shape[-1]
-            self.decoder_pos_embed.copy_(sincos_pos_embed(width, self.patch_embed.grid_size[0]))
+            self.decoder_pos_embed.copy_(sincos_pos_embed(width, self.grid))
             nn.init.normal_(self.mask_token, std=0.02)
         elif isinstance(module, Target):
             module.reset_parameters()
@@ -198,7 +210,8 @@ class MaskedAutoencoderViT(Encoder):
     ) -> torch.Tensor:
         """The noise that `forward` takes, for images with these keys: see `masking.mask_noise`."""
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        return mask_noise(seed, epoch, sample, self.num_patches, self.mask_sampling, ratio)
+        patches = self.num_patches
+        return mask_noise(seed, epoch, sample, patches, self.mask_sampling, ratio, self.grid)
 
     def random_noise(self, images: torch.Tensor, mask_ratio: float | None = None) -> torch.Tensor:
         """Noise for some images with a seed from torch's global generator, so new in each call."""
@@ -219,7 +232,7 @@ class MaskedAutoencoderViT(Encoder):
         DeepSpeed gathers sharded weights in `forward` only, which is why both go through it.
 
         Args:
-            images: float [B, 3, H, W], normalised; cast to the weights' dtype for the encoder
+            images: float [B, C, H, W], normalised; cast to the weights' dtype for the encoder
                 only, so pass float32 whatever that dtype is.
             noise: float32 [B, L], as from `noise`; of each image the patches with the smallest
                 values stay. None: drawn by torch's global generator.
@@ -229,7 +242,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Returns:
             loss: float32 scalar.
-            pred: [B, L, d] in the target's form, for kept patches too: p*p*3 pixel values
+            pred: [B, L, d] in the target's form, for kept patches too: p*p*C pixel values
                 (normalised by patch under `norm_pix_loss`), PCA coefficients, or logits of ids.
             mask: float32 [B, L], 0 kept, 1 removed.
         """
@@ -254,7 +267,7 @@ class MaskedAutoencoderViT(Encoder):
         """Describe whole images, of which nothing is masked, by the encoder's last LayerNorm.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             pool: "token", what it gives for the class token, or "mean", its mean over the patches.
 
         Returns:
@@ -279,7 +292,7 @@ class MaskedAutoencoderViT(Encoder):
         """Encode the class token and the visible patches.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             ids_keep: int64 [B, K].
 
         Returns:
@@ -298,7 +311,7 @@ class MaskedAutoencoderViT(Encoder):
         """Encode the class token and all patches, the removed ones replaced (Table 1c).
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
             mask: [B, L], 1 on removed patches.
 
         Returns:
@@ -343,7 +356,7 @@ class MaskedAutoencoderViT(Encoder):
         the authors' figures. Of PCA coefficients the image is the sum of the components.
 
         Returns:
-            reconstruction: float32 [B, 3, H, W], normalised like `images`, all patches predicted.
+            reconstruction: float32 [B, C, H, W], normalised like `images`, all patches predicted.
             mask: float32 [B, 1, H, W], 0 kept, 1 removed.
 
         Raises:
@@ -354,4 +367,7 @@ class MaskedAutoencoderViT(Encoder):
         _, pred, mask = self(images, noise, mask_ratio)
         pred = self.target.to_pixels(pred.float(), patchify(images.float(), self.patch_size))
         mask_pixels = mask[..., None].expand(-1, -1, self.patch_size**2)
-        return unpatchify(pred, self.patch_size), unpatchify(mask_pixels, self.patch_size)
+        return (
+            unpatchify(pred, self.patch_size, self.grid),
+            unpatchify(mask_pixels, self.patch_size, self.grid),
+        )

@@ -27,6 +27,7 @@ def mask_noise(
     num_patches: int,
     sampling: Sampling = "random",
     mask_ratio: float = 0.75,
+    grid: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Noise by which the patches of each sample are removed: those with the largest values.
 
@@ -46,6 +47,7 @@ def mask_noise(
         num_patches: L, patches per image.
         sampling: see above (paper Figure 6).
         mask_ratio: share of the patches that will be removed; "block" makes no larger blocks.
+        grid: rows and columns of patches; None: they are a square.
 
     Returns:
         float32 [B, L].
@@ -53,21 +55,23 @@ def mask_noise(
     Raises:
         UserError: as `check_sampling`.
     """
-    check_sampling(sampling, num_patches, mask_ratio)
+    check_sampling(sampling, num_patches, mask_ratio, grid)
     patch = torch.arange(num_patches, device=sample.device)
     noise = uniform_torch(Purpose.MASK, seed, epoch[:, None], sample[:, None], patch)
     if sampling == "random":
         return noise
-    grid = math.isqrt(num_patches)
-    row, column = patch // grid, patch % grid
+    rows, columns = grid or (math.isqrt(num_patches),) * 2
+    row, column = patch // columns, patch % columns
     if sampling == "grid":
         return noise + ((row % 2 > 0) | (column % 2 > 0))
     number = torch.arange(_BLOCKS, device=sample.device)
     keys = (Purpose.MASK_BLOCK, seed, epoch[:, None], sample[:, None], number)
-    sizes = _block_sizes(grid, num_patches - num_kept(num_patches, mask_ratio), sample.device)
+    sizes = _block_sizes(
+        rows, columns, num_patches - num_kept(num_patches, mask_ratio), sample.device
+    )
     height, width = sizes[below_torch(len(sizes), *keys, 0)].unbind(-1)  # [B, 32]
-    top = below_torch(grid - height + 1, *keys, 1)[..., None]
-    left = below_torch(grid - width + 1, *keys, 2)[..., None]
+    top = below_torch(rows - height + 1, *keys, 1)[..., None]
+    left = below_torch(columns - width + 1, *keys, 2)[..., None]
     in_rows = (row >= top) & (row < top + height[..., None])  # [B, 32, L]
     in_columns = (column >= left) & (column < left + width[..., None])
     blocks_left = (_BLOCKS - number)[:, None] * (in_rows & in_columns)
@@ -75,24 +79,29 @@ def mask_noise(
 
 
 @lru_cache  # a copy to a GPU waits for the work that is queued there
-def _block_sizes(grid: int, removed: int, device: torch.device) -> torch.Tensor:
+def _block_sizes(rows: int, columns: int, removed: int, device: torch.device) -> torch.Tensor:
     """Height and width of blocks of every area and many aspects: int64 [areas * aspects, 2]."""
-    smallest = min(removed, math.ceil(_SMALLEST_BLOCK * grid**2))
+    smallest = min(removed, math.ceil(_SMALLEST_BLOCK * rows * columns))
     area = np.arange(smallest, removed + 1)[:, None]
     aspect = np.geomspace(_NARROWEST, 1 / _NARROWEST, _ASPECTS)
     sizes = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], axis=-1)
-    return torch.from_numpy(sizes.round().clip(1, grid).astype(np.int64)).view(-1, 2).to(device)
+    sizes = sizes.round().clip(1, (rows, columns)).astype(np.int64)
+    return torch.from_numpy(sizes).view(-1, 2).to(device)
 
 
-def check_sampling(sampling: str, num_patches: int, mask_ratio: float) -> None:
+def check_sampling(
+    sampling: str, num_patches: int, mask_ratio: float, grid: tuple[int, int] | None = None
+) -> None:
     """Raise a UserError where a way of sampling does not go with the patches and the ratio."""
     if sampling not in ("random", "block", "grid"):
         raise UserError(f"mask_sampling {sampling!r} must be random, block or grid")
     kept = num_kept(num_patches, mask_ratio)
-    if sampling == "grid" and (math.isqrt(num_patches) % 2 or 4 * kept != num_patches):
+    rows, columns = grid or (math.isqrt(num_patches),) * 2
+    if sampling == "grid" and (rows % 2 or columns % 2 or 4 * kept != num_patches):
+        found = f"{rows}" if rows == columns else f"{rows} and {columns}"
         raise UserError(
             f"mask_sampling grid keeps one of every four patches: with mask_ratio {mask_ratio} and "
-            f"{math.isqrt(num_patches)} patches a side it cannot; use 0.75 and an even number"
+            f"{found} patches a side it cannot; use 0.75 and an even number"
         )
 
 

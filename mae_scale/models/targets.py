@@ -13,19 +13,28 @@ from mae_scale.models.numerics import full_fp32
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, 3, H, W] -> [B, L, p*p*3]; patches row by row, within a patch (row, column, channel)."""
+    """[B, C, H, W] -> [B, L, p*p*C]; patches row by row, within a patch (row, column, channel)."""
     b, c, h, w = images.shape
     p = patch_size
     x = images.reshape(b, c, h // p, p, w // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
 
 
-def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, L, p*p*C] of a square image -> [B, C, H, W]; the inverse of `patchify`."""
+def unpatchify(
+    patches: torch.Tensor, patch_size: int, grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """[B, L, p*p*C] -> [B, C, H, W]; the inverse of `patchify`.
+
+    Args:
+        grid: rows and columns of patches; None: the image is square.
+    """
     b, num_patches, d = patches.shape
-    p, g = patch_size, round(num_patches**0.5)
-    x = patches.reshape(b, g, g, p, p, d // (p * p))
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, g * p, g * p)
+    if grid is None:
+        side = round(num_patches**0.5)
+        grid = (side, side)
+    (rows, columns), p = grid, patch_size
+    x = patches.reshape(b, rows, columns, p, p, d // (p * p))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * p, columns * p)
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,11 +72,11 @@ class Target(nn.Module):
         """Set what the target keeps to its initial values."""
 
     def fit(self, patches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Compute what the target keeps from the patches of images, float32 [n, p*p*3] each."""
+        """Compute what the target keeps from the patches of images, float32 [n, p*p*C] each."""
         return {}
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Make the target of true patches: float32 [B, L, p*p*3] -> float32 [B, L, d]."""
+        """Make the target of true patches: float32 [B, L, p*p*C] -> float32 [B, L, d]."""
         raise NotImplementedError
 
     def loss(
@@ -81,7 +90,7 @@ class Target(nn.Module):
 
         Args:
             pred: [B, L, d].
-            patches: float32 [B, L, p*p*3], the true ones.
+            patches: float32 [B, L, p*p*C], the true ones.
             mask: [B, L], 1 on removed patches.
             token_ids: int64 [B, L], of a tokenizer.
 
@@ -92,11 +101,11 @@ class Target(nn.Module):
         return masked_mean((pred - self(patches)).square().mean(dim=-1), mask)
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Turn a prediction into patches: float32 [B, L, d] -> [B, L, p*p*3].
+        """Turn a prediction into patches: float32 [B, L, d] -> [B, L, p*p*C].
 
         Args:
             pred: the prediction.
-            patches: float32 [B, L, p*p*3], the true ones.
+            patches: float32 [B, L, p*p*C], the true ones.
         """
         raise NotImplementedError
 
@@ -105,7 +114,7 @@ class Pixels(Target):
     """The pixels of a patch, normalised by its own mean and deviation (paper section 3).
 
     Args:
-        patch_values: p*p*3.
+        patch_values: p*p*C.
         norm_pix_loss: whether they are normalised.
         fewer_passes: normalise by LayerNorm, which reads and writes the patches once.
     """
@@ -123,7 +132,7 @@ class Pixels(Target):
         self._fewer_passes = fewer_passes
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Make the target of true patches: float32 [B, L, p*p*3], the same shape."""
+        """Make the target of true patches: float32 [B, L, p*p*C], the same shape."""
         if not self._normalises:
             return patches
         if self._fewer_passes:
@@ -147,7 +156,7 @@ class Tokens(Target):
     """The id that a tokenizer gives to a patch (paper Table 1d), as logits.
 
     Args:
-        patch_values: p*p*3.
+        patch_values: p*p*C.
         vocabulary_size: number of different ids.
 
     Raises:
@@ -199,7 +208,7 @@ class PatchPCA(Target):
     A new one gives the first pixels; `fit` makes the state of a fitted one.
 
     Args:
-        patch_values: p*p*3.
+        patch_values: p*p*C.
         pca_components: k, coefficients.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 
+from mae_scale.config.sizes import plain_size
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
@@ -39,8 +40,9 @@ def arguments(name: str, model: Encoder) -> tuple[str, dict[str, Any]]:
     """
     theirs = f"{name.removeprefix('mae_')}_224"
     usual = architecture(name)
-    sizes: dict[str, tuple[float, float]] = {
-        "img_size": (model.patch_embed.img_size[0], 224),
+    sizes: dict[str, tuple[Any, Any]] = {
+        "img_size": (plain_size(model.patch_embed.img_size), 224),
+        "in_chans": (model.in_chans, 3),
         "patch_size": (model.patch_size, int(name.rpartition("patch")[2])),
         "embed_dim": (model.cls_token.shape[-1], usual["embed_dim"]),
         "depth": (len(model.blocks), usual["depth"]),
@@ -85,7 +87,6 @@ def config(
         classes: names of the outputs; none of a pre-trained encoder.
         preprocessing: what timm's `resolve_data_config` is to give.
     """
-    size = model.patch_embed.img_size[0]
     return {
         "architecture": name,
         "num_classes": kwargs["num_classes"],
@@ -94,7 +95,7 @@ def config(
         **({"label_names": classes} if classes else {}),
         "model_args": {k: v for k, v in kwargs.items() if k != "num_classes"},
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [model.in_chans, *model.patch_embed.img_size],
             "fixed_input_size": True,
             **preprocessing,
             "first_conv": "patch_embed.proj",

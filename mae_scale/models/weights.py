@@ -24,7 +24,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.hugging_face import StateDict, from_hugging_face
 from mae_scale.models.mae import MaskedAutoencoderViT
-from mae_scale.models.pos_embed import interpolate_pos_embed, sincos_pos_embed
+from mae_scale.models.pos_embed import grid_of_table, interpolate_pos_embed, is_sincos
 
 # In a folder, the first that is there counts. The two with an index are of several files.
 FILES = (
@@ -85,14 +85,16 @@ def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
     return found
 
 
-def sizes_of(state: StateDict) -> dict[str, int]:
+def sizes_of(state: StateDict) -> dict[str, Any]:
     """Keyword arguments of `build_mae` or `build_classifier` that weights tell by their shapes.
 
     Heads of attention are not among them. What cannot be told is left out.
     """
-    sizes = {}
+    sizes: dict[str, Any] = {}
     if (proj := state.get("patch_embed.proj.weight")) is not None and proj.ndim == 4:
         sizes["patch_size"] = proj.shape[-1]
+        if proj.shape[1] != 3:
+            sizes["in_chans"] = proj.shape[1]
         if (table := state.get("pos_embed")) is not None and table.ndim == 3:
             sizes["img_size"] = round((table.shape[1] - 1) ** 0.5) * proj.shape[-1]
     if (embed := state.get("decoder_embed.weight")) is not None:
@@ -189,9 +191,16 @@ def is_plain(value: torch.Tensor) -> bool:
 
 
 def fit_to_classifier(
-    state: StateDict, model: Classifier, *, new_head: bool = False, whole: bool = False
+    state: StateDict,
+    model: Classifier,
+    *,
+    new_head: bool = False,
+    whole: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> StateDict:
     """Pick what goes into a classifier; the position embedding is put to its resolution.
+
+    The patch embedding of weights for three channels is put to the model's, see `to_channels`.
 
     As in the authors' code, weights without a head give encoder weights only, and under mean
     pooling the LayerNorm of pre-training (`norm`) is left out: `fc_norm` starts fresh.
@@ -201,6 +210,8 @@ def fit_to_classifier(
         model: may be on the meta device; its parameters are looked at only.
         new_head: leave out the head and its norm even if there is one.
         whole: ask for every key of the model, head included, as evaluation does.
+        grid: rows and columns of patches that the weights are for; None: a square, or else those of
+            the model.
 
     Returns:
         fp32 tensors by key; under `whole` all of the model's, else perhaps without head and norm.
@@ -223,15 +234,44 @@ def fit_to_classifier(
     found = {key: value for key, value in state.items() if not is_left_out(key)}
     if fresh and model.pool == "token" and new_head and "norm.weight" in state:
         found |= {key: state[key] for key in ("norm.weight", "norm.bias")}
-    return _fitting(found, model, optional=final if fresh else ())
+    return _fitting(found, model, final if fresh else (), grid)
 
 
-def fit_to_mae(state: StateDict, model: MaskedAutoencoderViT, *, whole: bool = False) -> StateDict:
+def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Put the projection of patches to another number of channels, as timm does.
+
+    For one channel it is the sum over the three; for others the three are repeated, and scaled so
+    that the result keeps its size.
+
+    Args:
+        weight: [D, 3, p, p]; one of another number of channels stays as it is.
+        channels: wanted.
+
+    Returns:
+        [D, channels, p, p].
+    """
+    if weight.ndim != 4 or weight.shape[1] != 3 or channels == 3:
+        return weight
+    if channels == 1:
+        return weight.float().sum(dim=1, keepdim=True)
+    return weight.float().repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+
+
+def fit_to_mae(
+    state: StateDict,
+    model: MaskedAutoencoderViT,
+    *,
+    whole: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> StateDict:
     """Pick what goes into a masked autoencoder, with position embeddings of its resolution.
 
     A classification head is left out, with its norm: under `fc_norm`, the LayerNorm `norm` starts
     fresh. Weights without a decoder give the encoder only. PCA components are those of other
     images: they are left out, unless the whole is asked for.
+
+    Of weights for three channels a model with others gets the patch embedding as `to_channels`
+    makes it, and a new last layer of the decoder.
 
     The position embeddings of pre-training are fixed sine-cosine tables, so at another resolution
     they are the model's own again, exact where interpolated ones would not be. An embedding that is
@@ -242,6 +282,7 @@ def fit_to_mae(state: StateDict, model: MaskedAutoencoderViT, *, whole: bool = F
         state: as from `read_weights`, or of a masked autoencoder or classifier of ours.
         model: may be on the meta device; its parameters are looked at only.
         whole: ask for every key of the model, decoder included, as reconstruction does.
+        grid: as for `fit_to_classifier`.
 
     Returns:
         fp32 tensors by key; what is fresh is not among them, nor are fixed position embeddings of
@@ -260,35 +301,44 @@ def fit_to_mae(state: StateDict, model: MaskedAutoencoderViT, *, whole: bool = F
     fixed = [
         key
         for key in ("pos_embed", "decoder_pos_embed")
-        if key in state and state[key].ndim == 3 and _is_sincos_elsewhere(state[key], model)
+        if key in state and state[key].ndim == 3 and _is_sincos_elsewhere(state[key], model, grid)
     ]
     left_out = ("head.", "fc_norm.", *(() if whole else ("pca.",)))
+    proj = state.get("patch_embed.proj.weight")
+    adapts = proj is not None and proj.ndim == 4 and proj.shape[1] == 3 != model.in_chans
+    new = ("decoder_pred.",) if adapts and not whole else ()
+    left_out += new
     found = {
         key: value
         for key, value in state.items()
         if key not in fixed and not key.startswith(left_out)
     }
-    optional = (*fixed, *(() if has_decoder else decoder), *(() if whole else ("pca.",)))
+    optional = (*fixed, *new, *(() if has_decoder else decoder), *(() if whole else ("pca.",)))
     if "fc_norm.weight" in state:
         optional += ("norm.",)
-    return _fitting(found, model, optional)
+    return _fitting(found, model, optional, grid)
 
 
-def _is_sincos_elsewhere(table: torch.Tensor, model: Encoder) -> bool:
+def _is_sincos_elsewhere(table: torch.Tensor, model: Encoder, grid: tuple[int, int] | None) -> bool:
     """Whether a position embedding is the sine-cosine one of another grid than the model's."""
-    grid, width = round((table.shape[1] - 1) ** 0.5), table.shape[2]
-    if grid == model.patch_embed.grid_size[0] or grid**2 != table.shape[1] - 1 or width % 4:
+    old, width = grid_of_table(table, model.grid, grid), table.shape[2]
+    if old is None or old == model.grid or width % 4:
         return False
-    # Published ones were computed in other ways, and may have been stored in fewer bits.
-    return torch.allclose(table.float(), sincos_pos_embed(width, grid), atol=1e-2)
+    return is_sincos(table, old)
 
 
-def _fitting(found: StateDict, model: Encoder, optional: tuple[str, ...]) -> StateDict:
+def _fitting(
+    found: StateDict,
+    model: Encoder,
+    optional: tuple[str, ...],
+    grid: tuple[int, int] | None,
+) -> StateDict:
     """Position embeddings at the model's resolution, all in fp32, where everything fits.
 
     Args:
         found: what is to go into the model.
         optional: starts of the keys that may be missing.
+        grid: as for `fit_to_classifier`.
     """
     expected = {key: value.shape for key, value in model.state_dict().items()}
     problems = []
@@ -302,7 +352,9 @@ def _fitting(found: StateDict, model: Encoder, optional: tuple[str, ...]) -> Sta
     for key, value in found.items():
         is_table = key in ("pos_embed", "decoder_pos_embed") and key in expected
         if is_table and value.ndim == 3 and value.shape[-1] == expected[key][-1]:
-            value = _resample(value, model)
+            value = _resample(value, model, grid)
+        if key == "patch_embed.proj.weight":
+            value = to_channels(value, model.in_chans)
         if key in expected and value.shape != expected[key]:
             problems.append(f"{key} is {list(value.shape)}, expected {list(expected[key])}")
         result[key] = value.float() if value.is_floating_point() else value
@@ -315,14 +367,16 @@ def _fitting(found: StateDict, model: Encoder, optional: tuple[str, ...]) -> Sta
     return result
 
 
-def _resample(pos_embed: torch.Tensor, model: Encoder) -> torch.Tensor:
-    grid = round((pos_embed.shape[1] - 1) ** 0.5)
-    if grid**2 != pos_embed.shape[1] - 1:
+def _resample(
+    pos_embed: torch.Tensor, model: Encoder, grid: tuple[int, int] | None
+) -> torch.Tensor:
+    old = grid_of_table(pos_embed, model.grid, grid)
+    if old is None:
         raise UserError(
             f"weights: pos_embed has {pos_embed.shape[1]} rows; expected one for the class token "
             "and one for each patch of a square grid"
         )
-    return interpolate_pos_embed(pos_embed, model.patch_embed.grid_size[0])
+    return interpolate_pos_embed(pos_embed, model.grid, old)
 
 
 def _some(keys: list[str]) -> str:

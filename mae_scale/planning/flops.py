@@ -33,9 +33,9 @@ def _hidden(blocks: Any) -> int:
     return blocks[0].mlp.fc1.out_features
 
 
-def patch_embed_flops(patches: int, patch_size: int, width: int) -> int:
+def patch_embed_flops(patches: int, patch_size: int, width: int, channels: int = 3) -> int:
     """Forward operations of the projection of so many patches."""
-    return 2 * patches * patch_size**2 * 3 * width
+    return 2 * patches * patch_size**2 * channels * width
 
 
 def _projected(model: MaskedAutoencoderViT) -> int:
@@ -46,7 +46,7 @@ def _projected(model: MaskedAutoencoderViT) -> int:
 def forward_flops(model: MaskedAutoencoderViT) -> int:
     """Operations of the forward pass of one image at the model's own mask ratio."""
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
-    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim, model.in_chans)
     visible = model.encoder_tokens
     tokens = 1 + model.num_patches
     encoder = blocks_flops(len(model.blocks), visible, embed_dim, _hidden(model.blocks))
@@ -64,7 +64,7 @@ def training_flops(model: MaskedAutoencoderViT) -> int:
     for that of the input. The images have no gradient, which saves the patch embedding one.
     """
     embed_dim = model.decoder_embed.in_features
-    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim, model.in_chans)
     return 3 * forward_flops(model) - patch_embed
 
 
@@ -74,7 +74,7 @@ def classifier_training_flops(model: Classifier) -> int:
     Frozen blocks have a forward pass only: nothing in front of them is trained either.
     """
     embed_dim = model.cls_token.shape[-1]
-    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim)
+    patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim, model.in_chans)
     if model.patch_embed.proj.weight.requires_grad:
         patch_embed *= 2  # the images have no gradient
     trained = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)

@@ -120,7 +120,7 @@ def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Size
 
 def _image_bytes(model: Encoder) -> int:
     """Values of an image, as many as pixels."""
-    return 3 * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
+    return model.in_chans * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
 
 
 def _batch(model: Encoder, image_is_kept: bool) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from mae_scale.config.sizes import size_text as pixels_text
 from mae_scale.launch.console import size_text
 from mae_scale.planning.choice import HEADROOM, HOST_OF_STAGE_3, Cluster, Row, RunPlan
 from mae_scale.planning.choosing import reason
@@ -67,7 +68,7 @@ def page(plan: RunPlan) -> str:
     everything = list(job.model.parameters())
     trained = sum(p.numel() for p in everything if p.requires_grad) / 1e6
     lines = [
-        f"{plan.name}: {config.model.name} at {config.model.img_size} pixels",
+        f"{plan.name}: {config.model.name} at {pixels_text(config.model.img_size)} pixels",
         f"{sum(p.numel() for p in everything) / 1e6:.1f} M parameters, {trained:.1f} M trained; "
         f"batch {config.train.global_batch_size}, {job.total_images / 1e6:,.1f} M images in all",
         _machine(cluster),

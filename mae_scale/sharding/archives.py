@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 from isal import igzip
 from isal.isal_zlib import IsalError
 
-from mae_scale.data.formats import MAX_FILE, is_image_name
+from mae_scale.data.formats import MAX_FILE, is_array_name, is_image_name
 from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
 from mae_scale.sharding.imagenet import WNID, base_of
@@ -113,7 +113,8 @@ def holds_images(src: Path, itself: bool = False) -> bool:
     """Return whether any image lies in a folder below this one; or in this one, if asked for."""
     for folder, below, files in os.walk(src):
         below[:] = [name for name in below if not name.startswith(".")]
-        if (itself or Path(folder) != src) and any(map(is_image_name, files)):
+        images = (name for name in files if is_image_name(name) and not is_array_name(name))
+        if (itself or Path(folder) != src) and any(images):
             return True
     return False
 
@@ -175,6 +176,7 @@ def read_archives(
                 above += f"{stem}/"
             names = [above + name for name in names]
         listing.images += [e._replace(name=n) for e, n in zip(entries, names, strict=True)]
+    listing.leave_out_arrays()
     parts = [stem for stem in flat if says_nothing(stem) and not split_word(stem)[1]]
     if len(parts) > 1 and len(parts) == len(flat) and not sure:
         raise UserError(

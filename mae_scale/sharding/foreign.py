@@ -16,12 +16,15 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from mae_scale.data.formats import (
+    ARRAY_SUFFIX,
     IMAGE_SUFFIXES,
     MAX_FILE,
     MAX_PIXELS,
     TooLarge,
+    is_array,
     jpeg_frame,
     open_image,
+    read_array,
 )
 from mae_scale.data.formats import check_pixels as check_size
 from mae_scale.data.remote import (
@@ -266,6 +269,8 @@ def _image_problem(data: bytes, max_pixels: int) -> str:
             return "the image is empty"
         if frame := jpeg_frame(data):
             check_size(frame.width, frame.height, max_pixels)
+        elif is_array(data):
+            read_array(data, max_pixels)
         else:
             open_image(data, max_pixels).close()
     except TooLarge:
@@ -286,6 +291,8 @@ def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Jo
     for key, group in groupby(found, lambda f: f.key):
         files = list(group)
         images = [f for f in files if f.suffix in IMAGE_SUFFIXES]
+        # Beside an image of another form an array is an annotation.
+        images = [f for f in images if f.suffix != ARRAY_SUFFIX] or images
         chosen, reason = _choose(images, files, job.image_key)
         for image in images:
             if chosen and image not in chosen and image.part == chosen[0].part:

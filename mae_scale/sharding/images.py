@@ -16,8 +16,12 @@ from mae_scale.data.formats import (
     FRAME_MARKERS,
     MAX_PIXELS,
     SCAN_MARKER,
+    is_array,
+    is_tiff,
     jpeg_segments,
     open_image,
+    read_array,
+    read_tiff,
     to_rgb,
 )
 
@@ -47,11 +51,25 @@ def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if is_array(data):
+                read_array(data, max_pixels)
+                return None
             with open_image(data, max_pixels) as image:
                 to_rgb(image)
     except UnidentifiedImageError:
-        return "not an image"
+        return _tiff_error(data, max_pixels) if is_tiff(data) else "not an image"
     except Exception as error:  # PIL's readers raise SyntaxError, struct.error and others
+        return str(error) or type(error).__name__
+    return None
+
+
+def _tiff_error(data: bytes, max_pixels: int) -> str | None:
+    """Say why a TIFF that PIL cannot open cannot be decoded; None if it only has many bands."""
+    try:
+        read_tiff(data, max_pixels)
+    except ImportError:
+        return "a TIFF that PIL cannot read; pip install 'mae-scale[tiff]' reads more kinds"
+    except Exception as error:  # tifffile and its decoders raise many kinds of error
         return str(error) or type(error).__name__
     return None
 
@@ -114,12 +132,26 @@ def _tables_decode(small: bytes) -> bool:
 
 
 def shrink(data: bytes, short_side: int, quality: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Make an RGB JPEG whose short side is `short_side` pixels; a smaller image stays as it is.
+    """Make an RGB JPEG whose short side is `short_side` pixels.
+
+    A smaller image stays as it is, and so does one whose bands a JPEG cannot hold: an array, or a
+    TIFF with many bands or pages.
 
     Raises:
-        Exception: the image is damaged; the error is PIL's.
+        Exception: the image is damaged; the error is PIL's or tifffile's.
     """
-    with open_image(data, max_pixels) as image:
+    if is_array(data):
+        read_array(data, max_pixels)
+        return data
+    try:
+        opened = open_image(data, max_pixels)
+    except UnidentifiedImageError:
+        if is_tiff(data) and _tiff_error(data, max_pixels) is None:
+            return data
+        raise
+    with opened as image:
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            return data
         width, height = image.size
         short = min(width, height)
         if short <= short_side:

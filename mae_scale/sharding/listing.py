@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_scale.data.formats import is_image_name
+from mae_scale.data.formats import is_array_name, is_image_name
 from mae_scale.files import open_descriptor
 from mae_scale.sharding.labels import normal
 from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, may_list
@@ -160,6 +160,14 @@ class Listing:
             lines.append(f"{count:,} files in {root} are left out: {reason} (such as {example})")
         return lines
 
+    def leave_out_arrays(self) -> None:
+        """Leave out arrays that lie beside images of other forms: they are masks or features."""
+        images = [entry for entry in self.images if not is_array_name(entry.name)]
+        if images and len(images) < len(self.images):
+            arrays = (entry.name for entry in self.images if is_array_name(entry.name))
+            self.left_out += [(name, "an array, beside images of other forms") for name in arrays]
+            self.images = images
+
 
 def list_images(root: Path) -> Listing:
     """List all images below `root`, in many threads, since network file systems answer slowly."""
@@ -198,6 +206,7 @@ def list_images(root: Path) -> Listing:
         listing.left_out += answer.left_out
         listing.tables += answer.tables
         listing.empty += answer.empty
+    listing.leave_out_arrays()
     return listing
 
 

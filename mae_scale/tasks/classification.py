@@ -10,6 +10,7 @@ import torch
 
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.sections import RunConfig
+from mae_scale.data.bands import Bands
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
@@ -18,7 +19,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
 from mae_scale.sharding.labels import normal
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import CLASSES, read_any
+from mae_scale.tasks.trained import CLASSES, grid_of, read_any
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
@@ -79,8 +80,8 @@ def initial_weights(
         return None
 
     def read() -> dict[str, torch.Tensor]:
-        state = read_any(spec, model)
-        weights = fit_to_classifier(state, model, new_head=new_head)
+        state, grid = read_any(spec, model), grid_of(spec)
+        weights = fit_to_classifier(state, model, new_head=new_head, grid=grid)
         log.info("from %s: %s", spec, fitted(state, weights, model))
         return weights
 
@@ -108,6 +109,7 @@ def eval_loader(
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
         max_pixels=config.data.max_pixels,
+        bands=Bands.of(config),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0
@@ -17,7 +18,13 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.description import Description, describe
 from mae_scale.models.encoder import Encoder, Pool
 from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights, sizes_of
-from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
+from mae_scale.tasks.trained import (
+    TrainedRun,
+    best_checkpoint,
+    check_foreign_bands,
+    grid_of,
+    is_ours,
+)
 
 
 @dataclass
@@ -29,13 +36,15 @@ class Describer:
     crop_ratio: float | None
     """Share of the short side that its centre crop covers; None: what suits its size."""
     source: str
-    """Description of the weights in words."""
+    """Run and step, or file, for messages."""
     max_pixels: int = MAX_PIXELS
     """Most pixels that an image may have: what the run allows."""
+    bands: Bands = RGB
+    """Bands of its images."""
 
     @property
     def features(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """From normalised images, float [b, 3, H, W], to their features, [b, D]."""
+        """Function from normalised images, float [b, C, H, W], to their features, [b, D]."""
         if isinstance(self.model, MaskedAutoencoderViT):
             return lambda images: self.model(images, pool=self.pool)
         assert isinstance(self.model, Classifier)
@@ -63,7 +72,7 @@ def read_describer(
     Raises:
         UserError: there are no such weights, or they do not fit what is asked.
     """
-    crop_ratio, max_pixels = None, MAX_PIXELS
+    crop_ratio, grid, max_pixels, bands = None, None, MAX_PIXELS, RGB
     if is_ours(weights):
         trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(weights)))
         model: nn.Module = trained.model(img_size)
@@ -73,7 +82,8 @@ def read_describer(
                 "finetune or linprobe"
             )
         state, source = trained.weights(ema), f"{weights}, {trained.folder.name}"
-        max_pixels = trained.config.data.max_pixels
+        grid, max_pixels = grid_of(trained.folder), trained.config.data.max_pixels
+        bands = Bands.of(trained.config)
         if img_size in (None, trained.config.model.img_size):
             crop_ratio = getattr(trained.config.model, "crop_ratio", None)
     else:
@@ -84,15 +94,16 @@ def read_describer(
         name = name or described.name
         if name is None:
             raise UserError(f"{weights} is no run folder and does not say what it is: --model NAME")
+        check_foreign_bands(weights, sizes_of(state))
         model = _foreign(state, name, img_size, described)
         if img_size in (None, sizes_of(state).get("img_size")):
             crop_ratio = described.crop_ratio
     if isinstance(model, MaskedAutoencoderViT):
-        found = fit_to_mae(state, model)
+        found = fit_to_mae(state, model, grid=grid)
         pool = pool or "token"
     else:
         assert isinstance(model, Classifier)
-        found = fit_to_classifier(state, model)
+        found = fit_to_classifier(state, model, grid=grid)
         if pool not in (None, model.pool):
             raise UserError(
                 f"--pool {pool}: {weights} has a head that classifies the {model.pool} of its "
@@ -101,7 +112,7 @@ def read_describer(
         pool = model.pool
     # What is missing, such as decoder or head, takes no part in the features.
     model.load_state_dict(found, strict=False)
-    return Describer(model.eval(), pool, crop_ratio, source, max_pixels)
+    return Describer(model.eval(), pool, crop_ratio, source, max_pixels, bands)
 
 
 def _foreign(

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from mae_scale.data.bands import for_display
 from mae_scale.files import owner
 
 # Under the title, since the third column is puzzling without it.
@@ -51,7 +52,7 @@ def save_reconstruction_grid(
 
     Args:
         path: PNG to write or replace.
-        images: float [N, 3, H, W] in [0, 1] (values outside are clipped), on any device.
+        images: float [N, C, H, W] in [0, 1] (values outside are clipped), on any device.
         mask: [N, 1, H, W], 1 on removed pixels.
         reconstruction: as images.
         title: one line above everything.
@@ -60,6 +61,10 @@ def save_reconstruction_grid(
     originals, removed, predicted = (_pixels(x) for x in (images, mask, reconstruction))
     masked = np.where(removed > 0.5, _GREY, originals)
     pasted = np.where(removed > 0.5, predicted, originals)
+    if originals.shape[-1] == 1:  # gray
+        originals, masked, predicted, pasted = (
+            x.repeat(3, axis=-1) for x in (originals, masked, predicted, pasted)
+        )
     tiles = np.stack([originals, masked, predicted, pasted], axis=1)  # [N, 4, H, W, 3]
     zoom = math.ceil(_MIN_TILE / tiles.shape[-2])
     tiles = np.round(tiles * 255).astype(np.uint8).repeat(zoom, axis=2).repeat(zoom, axis=3)
@@ -177,7 +182,8 @@ def _mark_interruptions(axes: Axes, interruptions: Sequence[int], label: str) ->
 
 
 def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
-    """[N, C, H, W] on any device -> [N, H, W, C] in [0, 1]."""
+    """[N, C, H, W] on any device -> [N, H, W, 1 or 3] in [0, 1], three bands of images."""
+    x = x if x.shape[1] == 1 else for_display(x)
     return x.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 

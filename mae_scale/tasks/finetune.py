@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from mae_scale.config.classification import AugmentConfig, FinetuneConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
+from mae_scale.data.bands import Bands
 from mae_scale.data.shards import ShardSet
-from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.planning.flops import classifier_training_flops as flops
@@ -46,13 +46,14 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
     with torch.device("meta"):  # no weights yet
         model = build(config, len(classes))
     target = Targets(config.augment, len(classes), config.train.micro_batch_size)
+    bands = Bands.of(config)
     weight = class_weights(config.train.class_weights, shards)
     if weight is not None:
         weight = weight.to(world.device)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         key = int(hash64(Purpose.MIX, config.seed, step, world.rank, micro))
-        image, label = target.mix(normalize(batch["image"]), batch["label"], key)
+        image, label = target.mix(bands.normalize(batch["image"]), batch["label"], key)
         return F.cross_entropy(engine(image), label, weight)
 
     return TrainingSetup(

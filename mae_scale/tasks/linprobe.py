@@ -12,7 +12,7 @@ from mae_scale.config.batch import peak_rate, total_steps
 from mae_scale.config.classification import LinprobeConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
-from mae_scale.data.transforms import normalize
+from mae_scale.data.bands import Bands
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.planning.flops import classifier_training_flops as flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
@@ -64,8 +64,10 @@ def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
     with torch.device("meta"):  # no weights yet
         model = build(config, len(classes))
 
+    bands = Bands.of(config)
+
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
-        logits = engine(normalize(batch["image"]))
+        logits = engine(bands.normalize(batch["image"]))
         # Each rank has seen images of its own. A rank's statistics must not be its own: rank 0's
         # are saved.
         for statistics in engine.module.buffers():

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from mae_scale.config.pretraining import PretrainConfig
+from mae_scale.config.sizes import sides
+from mae_scale.data.bands import Bands
 from mae_scale.data.dataset import EvalDataset
-from mae_scale.data.loader import shard_cache
+from mae_scale.data.reader import shard_cache
 from mae_scale.data.remote import is_remote
 from mae_scale.data.shards import ShardSet, open_shards
-from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.ds import DeepSpeedEngine
@@ -43,11 +44,13 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
     shards = train if config.data.val is None else open_shards(config.data.val, cache_dir)
     cache = shard_cache(shards, cache_dir, int(config.data.cache_gb * 1e9))
     fixed: Fixed | None = None
+    bands = Bands.of(config)
 
     def read() -> Fixed:
         dataset = EvalDataset(
             shards, config.model.img_size, 1.0, cache, max_pixels=config.data.max_pixels
         )
+        dataset.bands = bands
         with closing(dataset.reader):
             return fixed_images(dataset)
 
@@ -59,14 +62,18 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
         sample, pixels = (part.to(engine.device) for part in fixed)
         if not len(sample):
             return None
-        model, inputs = engine.module, normalize(pixels)
+        model, inputs = engine.module, bands.normalize(pixels)
         noise = model.noise(config.seed, torch.zeros_like(sample), sample)
         # The compiled blocks are for training: another number of images would be compiled anew.
         eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
         with eager:
             reconstruction, mask = model.reconstruct(inputs, noise)
         return partial(
-            _save, denormalize(inputs), mask, denormalize(reconstruction), sample.tolist()
+            _save,
+            bands.denormalize(inputs),
+            mask,
+            bands.denormalize(reconstruction),
+            sample.tolist(),
         )
 
     return Pictures(config.train.reconstruct_every, draw)
@@ -78,7 +85,7 @@ def fixed_images(dataset: EvalDataset) -> Fixed:
     Of a remote set only the first shard is looked at: it is fetched whole, as each would be.
 
     Returns:
-        Global ids, int64 [n], and pixels, uint8 [n, 3, S, S]; none if they cannot be read.
+        Global ids, int64 [n], and pixels, uint8 [n, C, H, W]; none if they cannot be read.
     """
     shards = dataset.shards
     count = int(shards.samples[0]) if is_remote(shards.files[0]) else len(shards)
@@ -95,7 +102,7 @@ def fixed_images(dataset: EvalDataset) -> Fixed:
     except (UserError, OSError) as error:
         log.warning("reconstructions of %s are not drawn: %s", shards.root, error)
         found = {}
-    size = (3, dataset.img_size, dataset.img_size)
+    size = (dataset.bands.count, *sides(dataset.img_size))
     pixels = torch.stack([*found.values()]) if found else torch.empty(0, *size, dtype=torch.uint8)
     return torch.tensor([*found], dtype=torch.int64), pixels
 

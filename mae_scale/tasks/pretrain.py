@@ -12,8 +12,8 @@ import torch
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
+from mae_scale.data.bands import Bands
 from mae_scale.data.shards import open_shards
-from mae_scale.data.transforms import normalize
 from mae_scale.errors import UserError
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models import MaskedAutoencoderViT, build_mae
@@ -24,11 +24,12 @@ from mae_scale.planning.flops import training_flops as flops
 from mae_scale.tasks.classification import classes_of, eval_loader
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.trained import grid_of, read_any
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.evaluation import Validation
 from mae_scale.train.features import features_of
 from mae_scale.train.knn import knn_scores
+from mae_scale.train.linear import linear_scores
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import TrainingSetup, training_data
 from mae_scale.train.validation import Stopped
@@ -53,12 +54,12 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
     shards, loader = training_data(config, world, Augment.of(config.augment))
     with torch.device("meta"):  # no weights yet
         model = build(config)
-    token_ids = tokenizer(config, model, world)
+    token_ids, bands = tokenizer(config, model, world), Bands.of(config)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         image = batch["image"]
         noise = model.noise(config.seed, batch["epoch"], batch["sample"])
-        loss, _, _ = engine(normalize(image), noise, token_ids=token_ids and token_ids(image))
+        loss, _, _ = engine(bands.normalize(image), noise, token_ids=token_ids and token_ids(image))
         return loss
 
     return TrainingSetup(
@@ -77,7 +78,8 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
 def probe(config: PretrainConfig, world: World) -> Validation | None:
     """Classify the images of data.val by their neighbours there, every `train.probe_every` steps.
 
-    Nothing random is drawn for it, so that the run goes on as it would have without.
+    With `train.probe_linear` a linear classifier is fitted to their features, too. Nothing random
+    is drawn for it, so that the run goes on as it would have without.
 
     Raises:
         UserError: data.val is not given, is no shard folder, or has no classes.
@@ -107,7 +109,10 @@ def probe(config: PretrainConfig, world: World) -> Validation | None:
                 )
         except Stopped:
             return None
-        return knn_scores(bank, labels, None, labels, len(classes))
+        found = knn_scores(bank, labels, None, labels, len(classes))
+        if config.train.probe_linear:
+            found |= linear_scores(bank, labels, len(classes))
+        return found
 
     return Validation(None, scores, None, every_steps=config.train.probe_every)
 
@@ -128,19 +133,24 @@ def tokenizer(
         )
     if section.tokenizer is None:
         return None
+    if not isinstance(section.img_size, int) or section.in_chans != 3:
+        raise UserError("model.target tokens: a tokenizer takes square images of three bands")
     sizes = (section.img_size, model.num_patches, section.vocabulary_size)
     return Tokenizer(section.tokenizer, *sizes).to(world.device)
 
 
 def first_patches(config: PretrainConfig, patch_size: int, images: int) -> Iterator[torch.Tensor]:
-    """Give the patches of the run's first images, float32 [n, p*p*3] per micro-batch.
+    """Give the patches of the run's first images, float32 [n, p*p*C] per micro-batch.
 
     They follow from the config alone.
     """
-    _, loader = training_data(config, World(), Augment.of(config.augment))
+    bands, (_, loader) = (
+        Bands.of(config),
+        training_data(config, World(), Augment.of(config.augment)),
+    )
     with closing(loader):
         for batch in islice(loader.batches(0), -(-images // config.train.micro_batch_size)):
-            yield patchify(normalize(batch["image"]), patch_size).flatten(0, 1)
+            yield patchify(bands.normalize(batch["image"]), patch_size).flatten(0, 1)
 
 
 def initial_weights(
@@ -155,7 +165,7 @@ def initial_weights(
         weights = {}
         if spec is not None:
             state = read_any(spec, model)
-            weights = fit_to_mae(state, model)
+            weights = fit_to_mae(state, model, grid=grid_of(spec))
             log.info("from %s: %s", spec, fitted(state, weights, model))
         if weights and "decoder_pred.weight" not in weights:
             log.warning("%s has no decoder: training starts with a new one", spec)

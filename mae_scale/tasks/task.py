@@ -31,7 +31,12 @@ log = logging.getLogger("mae_scale")
 
 AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
 CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
-NEIGHBOURS = {"knn_top1": "kNN top-1, %", "knn_top5": "kNN top-5, %"}
+PROBES = {
+    "knn_top1": "kNN top-1, %",
+    "knn_top5": "kNN top-5, %",
+    "linear_top1": "linear top-1, %",
+    "linear_top5": "linear top-5, %",
+}
 DETECTION = {
     f"{what}_{score}": f"{what} {label}"
     for what in ("box", "mask")
@@ -95,7 +100,7 @@ TASKS = {
             "train a masked autoencoder on shards",
             "Masked autoencoder, pre-trained",
             "image-feature-extraction",
-            NEIGHBOURS,
+            PROBES,
             "knn_top1",
         ),
         Task(

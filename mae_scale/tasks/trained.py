@@ -12,6 +12,7 @@ import torch
 
 from mae_scale.config.parsing import from_mapping
 from mae_scale.config.sections import RunConfig
+from mae_scale.config.sizes import ImageSize
 from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
@@ -49,6 +50,30 @@ def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
                 f"{_heads(model)}; set it to {heads}"
             )
     return read_weights(path) if run is None else load_weights(run.folder)
+
+
+def check_foreign_bands(path: str | Path, sizes: dict[str, Any]) -> None:
+    """Raise a UserError for weights from elsewhere whose images nobody can normalise.
+
+    Args:
+        sizes: what `weights.sizes_of` says of them.
+    """
+    if "in_chans" in sizes:
+        raise UserError(
+            f"{path} is for images of {sizes['in_chans']} bands, and does not say how they are "
+            "normalised; use the run folder"
+        )
+
+
+def grid_of(path: str | Path) -> tuple[int, int] | None:
+    """Rows and columns of patches of a run of ours whose images are no squares; None: of others."""
+    if not is_ours(path):
+        return None
+    trained = TrainedRun.read(best_checkpoint(path))
+    if isinstance(trained.config.model.img_size, int):
+        return None
+    with torch.device("meta"):
+        return trained.model().grid
 
 
 def _heads(model: Any) -> int:
@@ -117,7 +142,7 @@ class TrainedRun:
         """Folder of the run."""
         return self.folder.parents[1]
 
-    def model(self, img_size: int | None = None) -> Any:
+    def model(self, img_size: ImageSize | None = None) -> Any:
         """Build the model of the run with fresh weights.
 
         Args:

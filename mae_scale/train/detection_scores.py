@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
+from mae_scale.config.sizes import sides
 from mae_scale.data.annotated import DetectionEvalLoader
 from mae_scale.data.annotations import read_records, shape_mask
 from mae_scale.data.cache import ShardCache
@@ -171,7 +172,7 @@ def evaluate_detection(
     """
     ids = [category["id"] for category in sorted(shards.categories, key=lambda c: c["id"])]
     packed: list[tuple[int, list[dict[str, Any]]]] = []
-    side = loader.img_size
+    side = sides(loader.img_size)[0]
     try:
         for batch in batches_in_step(loader, doing=doing, what=what, stop=stop):
             images, sizes = filled(batch, loader), torch.full((loader.batch_size, 2), side)

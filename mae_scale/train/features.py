@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 
 from mae_scale.data.loader import EvalLoader
-from mae_scale.data.transforms import normalize
 from mae_scale.train.validation import whole_batches
 
-Features = Callable[[torch.Tensor], torch.Tensor]  # normalised images [b, 3, S, S] -> [b, D]
+Features = Callable[[torch.Tensor], torch.Tensor]  # normalised images [b, C, H, W] -> [b, D]
 
 
 @torch.no_grad()
@@ -41,7 +40,8 @@ def feature_batches(
     """
     ranks = dist.get_world_size()
     for image, _, sample in whole_batches(loader, doing=doing, what=what, stop=stop):
-        own = features(normalize(image.to(device, non_blocking=True))).float().contiguous()
+        inputs = loader.bands.normalize(image.to(device, non_blocking=True))
+        own = features(inputs).float().contiguous()
         ids = torch.full((len(own),), -1, dtype=torch.int64)
         ids[: len(sample)] = sample
         ids = ids.to(device)

@@ -17,6 +17,7 @@ from mae_scale.config.deepspeed import check_stage, fit_to_model
 from mae_scale.config.identity import identity_hash
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
+from mae_scale.data.bands import Bands
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import STOPPED, UserError
@@ -96,6 +97,13 @@ def training_data(
     Raises:
         UserError: no shards, too few samples, or a batch that does not divide.
     """
+    bands = Bands.of(config)
+    for key in ("rand_augment", "color_jitter") if bands.count != 3 else ():
+        if value := getattr(config.augment, key, None):
+            raise UserError(
+                f"augment.{key} {value} changes colours: it takes three bands, not {bands.count} "
+                "(model.in_chans); switch it off"
+            )
     shards = open_shards(config.data.train, config.data.cache_dir)
     return shards, train_loader(config, world, shards, augment)
 
@@ -136,6 +144,7 @@ def train_loader(
         augment=augment,
         repeats=config.data.repeats,
         max_pixels=config.data.max_pixels,
+        bands=Bands.of(config),
     )
 
 

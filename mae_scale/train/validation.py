@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from mae_scale.config.sizes import sides
 from mae_scale.data.loader import EvalLoader
-from mae_scale.data.transforms import normalize
 from mae_scale.errors import RunError, UserError
 from mae_scale.train.deepspeed_state import EngineState
 from mae_scale.train.ds import DeepSpeedEngine
@@ -62,10 +62,10 @@ def batches_in_step(
 
 
 def filled(batch: Batch | None, loader: EvalLoader) -> torch.Tensor:
-    """Return the images of a whole batch, uint8 [batch_size, 3, S, S]; black ones fill it up."""
-    size = loader.img_size
+    """Return the images of a whole batch, uint8 [batch_size, C, H, W]; black ones fill it up."""
     if batch is None:
-        return torch.zeros(loader.batch_size, 3, size, size, dtype=torch.uint8)
+        shape = (loader.batch_size, loader.bands.count, *sides(loader.img_size))
+        return torch.zeros(shape, dtype=torch.uint8)
     image = batch["image"]
     missing = loader.batch_size - len(image)
     if not missing:
@@ -88,7 +88,7 @@ def whole_batches(
     `batches_in_step`.
 
     Yields:
-        images uint8 [batch_size, 3, S, S]; labels and sample ids, int64 [b], of those that are real
+        images uint8 [batch_size, C, H, W]; labels and sample ids, int64 [b], of those that are real
         and come first.
     """
     none = torch.zeros(0, dtype=torch.int64)
@@ -109,6 +109,9 @@ class Scores:
     """int64 [classes], images whose label is among the five highest logits."""
     loss: float
     """Mean cross-entropy over all images."""
+    confusion: torch.Tensor | None = None
+    """int64 [classes, classes], images by their label and the class with the highest logit; only
+    where it was asked for."""
 
     def row(self) -> dict[str, Any]:
         """Images, top-1 and top-5 in percent, and loss."""
@@ -153,11 +156,12 @@ def evaluate(
     what: str = "evaluating",
     stop: Callable[[], bool] = lambda: False,
     label_of: torch.Tensor | None = None,
+    confusion: bool = False,
 ) -> Scores | None:
     """Run a classifier over each image once; all ranks call, and get the same.
 
     Args:
-        logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes].
+        logits_of: float32 [b, C, H, W], normalised -> float32 [b, classes].
         loader: this rank's part of the data set.
         classes: number of classes that logits are of.
         device: of this rank.
@@ -165,6 +169,7 @@ def evaluate(
         what: how the work is named there.
         stop: asked before each batch; where any rank says yes, all give up.
         label_of: int64; the class of each label of the data set, if they differ.
+        confusion: also count which class is taken for which.
 
     Returns:
         The scores; None where it was stopped.
@@ -174,21 +179,27 @@ def evaluate(
     """
     counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    pairs = torch.zeros(classes**2 if confusion else 0, dtype=torch.int64, device=device)
     try:
         for image, label, _ in whole_batches(loader, doing=doing, what=what, stop=stop):
-            logits = logits_of(normalize(image.to(device, non_blocking=True)))
+            logits = logits_of(loader.bands.normalize(image.to(device, non_blocking=True)))
             logits = logits[: len(label)].float()
             label = (label if label_of is None else label_of[label]).to(device)
             rank = rank_of_label(logits, label)
             for count, right in zip(counts, (rank >= 0, rank < 1, rank < 5), strict=True):
                 count += torch.bincount(label[right], minlength=classes)
             loss += F.cross_entropy(logits, label, reduction="none").double().sum()
+            if confusion:
+                pairs += torch.bincount(label * classes + logits.argmax(1), minlength=classes**2)
     except Stopped:
         return None
     dist.all_reduce(counts)
     dist.all_reduce(loss)
+    if confusion:
+        dist.all_reduce(pairs)
     counts = counts.cpu()
-    return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()))
+    table = pairs.view(classes, classes).cpu() if confusion else None
+    return Scores(counts[0], counts[1], counts[2], loss.item() / int(counts[0].sum()), table)
 
 
 @contextmanager

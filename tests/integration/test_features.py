@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from runs import Run
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from make_shards import make_shards
@@ -28,6 +31,7 @@ from mae_scale.data.transforms import default_crop_ratio, normalize
 from mae_scale.launch.distributed import process_group
 from mae_scale.tasks.encoders import read_describer
 from mae_scale.train.knn import knn_scores
+from mae_scale.train.linear import linear_scores
 from mae_scale.watching.run_view import RunView
 from mae_scale.world import World
 
@@ -45,6 +49,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory, shards: Path, labelled: Pat
     settings = {
         "data.val": labelled,
         "train.probe_every": 2,
+        "train.probe_linear": "true",
         "train.max_steps": 5,
         "deepspeed": "zero3",
         "model.depth": 2,
@@ -63,6 +68,7 @@ def test_a_probe_changes_nothing_else(probed: Run, tmp_path: Path) -> None:
     rows = probed.rows("validation.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert all(0 <= row["knn_top1"] <= row["knn_top5"] <= 100 for row in rows)
+    assert all(0 <= row["linear_top1"] <= row["linear_top5"] <= 100 for row in rows)
     page = tmp_path / "report.html"
     assert main(["report", str(probed.run_dir), "--out", str(page)]) == 0
     assert "Validation: kNN top-1, %" in page.read_text()
@@ -116,8 +122,13 @@ def test_knn_of_the_command_is_that_of_the_probe(
     last, found = probed.rows("validation.jsonl")[-1], json.loads(out.read_text())
     assert (found["knn_top1"], found["knn_top5"]) == (last["knn_top1"], last["knn_top5"])
     # An image whose copy votes is its own nearest neighbour.
-    assert main([*command, str(labelled), "--neighbours", "1"]) == 0
+    picture = tmp_path / "neighbours.png"
+    assert main([*command, str(labelled), "--neighbours", "1", "--picture", str(picture)]) == 0
     assert json.loads(out.read_text())["knn_top1"] == 100
+    with Image.open(picture) as drawn:
+        assert drawn.width > 7 * 320 and drawn.height > 8 * 320
+        first, second = (np.asarray(drawn.crop((x, 40, x + 300, 340))) for x in (20, 360))
+    assert np.array_equal(first, second)  # the image, and beside it its copy
 
 
 @pytest.mark.parametrize("leave_out", [False, True])
@@ -146,3 +157,24 @@ def test_the_rule_of_dino(leave_out: bool) -> None:
         "knn_top1": 100 * top1 / len(queries),
         "knn_top5": 100 * top5 / len(queries),
     }
+
+
+def test_the_linear_classifier_is_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 4  # every second image has an even class
+    features = torch.randn(120, 16, generator=generator)
+    features[torch.arange(120), labels] += 2  # which tells much, but not all
+    found = linear_scores(features, labels, 4)
+    inside = torch.arange(120) // 4  # place of an image among those of its class
+    right = 0
+    for tested in (0, 1):
+        own = inside % 2 == tested
+        scaler = StandardScaler().fit(features[~own].numpy())
+        ridge = Ridge(alpha=0.01 * int((~own).sum()))
+        ridge.fit(scaler.transform(features[~own].numpy()), torch.eye(4)[labels[~own]].numpy())
+        guessed = ridge.predict(scaler.transform(features[own].numpy())).argmax(axis=1)
+        right += int((guessed == labels[own].numpy()).sum())
+    assert found == {"linear_top1": 100 * right / 120, "linear_top5": 100}
+    assert 50 < found["linear_top1"] < 100
+    constant = linear_scores(torch.ones(5, 3), torch.tensor([0, 0, 1, 2, 2]), 3)
+    assert 0 <= constant["linear_top1"] <= 60

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mae_scale.cli import main
 from mae_scale.commands.reconstructing import load_mae
 from mae_scale.data.dataset import EvalDataset
-from mae_scale.data.loader import shard_cache
+from mae_scale.data.reader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.models.masking import mask_noise

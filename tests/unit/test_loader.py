@@ -21,9 +21,9 @@ import torch
 from make_shards import make_shards
 from PIL import Image
 
-from mae_scale.data.dataset import ShardReader
 from mae_scale.data.loader import EvalLoader, TrainLoader
 from mae_scale.data.order import SampleOrder
+from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop, train_crop
 from mae_scale.errors import RunError, UserError
@@ -383,7 +383,7 @@ def test_a_read_that_fails_at_first_is_tried_again(
     shards: ShardSet, photographs: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file system that answers "stale file handle" once: the descriptor is closed under it."""
-    monkeypatch.setattr("mae_scale.data.dataset._READ_WAIT_S", 0.01)
+    monkeypatch.setattr("mae_scale.data.reader._READ_WAIT_S", 0.01)
     reader = ShardReader(shards)
     assert reader.read(3).data == photographs[3]
     null = os.open("/dev/null", os.O_WRONLY)  # reading it is an error
@@ -396,7 +396,7 @@ def test_a_read_that_fails_at_first_is_tried_again(
 def test_shards_are_closed_when_too_many_are_open(
     shards: ShardSet, photographs: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mae_scale.data.dataset._OPEN_SHARDS", 2)
+    monkeypatch.setattr("mae_scale.data.reader._OPEN_SHARDS", 2)
     reader = ShardReader(shards)
     before = psutil.Process().num_fds()
     for sample in [0, 40, 45, 71, 80, 0, 96]:

@@ -20,7 +20,7 @@ from mae_scale.commands.reconstructing import _read
 from mae_scale.config.deepspeed import load_deepspeed_config
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
-from mae_scale.data.dataset import ShardReader
+from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.weights import read_weights

@@ -1,0 +1,47 @@
+"""Compute mean and deviation of each band of the images of a shard folder.
+
+They are what data.mean and data.std of a config take. Images with 16 bits or floats show the range
+of their values first, from which --value_range is chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mae_scale.commands.arguments import Parser
+from mae_scale.data.formats import MAX_PIXELS
+
+
+def parser(prog: str) -> Parser:
+    """Describe the arguments."""
+    parser = Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("data", help="shard folder")
+    add("--in_chans", type=int, default=3, help="bands of an image (default: %(default)s)")
+    add(
+        "--value_range",
+        type=float,
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help="values that become black and white, as data.value_range",
+    )
+    add(
+        "--most",
+        type=int,
+        default=2000,
+        help="number of images at the most, spread over the shards (default: %(default)s)",
+    )
+    add("--max_pixels", type=int, default=MAX_PIXELS, help="refuse larger images")
+    add("--out", type=Path, help="YAML file to write, whose keys a config can take over")
+    add("--cache_dir", help="folder into which remote shards are staged")
+    return parser
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Parse the arguments and print the statistics."""
+    options = parser(prog).parse_args(argv)
+
+    from mae_scale.commands.band_statistics import run
+
+    run(options)
+    return 0
