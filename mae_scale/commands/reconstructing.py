@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mae_scale.config.sizes import ImageSize
 from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, image_files
 from mae_scale.data.transforms import eval_crop
@@ -144,7 +145,7 @@ def _evenly(files: list[Path], most: int) -> list[Path]:
     return [files[i * len(files) // most] for i in range(most)]
 
 
-def _read(file: Path, size: tuple[int, int], max_pixels: int, bands: Bands) -> torch.Tensor:
+def _read(file: Path, size: ImageSize, max_pixels: int, bands: Bands = RGB) -> torch.Tensor:
     """The centre of an image as uint8 [C, height, width], resized so that it is covered."""
     try:
         return eval_crop(bands.decode(read_file(file), max_pixels), size, crop_ratio=1.0)
