@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 MODULES = ("mae_scale", *LAUNCHERS)
 TESTS = Path(__file__).parent
@@ -51,6 +53,7 @@ class Server:
     """What this process knows of its server."""
 
     connection: socket.socket | None = None
+    pid: int | None = None
     env: dict[str, str] | None = None  # that it was started with
 
 
@@ -120,6 +123,11 @@ def ask(request: dict[str, Any], files: list[int]) -> int:
     return int.from_bytes(answer, "little")
 
 
+def children() -> list[psutil.Process]:
+    """Give the processes that descend from this one, without the server."""
+    return [p for p in psutil.Process().children(recursive=True) if p.pid != Server.pid]
+
+
 def exactly(connection: socket.socket, size: int) -> bytes:
     """Read that many bytes; fewer where the other end is gone."""
     content = b""
@@ -134,7 +142,7 @@ def start_server() -> socket.socket:
     command = [sys.executable, __file__, str(its.fileno())]
     process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
     its.close()
-    Server.env = dict(os.environ)
+    Server.pid, Server.env = process.pid, dict(os.environ)
 
     def end(pid: int = os.getpid()) -> None:
         if os.getpid() == pid:  # not a fork of this process

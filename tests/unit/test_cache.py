@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import warm
 from make_disks import full_disk, read_only_disk
 from make_shards import make_shards
 
@@ -188,7 +189,7 @@ def test_trouble_that_lasts_is_an_error_that_names_the_shard(
         ShardCache(tmp_path).open(f"{server.url}/{name}", size)
     assert not files_in(tmp_path, ".tar")
     assert not files_in(tmp_path, ".part")
-    assert not psutil.Process().children()
+    assert not warm.children()
 
 
 def test_a_shard_of_another_size_is_refused(
@@ -437,7 +438,7 @@ def test_the_loader_names_a_shard_that_does_not_come(
     loader = train_loader(shards, cache_dir=tmp_path)
     with pytest.raises(FetchError, match=rf"{NAME} cannot be fetched \(2 tries\)"):
         stream(loader, 10)
-    assert not psutil.Process().children()
+    assert not warm.children()
 
 
 def test_closing_ends_a_fetch_that_hangs(
@@ -451,7 +452,7 @@ def test_closing_ends_a_fetch_that_hangs(
     waiting.start()
     while sum(server.requests.values()) < 4:
         time.sleep(0.05)
-    processes = psutil.Process().children(recursive=True)
+    processes = warm.children()
     assert len(processes) >= 2 + 4  # two workers, four times curl
     loader.close()
     assert not psutil.wait_procs(processes, timeout=30)[1]

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import warm
 from make_shards import make_shards
 from PIL import Image
 
@@ -263,7 +264,7 @@ def test_evaluation_with_workers_gives_the_centre_crops_each_time(
         image = torch.cat([batch["image"] for batch in got])
         for sample in range(0, 97, 8):
             assert torch.equal(image[sample], eval_crop(decode_image(photographs[sample]), 32))
-    assert not psutil.Process().children()
+    assert not warm.children()
 
 
 # ---- bad input
@@ -330,7 +331,7 @@ def test_too_many_damaged_samples_end_the_run(
     loader = train_loader(damaged([10, 20, 30]), workers=workers, max_bad_fraction=2 / 97)
     with pytest.raises(RunError, match=r"3 of 97 samples are damaged.*max_bad_fraction"):
         stream(loader, 20)
-    assert not psutil.Process().children()
+    assert not warm.children()
 
 
 def test_only_damaged_samples_end_the_run(damaged: Callable[[list[int]], ShardSet]) -> None:
@@ -376,7 +377,7 @@ def test_a_shard_that_changed_is_an_error(
     error, words = (OSError, "cannot be read") if change == "gone" else (UserError, "has changed")
     with pytest.raises(error, match=rf"train-000002\.tar {words}"):
         stream(loader, 8)
-    assert not psutil.Process().children()
+    assert not warm.children()
 
 
 def test_a_read_that_fails_at_first_is_tried_again(
@@ -535,7 +536,7 @@ def test_workers_that_hang_do_not_keep_close_waiting(folder: Path, tmp_path: Pat
         os.mkfifo(shards.files[number])
     batches = loader.batches(0)
     assert torch.equal(next(batches)["sample"], torch.from_numpy(first_batch))
-    workers = psutil.Process().children()
+    workers = warm.children()
     assert len(workers) == 2
     loader.close()
     assert not psutil.wait_procs(workers, timeout=30)[1]
