@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when asked for: the command line must not wait for torch.
+# Modules of the public names. They are imported when a name is asked for: the command line must
+# not wait for torch.
 _PUBLIC = {
     "EvalLoader": "mae_scale.data.loader",
     "ShardDataset": "mae_scale.data.images_dataset",

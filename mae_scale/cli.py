@@ -19,12 +19,12 @@ from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.task import main as train
 from mae_scale.world import World
 
-# The product of these is what they print.
+# Commands whose product is what they print: where stdout fails, they fail.
 PRINTING = {"plan", "status", "completion", "help", "--help", "-h", "--version", "-V"}
 
 
 def usage() -> str:
-    """The text of `mae-scale --help`."""
+    """Compose the text of `mae-scale --help`."""
     about = {**{task.name: task.about for task in TASKS.values()}, **COMMANDS}
     lines = [f"  {name:<13} {text}" for name, text in about.items()]
     return "\n".join(
@@ -75,14 +75,14 @@ def main(argv: list[str] | None = None) -> int:
             from mae_scale.launch.distributed import agreed
 
             error = agreed(world, error)
-        # What all ranks raise is said once; the rest can strike any of them.
+        # An error that all ranks raise is printed by rank 0 only; any other by the rank it struck.
         if world.rank == 0 or not isinstance(error, (UserError, CommonError)):
             print(f"mae-scale: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 
 
 def entry() -> NoReturn:
-    """The program: run `main` and end the process with its exit code.
+    """Run `main` as the program, and end the process with its exit code.
 
     After training the process ends without finalising Python. A thread of gloo may still hold the
     tensors of a collective that is long done; to drop them it needs the GIL, and asking a
@@ -97,15 +97,15 @@ def entry() -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
-    except KeyboardInterrupt:  # of a command that does not train
+    except KeyboardInterrupt:  # only commands that do not train raise it
         print("mae-scale: interrupted", file=sys.stderr)
-        code = 130  # as shells have it
-    except SystemExit as end:  # of --help
+        code = 130  # the code that shells use for it
+    except SystemExit as end:  # --help raises it
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except OSError as error:
         if not prints:
             traceback.print_exc()
-        elif not isinstance(error, BrokenPipeError):  # else the reader has seen enough
+        elif not isinstance(error, BrokenPipeError):  # a reader that has closed has seen enough
             print(f"mae-scale: error: {one_line(error)}", file=sys.stderr)
         code = 1
     except Exception:

@@ -17,28 +17,28 @@ class UserError(Exception):
     """
 
     on_all_ranks = False
-    """Whether every rank of the process group has raised the same."""
+    """Whether every rank of the process group has raised the same error."""
 
 
 class RunError(Exception):
-    """An error that ends a run though the user gave nothing wrong: bad data, a loss that is NaN.
+    """An error that ends a run although the user's input is right: bad data, a loss that is NaN.
 
-    The exit code is 1.
+    It ends the program with exit code 1.
     """
 
 
 class CommonError(RunError):
-    """A `RunError` that all ranks raise alike, so that they end together and it is said once."""
+    """A `RunError` that all ranks raise alike: they end together, and rank 0 alone prints it."""
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
     """Give a hint for the end of a message: the known word that is nearest to a mistyped one.
 
     Args:
-        word: as it was typed.
+        word: the mistyped word.
         known: words that would be right.
-        otherwise: the hint where none of them is near.
-        cutoff: similarity from 0 to 1 from which on a word is near.
+        otherwise: the hint to give where no known word is near.
+        cutoff: smallest similarity, from 0 to 1, at which a known word counts as near.
     """
     by_small = {key.lower(): key for key in known}
     near = difflib.get_close_matches(word.lower(), by_small, 1, cutoff=cutoff)
@@ -50,11 +50,11 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     """Let error messages name what the user wrote, such as config keys or options.
 
     The libraries below name their own arguments. A name with an underscore is replaced wherever it
-    stands as a word. Another name may be a word of the sentence: it is replaced where the message
-    begins with it.
+    stands as a word. A name without one may be a word of the sentence, so it is replaced only
+    where the message begins with it.
 
     Args:
-        names: what to write for each argument.
+        names: the text to write for each argument, by the argument's name.
     """
     try:
         yield

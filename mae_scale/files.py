@@ -11,8 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Environment variable that `--trust` sets, so that child processes see it too: pickles may run
-# code when they are read.
+# Environment variable that `--trust` sets, so that child processes see it too. It allows pickles,
+# which may run code when they are read.
 TRUST = "MAE_SCALE_TRUST"
 
 
@@ -37,7 +37,7 @@ def require_file(path: str | Path) -> None:
     it. Folders of others may hold either.
 
     Raises:
-        OSError: nothing is there, or something else than a file.
+        OSError: the path leads to nothing, or to something other than a regular file.
     """
     mode = os.stat(path).st_mode  # noqa: PTH116
     if not stat.S_ISREG(mode):
@@ -54,10 +54,10 @@ def open_descriptor(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file without waiting, and return its descriptor.
 
     Args:
-        flags: as for `os.open`. With O_CREAT the file need not be there.
+        flags: flags of `os.open`. With O_CREAT the file need not exist.
 
     Raises:
-        OSError: it cannot be opened, or it is no regular file.
+        OSError: the file cannot be opened, or is no regular file.
     """
     try:
         require_file(path)
@@ -71,7 +71,7 @@ def open_file(path: str | Path) -> BinaryIO:
     """Open a regular file for reading its bytes.
 
     Raises:
-        OSError: it cannot be opened, or it is no regular file.
+        OSError: the file cannot be opened, or is no regular file.
     """
     return os.fdopen(open_descriptor(path), "rb")
 
@@ -80,10 +80,10 @@ def read_file(path: str | Path, most: int = 1 << 30) -> bytes:
     """Read a regular file whole.
 
     Args:
-        most: number of bytes that it may have.
+        most: largest number of bytes that the file may have.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more bytes.
+        OSError: the file cannot be read, is no regular file, or has more bytes.
     """
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > most:
@@ -107,7 +107,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file below a folder, by its path from there."""
+    """Return the SHA-256 of each file below a folder, by its path relative to the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -116,14 +116,14 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 class Digest:
-    """SHA-256 and number of the bytes of a stream, piece by piece."""
+    """SHA-256 and length in bytes of a stream that is taken in piece by piece."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self.bytes = 0
 
     def update(self, data: Any) -> None:
-        """Take in the next piece, any object with a buffer."""
+        """Take in the next piece of the stream: any object with a buffer."""
         self._hash.update(data)
         self.bytes += memoryview(data).nbytes
 
@@ -134,7 +134,7 @@ class Digest:
 
 
 def digest_of(path: Path) -> Digest:
-    """Read a file, and give the digest of its content."""
+    """Read a file and return the digest of its content."""
     digest = Digest()
     with open_file(path) as file:
         while block := file.read(1 << 22):

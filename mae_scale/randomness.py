@@ -1,10 +1,10 @@
-"""Counter-based randomness: every random number of a run is a hash of what it is for.
+"""Counter-based randomness: every random number of a run is a hash of its purpose and place.
 
 Nothing random is state, so nothing random is saved: the order of an epoch, a crop or a mask
 follows from keys such as (seed, epoch, sample) alone. The hash chains the finaliser of
 splitmix64 (Steele et al., OOPSLA 2014) over the keys. It exists twice, in numpy for the data
-workers and in torch for the device, with the same bits; it uses integers only, and so gives the
-same values on any device and with any version of either library.
+workers and in torch for the device, with the same bits. It uses integers only, so that it gives
+the same values on any device and with any version of either library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ IntLike = int | np.integer | npt.NDArray[np.integer]
 
 
 class Purpose(IntEnum):
-    """First key of every hash, so that no two uses share a stream. Never renumber."""
+    """First key of every hash, so that no two uses share a stream.
+
+    Never renumber: the random numbers of all runs would change.
+    """
 
     SHARD_ORDER = 1
     WINDOW_ORDER = 2
@@ -88,13 +91,20 @@ def hash64_torch(*keys: int | torch.Tensor) -> torch.Tensor:
 
 
 def uniform_torch(*keys: int | torch.Tensor) -> torch.Tensor:
-    """Draw uniform float32 in [0, 1) (24 bits, exact), broadcast, on the keys' device."""
+    """Draw uniform float32 in [0, 1) (24 bits, exact) of the broadcast shape, on the keys' device.
+
+    At least one key must be an int64 tensor; it sets the device.
+    """
     return _shift_right(hash64_torch(*keys), 40).to(torch.float32) * 2.0**-24
 
 
 def below_torch(limit: torch.Tensor | int, *keys: int | torch.Tensor) -> torch.Tensor:
-    """Draw uniform int64 in [0, limit), broadcast, on the keys' device; limit is at most 2**24.
+    """Draw uniform int64 in [0, limit) of the broadcast shape, on the keys' device.
 
     It uses integers only, so that no device rounds differently.
+
+    Args:
+        limit: at most 2**24.
+        keys: at least one of them an int64 tensor, which sets the device.
     """
     return (_shift_right(hash64_torch(*keys), 40) * limit) >> 24

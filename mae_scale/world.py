@@ -1,4 +1,4 @@
-"""The place of this process in its run, and its share of the machine, as the environment says."""
+"""The place of this process in its run, and its share of the machine, read from the environment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mae_scale.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Slurm numbers the steps of srun from 0. The steps of batch scripts and of salloc's shells have
-# this number or a higher one, or none.
+# Lowest number of Slurm's special steps. Slurm numbers the steps of srun from 0; the steps of batch
+# scripts and of salloc's shells have this number, a higher one, or none.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-DEVICE = "MAE_SCALE_DEVICE"  # environment variable: cpu, or auto
+DEVICE = "MAE_SCALE_DEVICE"  # environment variable; its value is cpu or auto
 GPU_FILE = Path("/dev/nvidia0")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-PORTS = range(12000, 32000)  # below the ports that Linux gives to outgoing connections
+# Ports for the rendezvous of ranks, below those that Linux gives to outgoing connections.
+PORTS = range(12000, 32000)
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read what torchrun and deepspeed set, else what srun sets; else the process is alone.
+        """Read rank and size as torchrun or deepspeed have set them, or else as srun has.
 
-        A process that somebody starts by hand in an allocation, without srun, is alone too.
+        Where none of them has started the process, it is alone: rank 0 of 1. A process that is
+        started by hand in an allocation, without srun, is alone too.
         """
         env = os.environ
         if "RANK" not in env and is_slurm_task(env):
@@ -98,7 +100,7 @@ def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | 
     if env.get("SLURM_JOB_GPUS"):
         return f"SLURM_JOB_GPUS={env['SLURM_JOB_GPUS']}"
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and "CROSS_SIZE" not in env:  # which DeepSpeed's launcher sets
+    if visible is not None and "CROSS_SIZE" not in env:  # DeepSpeed's launcher sets CROSS_SIZE
         named = visible not in ("", "-1", "NoDevFiles")
         return f"CUDA_VISIBLE_DEVICES={visible}" if named else None
     return f"there is {device_file}" if device_file.exists() else None
@@ -143,10 +145,11 @@ def host() -> str:
 
 
 def cpus() -> int:
-    """Count the CPUs for this rank: its task's under srun, else its share of those it may use.
+    """Count the CPUs of this rank.
 
-    Where srun has started a launcher (`srun ... torchrun`), the ranks of the launcher share the
-    CPUs of its task.
+    Under srun they are the CPUs of its task; otherwise the ranks of a machine share the CPUs that
+    they may use. Where srun has started a launcher (`srun ... torchrun`), the ranks of the launcher
+    share the CPUs of its task.
     """
     env = os.environ
     allowed = len(os.sched_getaffinity(0))
@@ -169,10 +172,12 @@ def data_workers() -> int:
 
 
 def slurm_rendezvous() -> tuple[str, int]:
-    """Return the address of this srun step's first node, and a port made of job and step.
+    """Return the address of the first node of this srun step, and a port for its rendezvous.
+
+    The port follows from the numbers of job and step, so that all ranks choose the same one.
 
     Raises:
-        UserError: scontrol does not answer, as in a container.
+        UserError: scontrol does not answer, for instance in a container.
     """
     env = os.environ
     try:

@@ -1,4 +1,4 @@
-"""Accumulation, steps, rates and precision, as they follow from a config and the processes."""
+"""Numbers that follow from a config and the processes: accumulation, steps, rates, precision."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches per optimiser step: global batch / (micro-batch x world size).
+    """Return the micro-batches per optimiser step: global batch / (micro-batch x world size).
 
     Raises:
-        UserError: it is no whole number; the message says which settings would do.
+        UserError: the quotient is no whole number; the message names settings that would do.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
     if batch < 1 or micro < 1:
@@ -40,12 +40,12 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def peak_rate(config: RunConfig) -> float:
-    """Highest learning rate of a run, by the linear rule (paper section 4)."""
+    """Return the highest learning rate of a run, by the linear rule (paper section 4)."""
     return config.optim.base_lr * config.train.global_batch_size / 256
 
 
 def check_schedule(config: RunConfig) -> None:
-    """Raise a UserError where the learning rate could not follow its rule."""
+    """Raise a UserError where warm-up or lowest rate contradict length or peak of the schedule."""
     optim, epochs = config.optim, config.train.epochs
     if optim.warmup_epochs > epochs:
         raise UserError(
@@ -60,10 +60,12 @@ def check_schedule(config: RunConfig) -> None:
 
 
 def fit_micro_batch(train: TrainConfig, world_size: int) -> None:
-    """Lower a micro-batch that nobody asked for on the command line until it divides the batch.
+    """Lower the micro-batch of a config, in place, until it divides each process's share of images.
 
-    A recipe says what fits into a GPU; with many processes each may have fewer images than that.
-    A batch that does not divide among the processes stays as it is: `accumulation_steps` says so.
+    The caller does not call this for a micro-batch that the command line gives. A recipe says how
+    many images fit into a GPU; with many processes, each may have fewer images than that. Where
+    the global batch does not divide among the processes, nothing is changed: `accumulation_steps`
+    then raises the error.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
     if batch < 1 or micro < 1 or batch % world_size or batch % (micro * world_size) == 0:
@@ -73,13 +75,13 @@ def fit_micro_batch(train: TrainConfig, world_size: int) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """bf16 or fp32; `auto` is bf16 on GPUs and fp32 on CPUs."""
+    """Return "bf16" or "fp32"; `auto` becomes bf16 on GPUs and fp32 on CPUs."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return precision
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimiser steps of a run: those of its epochs, or `train.max_steps` if that is less."""
+    """Return the optimiser steps of a run: those of its epochs, or `train.max_steps` if fewer."""
     steps = train.epochs * steps_per_epoch
     return steps if train.max_steps is None else min(steps, train.max_steps)

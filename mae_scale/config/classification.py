@@ -23,7 +23,8 @@ class ClassifierConfig(BandedConfig):
     pool: Literal["mean", "token"] = "mean"
     """Features that are classified: the mean of the patches' features, or the class token's."""
     head: Literal["linear", "mlp"] = "linear"
-    """One linear layer, or an MLP with one hidden layer of the encoder's width."""
+    """Head that classifies the features: linear is one linear layer; mlp has one hidden layer of
+    the encoder's width before it."""
     drop_path: ShareBelow1 = 0.0
     """Rate of stochastic depth in the last block; it rises linearly from 0 in the first one."""
     crop_ratio: ShareAbove0 | None = None
@@ -44,7 +45,7 @@ class AugmentConfig:
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's spelling; null: none."""
     mixup: AtLeast0 = 0.8
-    """Alpha of mixup; 0: none. Where both are on, each micro-batch draws mixup or cutmix."""
+    """Alpha of mixup; 0: none. If cutmix is on too, one of both is drawn for each micro-batch."""
     cutmix: AtLeast0 = 1.0
     """Alpha of cutmix; 0: none."""
     erasing: Share = 0.25
@@ -67,11 +68,11 @@ class FinetuneTrainConfig(TrainConfig):
     global_batch_size: From1 = 1024
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     tune_blocks: AtLeast0 | None = None
-    """Last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last block's
-    MLP), 1, 2, ...; null: everything."""
+    """Number of last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last
+    block's MLP), 1, 2, ...; null: the whole model is trained."""
     class_weights: Literal["balanced"] | list[AtLeast0] | None = None
-    """Weight of each class in the loss: a list in the order of the labels, or balanced, by which
-    each class counts as much as the others however many images it has; null: all 1."""
+    """Weight of each class in the loss: a list in the order of the labels, or balanced, which lets
+    each class count as much as any other, however many images it has; null: all 1."""
     validate_epochs: From1 = changeable(1)
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
@@ -91,12 +92,12 @@ class FinetuneOptimConfig(OptimConfig):
     layer_decay: ShareAbove0 = 1.0
     """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
     ema_decay: ShareBelow1 | None = None
-    """Decay per step of a moving average of the weights, kept in fp32, validated beside them;
-    null: none (paper Table 11)."""
+    """Decay per step of a moving average of the weights, which is kept in fp32 and validated, too;
+    null: no average (paper Table 11)."""
 
     @property
     def kinds_without_decay(self) -> tuple[str, ...]:
-        """Kinds of parameters that are not decayed: also positions and the class token."""
+        """Kinds of parameters that are not decayed: biases, norms, positions, the class token."""
         return (*super().kinds_without_decay, "position", "class_token")
 
     @property
@@ -144,8 +145,8 @@ class ProbeAugmentConfig:
     """RandomResizedCrop and flip only (paper Table 10)."""
 
     crop: Literal["random", "clipped"] = "random"
-    """random: a RandomResizedCrop; clipped: the authors' one for probing, whose first box counts,
-    clipped to the image."""
+    """Kind of crop: random is a RandomResizedCrop; clipped is the authors' crop for probing, which
+    takes the first box that is drawn and clips it to the image."""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
 
@@ -159,7 +160,7 @@ class ProbeTrainConfig(TrainConfig):
     global_batch_size: From1 = 16384
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: From1 = changeable(512)
-    """Images per rank and forward pass; the probe's BatchNorm sees so many at a time."""
+    """Images per rank and forward pass; the probe's BatchNorm takes its statistics from these."""
     validate_epochs: From1 = changeable(1)
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
@@ -169,7 +170,7 @@ class LarsConfig(OptimizerConfig):
     """LARS and the learning-rate rule (paper Table 10)."""
 
     optimizer: ClassVar[str] = "lars"
-    max_zero_stage: ClassVar[int] = 0  # ZeRO cuts the matrices whose norms LARS needs
+    max_zero_stage: ClassVar[int] = 0  # ZeRO cuts up the matrices whose norms LARS needs
 
     base_lr: AtLeast0 = 0.1
     """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
@@ -178,19 +179,19 @@ class LarsConfig(OptimizerConfig):
     weight_decay: AtLeast0 = 0.0
     """Weight decay of matrices; biases have none."""
     momentum: ShareBelow1 = 0.9
-    """Momentum of the step."""
+    """Momentum of LARS: the share of the last step that goes into the next one."""
 
 
 @dataclass
 class LinprobeConfig(RunConfig):
     """Linear probing: a linear classifier on a frozen encoder (paper Table 10)."""
 
-    has_batch_statistics: ClassVar[bool] = True  # of the BatchNorm before the linear layer
+    has_batch_statistics: ClassVar[bool] = True  # a BatchNorm stands before the linear layer
 
     task: Literal["linprobe"] = "linprobe"
     weights: str | None = None
-    """Encoder to probe: a run folder of pretrain or finetune or a step folder in it, a .pth of the
-    authors, a .safetensors, or a folder of timm or Hugging Face; null: a random one."""
+    """Encoder to probe: a run folder of pretrain or finetune, a step folder in one, a .pth of the
+    authors, a .safetensors, or a folder of timm or Hugging Face; null: a random encoder."""
     model: ProbeModelConfig = field(default_factory=ProbeModelConfig)
     augment: ProbeAugmentConfig = field(default_factory=ProbeAugmentConfig)
     train: ProbeTrainConfig = field(default_factory=ProbeTrainConfig)

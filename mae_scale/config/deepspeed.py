@@ -19,7 +19,10 @@ _MOST_BYTES = 1 << 20
 def load_deepspeed_config(name: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON by its name in ds_configs/ or by its path.
 
-    As for DeepSpeed itself, comments and trailing commas may be in it.
+    Comments and trailing commas are allowed, as DeepSpeed allows them.
+
+    Args:
+        name: name of a file in ds_configs/ without its ending, or a path.
 
     Raises:
         UserError: there is no such file, or it is not JSON.
@@ -43,21 +46,25 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
-# On GPUs a bucket of gradients holds this share of the model, so that all but the last of them are
-# sent while the backward pass computes. Messages of fewer values use links badly.
+# On GPUs the gradients are sent in about this many buckets, so that all but the last are sent while
+# the backward pass computes. A bucket holds at least SMALLEST_BUCKET values: smaller messages use
+# links badly.
 BUCKETS, SMALLEST_BUCKET = 8, 10_000_000
 
 
 def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any]:
-    """Choose for a GPU when gradients are sent, by the size of the model.
+    """Fit the size of the buckets in which a GPU sends its gradients to the size of the model.
 
-    The `reduce_bucket_size` of a config in ds_configs/ is then the largest one. A file that the
-    user has written says itself what it wants.
+    The `reduce_bucket_size` of a config in ds_configs/ is an upper bound. A file that the user has
+    written, and a config of ZeRO stage 0, stay as they are.
 
     Args:
-        name: Name of a file in ds_configs/, or a path.
-        zero: its section `zero_optimization`.
+        name: name of a file in ds_configs/ without its ending, or a path.
+        zero: section `zero_optimization` of that file.
         trained: number of parameters that are trained.
+
+    Returns:
+        The section to use.
     """
     if not zero.get("stage", 0) or not (DS_CONFIGS / f"{name}.json").is_file():
         return zero

@@ -20,7 +20,7 @@ Curve = Literal["cosine", "linear", "steps"]
 
 @dataclass
 class DenseModelConfig(EncoderConfig):
-    """The encoder of a masked autoencoder that features of several blocks are taken of."""
+    """The encoder of a masked autoencoder, whose features are taken after several blocks."""
 
     drop_path: ShareBelow1 = 0.1
     """Rate of stochastic depth in the last block; it rises linearly from 0 in the first one."""
@@ -33,8 +33,8 @@ class DenseTrainConfig(TrainConfig):
     epochs: From1 = 100
     """Epochs of the whole schedule; the learning rate follows it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision in which layers compute; weights, boxes and losses are fp32. auto: bf16 on GPUs,
-    fp32 on CPUs."""
+    """Precision in which layers compute; weights, boxes and losses are always fp32. auto: bf16 on
+    GPUs, fp32 on CPUs."""
     validate_epochs: From1 = changeable(5)
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
@@ -48,17 +48,18 @@ class DenseOptimConfig(FinetuneOptimConfig):
     min_lr: AtLeast0 = 0.0
     """Learning rate at the end of the schedules cosine and linear."""
     schedule: Curve = "steps"
-    """What follows the warm-up: half a cosine, a line, or a tenth from each of drops on."""
+    """Curve of the learning rate after the warm-up: cosine is half a cosine, linear is a line,
+    steps divides the rate by 10 at each of drops."""
     drops: tuple[ShareAbove0, ...] = (163_889 / 184_375, 177_546 / 184_375)
-    """Shares of the run from which on the schedule steps divides the learning rate by 10."""
+    """Shares of the run's steps after which the schedule steps divides the learning rate by 10."""
     warmup_epochs: AtLeast0 = 0
-    """Epochs of linear warm-up, where warmup_steps is null."""
+    """Epochs of linear warm-up; they count only if warmup_steps is null."""
     warmup_steps: From0 | None = 250
-    """Optimiser steps of linear warm-up; null: as many as warmup_epochs has."""
+    """Optimiser steps of linear warm-up; null: the steps of warmup_epochs."""
     warmup_factor: Share = 1e-3
-    """Factor of the learning rate at the first step."""
+    """Factor by which the learning rate is multiplied at the first step of the warm-up."""
     weight_decay: AtLeast0 = 0.1
-    """Decoupled weight decay of all parameters but those of the kinds in no_decay."""
+    """Decoupled weight decay of all parameters, except the kinds in no_decay."""
     no_decay: tuple[ParameterKind, ...] = ("layer_norm", "position")
     """Kinds of parameters without weight decay: layer_norm (of tokens), channel_norm (of maps),
     position (absolute), relative (positions), bias, scale (of residual branches), class_token."""
@@ -76,21 +77,22 @@ class DenseOptimConfig(FinetuneOptimConfig):
 
     @property
     def curve(self) -> str | None:
-        """The curve over the whole run."""
+        """Name of the curve over the whole run (`schedule.curve_rate`)."""
         return self.schedule
 
 
 @dataclass
 class DenseConfig(RunConfig):
-    """The keys of detection and segmentation that stand in no section."""
+    """The keys that detection and segmentation share and that stand in no section."""
 
-    # In bf16 weights a box would move by 4 pixels, and batch norm's statistics would stand still.
+    # With bf16 weights boxes would be off by up to 4 pixels, and the running statistics of batch
+    # norm would not change: their updates are too small for bf16.
     fp32_weights: ClassVar[bool] = True
 
     weights: str | None = None
-    """What to start from: a run folder of pretrain, of finetune or of the same task, or a step
-    folder in it; a .pth of the authors, a .safetensors, or a folder of timm or Hugging Face; null:
+    """Weights to start from: a run folder of pretrain, of finetune or of the same task, a step
+    folder in one, a .pth of the authors, a .safetensors, or a folder of timm or Hugging Face; null:
     from scratch."""
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
     new_head: bool = False
-    """Whether to take the encoder only, even if the weights are of a run of the same task."""
+    """Whether to take only the encoder from weights, even if they belong to a run of this task."""

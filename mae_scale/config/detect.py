@@ -19,32 +19,35 @@ class DetectorConfig(DenseModelConfig):
     patch_size: From1 | None = None
     """Side of a patch, a power of 2; null: 16. Weights with another patch size are resampled."""
     pyramid: Literal["fpn", "simple"] = "simple"
-    """fpn: an FPN on the features of four depths (Li et al. 2021); simple: all maps from the last
-    features (ViTDet)."""
+    """Kind of feature pyramid: fpn is an FPN on the features of four depths (Li et al. 2021);
+    simple makes all maps from the last features (ViTDet)."""
     norm: Literal["batch", "layer"] = "layer"
-    """Norm in box and mask head: batch over all processes (Li et al. 2021), or layer (ViTDet)."""
+    """Norm in the box head and the mask head: batch is batch norm over all processes (Li et al.
+    2021); layer is layer norm (ViTDet)."""
     relative: Literal["none", "shared", "table", "decomposed"] = "decomposed"
-    """Relative positions: none; shared: one table for all windowed and one for all global blocks
-    (Li et al. 2021); table: one in each block; decomposed: a row and a column term (ViTDet)."""
+    """Relative positions: none; shared, one table for all windowed blocks and one for all global
+    blocks (Li et al. 2021); table, one in each block; decomposed, a row term and a column term in
+    each block (ViTDet)."""
     positions: Literal["fixed", "trained"] = "trained"
     """Absolute positions: fixed sines and cosines (Li et al. 2021), or trained (ViTDet)."""
     pos_grid: From1 | None = None
-    """Patches along a side for which trained positions are stored, to be resized in each forward
-    pass: 14 in ViTDet; null: those of the image."""
+    """Patches along a side of the stored grid of trained positions, which each forward pass resizes
+    to the image: 14 in ViTDet; null: the grid of the image."""
     window: From0 = 14
     """Patches along a side of an attention window; 0: all blocks are global."""
     global_blocks: list[From0] | None = None
-    """Numbers, from 0, of the blocks with global attention; null: the last of each quarter."""
+    """Numbers, from 0, of the blocks with global attention; null: the last block of each quarter of
+    the encoder."""
     channels: From1 = 256
     """Channels of the pyramid and of the convolutions in the heads."""
     hidden: From1 = 1024
     """Units of the linear layer in the box head."""
     rois: From1 = 512
-    """Proposals of an image on which the heads are trained."""
+    """Proposals per image on which the heads are trained."""
     proposals: From1 = 1000
-    """Proposals that the first stage leaves of an image."""
+    """Largest number of proposals per image that the first stage passes on."""
     detections: From1 = 100
-    """Detections that are left of an image at the end."""
+    """Largest number of detections per image."""
 
 
 @dataclass
@@ -52,9 +55,10 @@ class DetectAugmentConfig:
     """Large-scale jitter: scale, crop, flip."""
 
     recipe: Literal["vitdet", "li2021"] = "vitdet"
-    """vitdet: flip first, pad with the mean colour; li2021: flip last, pad with grey."""
+    """Order and padding: vitdet flips first and pads with the mean colour; li2021 flips last and
+    pads with grey."""
     scale: tuple[Above0, Above0] = (0.1, 2.0)
-    """Smallest and largest size of the whole image, over that of the crop."""
+    """Smallest and largest size of the whole image, divided by the size of the crop."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class DetectTrainConfig(DenseTrainConfig):
     """Length, batch, precision, memory, validation."""
 
     epochs: From1 = 100
-    """Epochs of the whole schedule, over the images that have an object."""
+    """Epochs of the whole schedule; an epoch has the images that show an object."""
     global_batch_size: From1 = 64
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: From1 = changeable(1)

@@ -1,4 +1,4 @@
-"""The text of `--help` for commands that have a config: what one sets first comes first."""
+"""The text of `--help` for commands that have a config: the keys that one sets first come first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST = (
     "run_dir", "data.train", "data.val", "weights", "model.name", "model.img_size", "train.epochs",
     "train.global_batch_size", "train.micro_batch_size", "optim.base_lr", "deepspeed",
 )  # fmt: skip
-OWN = {  # options that are no keys of the config
+OWN = {  # options that are no keys of the config, and their texts
     "--config FILE_OR_RECIPE": "YAML file, or the name of a recipe, such as {recipes}. "
     "What is given as an option wins over it.",
     "--print_config": "Print the config that these options give, and do nothing else.",
@@ -33,10 +33,13 @@ def help_text(
     """Describe the keys of a config.
 
     Args:
-        config_class: Class of the config.
-        actions: Actions of the parser that reads it.
-        prog: Name of the command.
-        recipes: Examples of names that `--config` takes.
+        config_class: class of the config.
+        actions: actions of the parser that reads the config.
+        prog: name of the command, such as `mae-scale pretrain`.
+        recipes: examples of names that `--config` takes.
+
+    Returns:
+        The text, wrapped at 79 characters.
     """
     by_key = {a.dest: a for a in actions if hasattr(a, "_typehint") and a.help != SUPPRESS}
     types = get_type_hints(config_class)
@@ -97,7 +100,7 @@ def _value(value: Any) -> str:
 
 
 def type_text(hint: Any) -> str:
-    """A type in words, such as `whole number from 1 on or null`."""
+    """Describe a type in words, such as `whole number from 1 on or null`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(map(type_text, inner))

@@ -1,10 +1,10 @@
-"""Hints for keys that do not exist: what other programs call a key, and what has no key here."""
+"""Hints for unknown keys: names that other programs use, and options that have no key here."""
 
 from __future__ import annotations
 
 from mae_scale.errors import did_you_mean
 
-# Names that other programs have for these keys.
+# Key for each name that other programs have for it.
 HABITS = {
     "lr": "optim.base_lr",
     "learning_rate": "optim.base_lr",
@@ -55,7 +55,7 @@ HABITS = {
     "reprob": "augment.erasing",
     "aa": "augment.rand_augment",
 }
-# Options of other programs for which there is no key.
+# Explanation for each option of other programs that has no key here.
 EXPLAINED = {
     "gpu": "the launcher says how many processes there are; --gpu belongs to mae-scale plan",
     "gpus": "the launcher says how many processes there are; --gpus belongs to mae-scale plan",
@@ -70,6 +70,7 @@ EXPLAINED = {
     "wandb": "curves are in RUN/tensorboard, and mae-scale report draws them",
     "eval": "mae-scale evaluate measures a trained run",
 }
+# Name in EXPLAINED for each other name of the same option.
 _SAME = {"gradient_accumulation_steps": "accum_iter", "accumulate_grad_batches": "accum_iter",
          "nb_classes": "num_classes", "auto_resume": "resume", "opt": "optimizer",
          "use_wandb": "wandb", "wandb_project": "wandb", "project": "wandb", "gpu_ids": "gpus",
@@ -78,7 +79,15 @@ _SAME = {"gradient_accumulation_steps": "accum_iter", "accumulate_grad_batches":
 
 
 def hint_for(key: str, known: list[str]) -> str:
-    """Name the key that was meant: what others call it, its last part, or the nearest one."""
+    """Give a hint for an unknown key, for the end of a message.
+
+    It names the key for which other programs use that name, or else a key with the same last part.
+    Otherwise it explains an option that has no key here, or names the nearest key.
+
+    Args:
+        key: the unknown key as it was typed, without dashes before it.
+        known: all keys of the config, dotted.
+    """
     key = key.replace("-", "_")
     leaf = key.rpartition(".")[2]
     habit = HABITS.get(key, HABITS.get(leaf))

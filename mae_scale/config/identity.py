@@ -1,4 +1,4 @@
-"""The identity of a run: the keys of its config that may not change."""
+"""The identity of a run: the keys of its config that may not change, and their hash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mae_scale.config.sections import CHANGEABLE, DataConfig
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 1}} as {"train.epochs": 1}."""
+    """Turn nested keys into dotted ones: {"train": {"epochs": 1}} becomes {"train.epochs": 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
@@ -24,13 +24,13 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved config as YAML: the task first, tuples as lists."""
+    """Write a resolved config as YAML, with the task first and tuples as lists."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return yaml.safe_dump({"task": plain.pop("task"), **plain}, sort_keys=False)
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The flat values of a config of this class where nothing is given."""
+    """Return the values by dotted key of a config of this class for which nothing is given."""
     plain = type(config)(run_dir="", data=DataConfig(train=""))
     return flatten(yaml.safe_load(as_yaml(plain)))
 
@@ -39,9 +39,9 @@ def differences(old: dict[str, Any], config: Any) -> list[str]:
     """Name the keys that a run may not change and that differ, as lines `key: old -> new`.
 
     Args:
-        old: Values by key, as in the config.yaml of the run; keys that are newer than it count as
-            their defaults.
-        config: Config of this start.
+        old: values by key, nested as in the config.yaml of the run; a key that is newer than the
+            file counts as its default.
+        config: config of this start.
     """
     before, after = {**_defaults(config), **flatten(old)}, flatten(yaml.safe_load(as_yaml(config)))
     may_change = _changeable_keys(config)
@@ -53,7 +53,7 @@ def differences(old: dict[str, Any], config: Any) -> list[str]:
 
 
 def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
-    """Dotted names of the keys that are declared by `sections.changeable`."""
+    """List the dotted names of the keys that are declared by `sections.changeable`."""
     keys = set()
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -65,9 +65,10 @@ def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
 
 
 def identity_hash(config: Any) -> str:
-    """SHA-256 over the keys that a run may not change: what makes it this run.
+    """Return the SHA-256, in hexadecimal digits, of the keys that a run may not change.
 
-    Defaults are left out, so that a key that joins later leaves the hash of older runs as it was.
+    Keys with their default values are left out. A key that is added later therefore does not
+    change the hash of older runs.
     """
     flat, defaults = flatten(yaml.safe_load(as_yaml(config))), _defaults(config)
     may_change = _changeable_keys(config)

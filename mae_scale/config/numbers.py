@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     from jsonargparse.typing import restricted_number_type
 
-    # Each float is below infinity: a range that lets "inf" or "nan" through is none.
+    # Each float must be below infinity, so that "inf" and "nan" are refused.
     FINITE = ("<", float("inf"))
     From0 = restricted_number_type("whole number from 0 on", int, [(">=", 0), ("<", 2**62)])
     From1 = restricted_number_type("whole number from 1 on", int, [(">=", 1), ("<", 2**62)])

@@ -1,4 +1,4 @@
-"""Reading a config: from YAML, every key overridable on the command line."""
+"""Reading a config from YAML and from the command line, where every key can be overridden."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-# The attribute docstrings below are what `--help` prints.
+# `--help` prints the docstrings of the attributes of the config classes.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser with a help text of ours, and one-line errors as `UserError`s."""
+    """The parser of jsonargparse, with our help text, and errors as `UserError`s of one line."""
 
     config_class: Any = None
     """Class of the config that this parser reads; None where it does not belong to a command."""
@@ -43,7 +43,7 @@ class _Parser(ArgumentParser):
         return help_text(self.config_class, self._actions, self.prog, names)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message as a `UserError`, in words that do not come from Python."""
+        """Raise the message as a `UserError`, in plain words instead of Python's type names."""
         text = " ".join(message.split()).replace("Parser key", "config key")
         if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
             hint = self._hint(found[1].split()[0])
@@ -80,7 +80,7 @@ class _Parser(ArgumentParser):
         raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text))
 
     def _hint(self, word: str) -> str:
-        """Say what would be right for an argument that is no option."""
+        """Give a hint for an argument that is no option."""
         if self.config_class is None:
             return "there is no such option"
         key, _, value = word.lstrip("-").partition("=")
@@ -96,19 +96,24 @@ _LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
 
 
 def recipe_names() -> list[str]:
-    """Names that `--config` takes besides paths."""
+    """List the names that `--config` takes besides paths."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     """Build a config from `--config FILE_OR_RECIPE` and `--section.key value` arguments.
 
-    What stands on the command line wins over the file, wherever `--config` stands. A micro-batch
+    An argument on the command line wins over the file, wherever `--config` stands. A micro-batch
     that stands only in a file is an upper bound: see `fit_micro_batch`.
 
+    Args:
+        config_class: class of the config.
+        argv: arguments behind the name of the command.
+        prog: name of the command, for messages.
+
     Raises:
-        UserError: an unknown key (with the nearest known one), a value of the wrong type, a
-            missing required key, a file that is not there or not YAML.
+        UserError: an unknown key (the message names the nearest known one), a value of the wrong
+            type, a missing required key, or a file that is missing or not YAML.
     """
     parser = config_parser(config_class, prog)
     known = config_keys(config_class)
@@ -139,7 +144,7 @@ def config_parser(config_class: type[Any], prog: str) -> ArgumentParser:
 
 
 def _check_sections(arguments: list[str], known: list[str]) -> None:
-    """Raise a UserError where a section got a value of one of its keys, such as `--model NAME`."""
+    """Raise a UserError where a section is given the value of a key, such as `--model NAME`."""
     for number, token in enumerate(arguments):
         section, equals, value = token[2:].partition("=")
         keys = [key for key in known if key.startswith(f"{section}.")]
@@ -154,7 +159,7 @@ def _check_sections(arguments: list[str], known: list[str]) -> None:
 
 
 def _check_nulls(config: Any, prefix: str = "") -> None:
-    """Raise a UserError where a file leaves a key without a value that needs one."""
+    """Raise a UserError where a file sets a key to null although the key needs a value."""
     hints = get_type_hints(type(config))
     for entry in dataclasses.fields(config):
         value, hint = getattr(config, entry.name), hints[entry.name]
@@ -198,11 +203,11 @@ def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Give the same config with ordinary numbers, and `~` in paths resolved.
+    """Return the same value with ordinary numbers, and with `~` in paths resolved.
 
-    jsonargparse's numbers with a range are classes of its own. They would be pickled into
-    checkpoints, which could then not be read without it. A shell does not resolve `~` behind an
-    equals sign or in YAML.
+    jsonargparse makes numbers with a range as objects of its own classes. They would be pickled
+    into checkpoints, which could then not be read without jsonargparse. A shell does not resolve
+    `~` behind an equals sign, and nobody resolves it in YAML.
     """
     if dataclasses.is_dataclass(value):
         for entry in dataclasses.fields(value):
@@ -219,10 +224,13 @@ def _plain(value: Any) -> Any:
 
 
 def given_values(argv: list[str]) -> dict[str, Any]:
-    """Read what the `--config` files and the arguments set; of arguments the keys only.
+    """Collect the keys that `--config` files and arguments set.
+
+    Returns:
+        Values by dotted key. A key that stands only in the arguments has the value None.
 
     Raises:
-        UserError: a file that is not there or not YAML.
+        UserError: a file that is missing or not YAML.
     """
     files, rest = _split_config_arguments(argv)
     values: dict[str, Any] = {}
@@ -235,7 +243,11 @@ def given_values(argv: list[str]) -> dict[str, Any]:
 
 
 def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
-    """Take the `--config` arguments out of argv, recipe names resolved to their files."""
+    """Separate the files of the `--config` arguments, where names of recipes become their files.
+
+    Returns:
+        The files in their order, and all other arguments.
+    """
     files, rest, tokens = [], [], iter(argv)
     for token in tokens:
         if token == "--config" or token.startswith("--config="):
@@ -260,7 +272,7 @@ def _find_config(value: str) -> Path:
 
 
 def config_keys(config_class: Any, prefix: str = "") -> list[str]:
-    """List the dotted names of all keys of a config class, sections included."""
+    """List the dotted names of all keys of a config class, including the names of its sections."""
     keys, hints = [], get_type_hints(config_class)
     for name in (entry.name for entry in dataclasses.fields(config_class)):
         keys.append(prefix + name)
@@ -270,9 +282,10 @@ def config_keys(config_class: Any, prefix: str = "") -> list[str]:
 
 
 def key_names(config: Any) -> dict[str, str]:
-    """Dotted keys of a config by their last part, as far as that part is of one key only.
+    """Return the dotted keys of a config by their last part, where only one key has that part.
 
-    Models, data and training name their arguments by it; `errors.renamed` makes keys of them.
+    Models, data and training name their arguments like these last parts. With this table
+    `errors.renamed` replaces such names in messages by the keys.
     """
     names: dict[str, list[str]] = {}
     for key in config_keys(type(config)):
@@ -281,7 +294,7 @@ def key_names(config: Any) -> dict[str, str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file: values by dotted key."""
+    """Read a config file, and return its values by dotted key."""
     try:
         content = read_yaml(path)
     except OSError as error:

@@ -41,48 +41,51 @@ def given(section: Any, *without: str) -> dict[str, Any]:
     return {key: v for key, v in values.items() if v is not None and key not in without}
 
 
-# Sections of every task
+# Sections that every task has
 
 
 @dataclass
 class DataConfig:
     """Shards and how they are read."""
 
-    # It may move; that its manifest stays the same is checked apart.
+    # The folder may move. Another check sees to it that its manifest stays the same.
     train: str = field(metadata={CHANGEABLE: True})
     """Folder of training shards, as written by `mae-scale shard`."""
     val: str | None = changeable(None)
-    """Folder of validation shards; null: no validation. Pre-training draws pictures of some."""
+    """Folder of validation shards; null: no validation. Pre-training reconstructs some of their
+    images in pictures."""
     workers: Workers | None = changeable(None)
     """Data-loading processes per rank; 0 loads in the training process itself; null: one less than
     the CPUs of the rank on this machine, 16 at the most."""
     lanes: From1 = 256
-    """Number of places in the dataset that are read at the same time; part of the sample order."""
+    """Number of places in the dataset that are read at the same time; it changes the sample
+    order."""
     window: From1 = 2048
-    """Samples of a lane that are shuffled together; part of the sample order."""
+    """Samples of a lane that are shuffled together; it changes the sample order."""
     repeats: From1 = 1
-    """Images that a step has of each of its samples, decoded once, with other crops and masks
-    (repeated augmentation); an epoch then has so many times the images and steps."""
+    """Number of images that a step makes of each of its samples, decoded once, with different crops
+    and masks (repeated augmentation); it multiplies the images and steps of an epoch."""
     cache_dir: str | None = changeable(None)
-    """Folder on a local disk into which remote shards are staged; needed for those only."""
+    """Folder on a local disk into which remote shards are staged; only remote shards need it."""
     cache_gb: Above0 = changeable(200.0)
-    """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shard goes."""
+    """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shards are deleted
+    first."""
     max_bad_fraction: Share = changeable(1e-4)
-    """Share of samples that may be damaged, each replaced by another one, before the run ends."""
+    """Share of samples that may be damaged before the run ends; another sample replaces each."""
     max_pixels: From1 = 178_956_970
-    """Pixels that an image may have; a larger one is not decoded and counts as damaged."""
+    """Most pixels that an image may have; a larger image is not decoded and counts as damaged."""
     mean: list[AtLeast0] | None = None
     """Mean of each band of the images, for values from 0 to 1, as `mae-scale stats` computes it;
-    null: that of ImageNet's three."""
+    null: ImageNet's means of three bands."""
     std: list[Above0] | None = None
-    """Standard deviation of each band; null: that of ImageNet's three."""
+    """Standard deviation of each band; null: ImageNet's deviations of three bands."""
     value_range: tuple[float, float] | None = None
-    """Values that become black and white, as 0 and 10000 for many satellites; what lies beyond is
-    clipped. null: all that 8 or 16 bits can hold."""
+    """Values that become black and white, such as 0 and 10000 for many satellites; values beyond
+    them are clipped. null: the whole range of 8 or 16 bits."""
 
     @property
     def worker_processes(self) -> int:
-        """Data-loading processes per rank: `workers`, or what suits this machine."""
+        """Data-loading processes per rank: `workers`, or a number that suits this machine."""
         return data_workers() if self.workers is None else self.workers
 
 
@@ -96,7 +99,7 @@ class EncoderConfig:
     """Side of the square input image in pixels, or its height and width; multiples of the patch
     size."""
     patch_size: From1 | None = None
-    """Side of a patch, in pixels; null takes the one in the model's name."""
+    """Side of a patch, in pixels; null takes the size in the model's name."""
     embed_dim: From1 | None = None
     """Width of the encoder, in channels; null takes the architecture's."""
     depth: From1 | None = None
@@ -104,7 +107,7 @@ class EncoderConfig:
     num_heads: From1 | None = None
     """Attention heads of the encoder, which must divide embed_dim; null: the architecture's."""
     mlp_ratio: Above0 | None = None
-    """Width of the MLPs' hidden layers over that of their blocks; null: 4."""
+    """Width of the MLPs' hidden layers divided by the width of their blocks; null: 4."""
 
 
 @dataclass
@@ -112,7 +115,7 @@ class BandedConfig(EncoderConfig):
     """An encoder of images with any number of bands."""
 
     in_chans: From1 = 3
-    """Bands of an image; other numbers than 3 need data.mean and data.std."""
+    """Number of bands of an image; numbers other than 3 need data.mean and data.std."""
 
 
 @dataclass
@@ -122,10 +125,11 @@ class TrainConfig:
     epochs: From1 = 1600
     """Epochs of the whole schedule; the learning rate follows it."""
     max_steps: From1 | None = changeable(None)
-    """Ends the run after this many optimiser steps, without changing the learning rate."""
+    """Optimiser steps after which the run ends; they do not change the learning rate. null: the run
+    ends after its epochs."""
     max_hours: Above0 | None = changeable(None)
     """Hours after which this start of the run saves and exits with 85, as on SIGTERM; the same
-    command goes on. null: no limit."""
+    command then continues the run. null: no limit."""
     global_batch_size: From1 = 4096
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: From1 = changeable(64)
@@ -134,32 +138,33 @@ class TrainConfig:
     """Precision of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on
     CPUs."""
     autocast: bool = False
-    """Whether, under bf16, weights and what goes from block to block are fp32 and torch.autocast
-    computes layers in bf16, as in the authors' code; otherwise both are bf16."""
+    """Whether, under bf16, torch.autocast computes layers in bf16 while weights and the activations
+    between blocks are fp32, as in the authors' code; otherwise all of them are bf16."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients are summed over the ranks; bf16 halves what is sent."""
+    """Precision in which gradients are summed over the ranks; bf16 halves the bytes sent."""
     activation_checkpointing: Literal["none", "full"] | From1 = changeable("none")
-    """Blocks whose activations are recomputed in the backward pass: none, full, or every k-th."""
+    """Blocks whose activations are recomputed in the backward pass: none; full, all of them; or a
+    number k, every k-th."""
     activation_offload: bool = changeable(False)
-    """Whether the inputs of recomputed blocks, which are all that is kept of them, wait in host
-    memory."""
+    """Whether the inputs of recomputed blocks are kept in host memory until the backward pass."""
     compile: bool = changeable(False)
     """Whether the blocks are compiled with torch.compile."""
     deterministic: bool = changeable(False)
-    """Whether a GPU takes only algorithms that give the same bits each time, which is slower."""
+    """Whether a GPU uses only algorithms that give the same bits each time, which is slower."""
     max_bad_steps: From1 = changeable(10)
-    """Optimiser steps in a row with a loss or gradient that is not finite, before the run ends."""
+    """Number of optimiser steps in a row with a loss or gradient that is not finite after which the
+    run ends."""
     log_every: From1 = changeable(20)
     """Optimiser steps between two rows of metrics.jsonl."""
     hang_timeout: AtLeast10 = changeable(1800.0)
-    """Seconds without any progress after which a run ends and names the rank that hangs."""
+    """Seconds without any progress after which the run ends and names the rank that hangs."""
     profile: str | None = changeable(None)
-    """Optimiser steps START-STOP, both included, whose trace is written; null: none."""
+    """Optimiser steps START-STOP, both included, of which a trace is written; null: no trace."""
 
 
 @dataclass
 class OptimizerConfig:
-    """The learning-rate rule; `optimizer` says what applies it."""
+    """The learning-rate rule, and the optimiser that applies it."""
 
     optimizer: ClassVar[str]
     """Name of the optimiser in `train.optimizers.OPTIMIZERS`."""
@@ -174,7 +179,7 @@ class OptimizerConfig:
     weight_decay: AtLeast0 = 0.05
     """Decoupled weight decay of matrices; biases and norms have none."""
     clip_grad: Above0 | None = None
-    """Largest L2 norm of the gradient over all parameters; a longer one is scaled down to it.
+    """Largest L2 norm of the gradient over all parameters; a longer gradient is scaled down to it.
     null: no clipping, as in MAE's recipes."""
 
     @property
@@ -189,7 +194,8 @@ class OptimizerConfig:
 
     @property
     def curve(self) -> str | None:
-        """Name of a curve over the whole run (`schedule.curve_rate`); None: the rule of MAE."""
+        """Name of a curve over the whole run (`schedule.curve_rate`); None: the rule of MAE, a
+        warm-up and half a cosine."""
         return None
 
     @property
@@ -199,25 +205,27 @@ class OptimizerConfig:
 
     @property
     def average_decay(self) -> float | None:
-        """Decay per step of the moving average of the weights; None: there is none."""
+        """Decay per step of the moving average of the weights; None: no average is kept."""
         return None
 
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved and what is kept."""
+    """When the run is saved and which checkpoints are kept."""
 
     every_steps: From1 | None = changeable(None)
     """Optimiser steps between two checkpoints; null: by time only."""
     every_minutes: Above0 | None = changeable(30.0)
     """Minutes between two checkpoints; null: by steps only."""
     keep: From1 = changeable(3)
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     background_gb: AtLeast0 | None = changeable(0.25)
-    """Gigabytes (1e9 bytes) of a rank's state from which on files are written while training goes
-    on, from a copy in host memory, and not before the next step; null: never."""
+    """Gigabytes (1e9 bytes) of a rank's state from which on a checkpoint is written from a copy in
+    host memory while training goes on; smaller states are written before the next step. null: all
+    are."""
     milestone_epochs: From1 | None = changeable(None)
-    """Also save at, and keep for good, the end of every so many epochs; null: none."""
+    """Epochs between two milestones: checkpoints that are saved besides the others and are kept for
+    good; null: no milestones."""
 
 
 @dataclass
@@ -225,17 +233,18 @@ class RunConfig:
     """The config of a run; each task has a subclass with its own sections."""
 
     has_batch_statistics: ClassVar[bool] = False
-    """Whether the model's statistics are those of a micro-batch, so that its size matters."""
+    """Whether the model takes statistics over a micro-batch, so that its size matters."""
     fp32_weights: ClassVar[bool] = False
-    """Whether weights stay fp32 under bf16, where `torch.autocast` then computes layers."""
+    """Whether weights stay fp32 under bf16; `torch.autocast` then computes layers in bf16."""
 
     run_dir: str = field(metadata={CHANGEABLE: True})
-    """Folder of the run: config, metrics, checkpoints. The same folder goes on where it stopped."""
+    """Folder of the run: config, metrics, checkpoints. A start with the folder of a run continues
+    that run where it stopped."""
     data: DataConfig = field()
     task: str = ""
     """Name of the task whose config this is; it may be left out."""
     weights: str | None = None
-    """Weights to start from: a run folder of pretrain or finetune or a step folder in it, a .pth of
+    """Weights to start from: a run folder of pretrain or finetune, a step folder in one, a .pth of
     the authors, a .safetensors, or a folder of timm or Hugging Face; null: from scratch."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     augment: Any = None
@@ -245,14 +254,15 @@ class RunConfig:
     deepspeed: str = changeable("zero1")
     """DeepSpeed config: zero0, zero1, zero2, zero3, zero3_offload, or the path of a JSON file."""
     seed: From0 = 0
-    """Decides sample order, crops, masks, augmentation, dropped paths and initial weights."""
+    """Number that decides sample order, crops, masks, augmentation, dropped paths and initial
+    weights."""
     replay: From1 | None = changeable(None)
-    """Run this optimiser step of the run again, alone, and show the first value that is not finite.
-    Nothing is written."""
+    """Number of the optimiser step that is run again, alone, to show the first value in it that is
+    not finite. Nothing is written. null: the run is trained."""
 
     @property
     def mixes_pairs(self) -> bool:
-        """Whether the images of a micro-batch are mixed in pairs, so that its size must be even."""
+        """Whether the images of a micro-batch are mixed in pairs, which needs an even number."""
         return False
 
 

@@ -30,20 +30,20 @@ class SegmenterConfig(DenseModelConfig):
     """UperNet on the encoder of a masked autoencoder (paper Table 5)."""
 
     img_size: From1 = 512
-    """Side of the square crop, and of the windows of validation, in pixels."""
+    """Side of the square crop in training and of the windows in validation, in pixels."""
     layer_scale: Above0 | None = 1.0
-    """Initial factors of the residual branches, which are trained; null: no factors."""
+    """Initial value of the trained factors of the residual branches; null: no factors."""
     relative: Literal["none", "table"] = "table"
     """Relative positions: none, or a table in each block, as in BEiT."""
     out_blocks: list[From0] | None = None
-    """Numbers, from 0, of the four blocks whose features are taken; null: 3, 5, 7, 11 of 12 and
-    7, 11, 15, 23 of 24."""
+    """Numbers, from 0, of the four blocks whose features the head gets; null: 3, 5, 7, 11 of 12
+    blocks, and 7, 11, 15, 23 of 24."""
     channels: From1 | None = None
     """Channels of the head; null: the encoder's width."""
     auxiliary_channels: From1 = 256
     """Channels of the auxiliary head."""
     dropout: ShareBelow1 = 0.1
-    """Share of the channels that is zeroed in training in front of both classifiers."""
+    """Share of the channels that training sets to zero in front of both classifiers."""
 
 
 @dataclass
@@ -51,10 +51,11 @@ class SegmentAugmentConfig:
     """Scale, crop, flip, colours."""
 
     scale: tuple[Above0, Above0] = (0.5, 2.0)
-    """Smallest and largest factor of the size, at which the short side is img_size or the long
-    side four times that."""
+    """Smallest and largest factor by which the image is resized; at factor 1 the short side is
+    img_size, or the long side is four times that where it would be longer."""
     most_of_one: ShareAbove0 = 0.75
-    """Share of the labelled pixels that one class of a crop may have before it is drawn again."""
+    """Largest share of the labelled pixels of a crop that one class may have; a crop beyond it is
+    drawn again."""
     colors: bool = True
     """Whether brightness, contrast, saturation and hue change."""
 
@@ -88,7 +89,7 @@ class SegmentOptimConfig(DenseOptimConfig):
 
 @dataclass
 class SegmentConfig(DenseConfig):
-    """Semantic segmentation, as of ADE20K (paper Table 5)."""
+    """Semantic segmentation, for example of ADE20K (paper Table 5)."""
 
     has_batch_statistics: ClassVar[bool] = True
 

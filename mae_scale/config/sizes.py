@@ -8,7 +8,7 @@ ImageSize = int | tuple[int, int]
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Give height and width in pixels."""
+    """Return height and width in pixels."""
     if isinstance(size, int):
         return size, size
     height, width = size
@@ -16,7 +16,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def plain_size(size: int | Sequence[int]) -> ImageSize:
-    """Give a number for a square, and height and width for anything else."""
+    """Return a number for a square, and height and width for anything else, in pixels."""
     height, width = sides(size)
     return height if height == width else (height, width)
 

@@ -15,20 +15,21 @@ MOST_DEPTH = 30
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file: plain values, lists and dicts, no objects.
+    """Read a YAML file that holds plain values, lists and dicts, and no objects.
 
     A few lines with aliases can stand for billions of values, or for a dict that holds itself, so
-    that whoever walks through the content would never end. Such files are refused.
+    that a walk through the content would never end. Such files are refused.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is too large for a config.
-        ValueError: it is not valid YAML, or stands for too much; the message is one line.
+        OSError: the file cannot be read, is no regular file, or is too large for a config.
+        ValueError: the file is not valid YAML, or stands for too many values; the message is one
+            line.
     """
     content = read_file(path, MOST_BYTES)
     try:
         value = yaml.safe_load(content.decode())
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
-        # Besides its own errors, PyYAML passes on those of the dates and numbers that it makes.
+        # PyYAML raises its own errors, and passes on the errors of the dates and numbers it makes.
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
