@@ -14,15 +14,15 @@ from mae_scale.models.encoder import Encoder, Pool, layer_norm
 from mae_scale.models.mae import architecture
 
 Head = Literal["linear", "mlp", "probe"]
-HEAD_STD = {"linear": 2e-5, "mlp": 2e-5, "probe": 0.01}  # of its last layer's initial weights
+HEAD_STD = {"linear": 2e-5, "mlp": 2e-5, "probe": 0.01}  # std of its last layer's initial weights
 
 
 def build_classifier(name: str, num_classes: int, **overrides: Any) -> Classifier:
     """Build the classifier on the encoder of one of `mae.MODELS`, with fresh weights.
 
     Args:
-        name: the masked autoencoder's; the name's patch size is a default like the others.
-        num_classes: outputs of the head.
+        name: name of the masked autoencoder; all its sizes, patches included, are defaults.
+        num_classes: number of outputs of the head.
         overrides: keyword arguments of `Classifier` that replace the model's own.
 
     Raises:
@@ -33,7 +33,7 @@ def build_classifier(name: str, num_classes: int, **overrides: Any) -> Classifie
 
 
 def keep_statistics_in_fp32(model: nn.Module) -> None:
-    """Take running statistics back to fp32 after a change of the model's dtype; bf16 loses them."""
+    """Put running statistics back to fp32 after a change of the model's dtype; bf16 loses them."""
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
@@ -42,8 +42,8 @@ def keep_statistics_in_fp32(model: nn.Module) -> None:
 class ProbeHead(nn.Sequential):
     """A linear layer on normalised features: BatchNorm without affine, then Linear (Table 10).
 
-    The features are normalised in fp32 whatever the dtype of the weights; after a change of that
-    call `keep_statistics_in_fp32`.
+    The features are normalised in fp32 whatever the dtype of the weights. After a change of that
+    dtype, call `keep_statistics_in_fp32`.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -52,26 +52,28 @@ class ProbeHead(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn features [B, width] into logits [B, num_classes], in the weights' dtype."""
         norm, linear = self
         return linear(norm(x.float()).to(linear.weight.dtype))
 
 
 class Classifier(Encoder):
-    """All patches through the encoder, pooled, normalised, classified (paper Appendix A.1).
+    """A classifier of the pooled, normalised features of all patches (paper Appendix A.1).
 
     State-dict keys are those of the authors' fine-tuned weights: under mean pooling `fc_norm.*`
     stands for `norm.*`; `head.*` is a Linear, timm's Mlp, or `ProbeHead`.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         img_size: side of the square image in pixels, or its height and width.
         patch_size: side of a patch, in pixels.
         in_chans: channels of an image.
-        embed_dim, depth, num_heads: of the encoder.
-        drop_path: stochastic depth's rate in the last block.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
-        pool: "mean" of the patches' features, or the class "token"'s.
-        head: "linear"; "mlp" with one hidden layer of the encoder's width; "probe".
+        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
+        drop_path: rate of stochastic depth in the last block.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks.
+        pool: features that are classified: the "mean" of the patches', or those of the class
+            "token".
+        head: "linear"; "mlp", with one hidden layer of the encoder's width; "probe", a `ProbeHead`.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -126,12 +128,12 @@ class Classifier(Encoder):
 
     @property
     def last_linear(self) -> nn.Linear:
-        """The layer that gives the logits."""
+        """The layer that computes the logits."""
         return [module for module in self.head.modules() if isinstance(module, nn.Linear)][-1]
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         super().initialize_module(module)
         if module is self.last_linear:
             trunc_normal_(module.weight, std=HEAD_STD[self._head_kind])
@@ -139,25 +141,33 @@ class Classifier(Encoder):
             module.reset_running_stats()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify.
+        """Classify images.
 
         Args:
-            images: float [B, 3, H, W], normalised.
+            images: float [B, C, H, W], normalised.
 
         Returns:
-            logits, float32 [B, num_classes]: the loss is to be computed in fp32.
+            Logits, float32 [B, num_classes], since the loss must be computed in fp32.
         """
         return self.head(self.features(images)).float()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Float [B, 3, H, W], normalised -> [B, embed_dim], what the head classifies."""
+        """Compute what the head classifies.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+
+        Returns:
+            [B, embed_dim], in the dtype of the weights.
+        """
         x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == "mean" else self.norm(x)[:, 0]
 
     def layer_of(self, name: str) -> int:
-        """Number of the layer that a parameter belongs to, for layer-wise decay (Table 9).
+        """Return the number of a parameter's layer, for layer-wise decay (Table 9).
 
-        0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for the rest.
+        It is 0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for the
+        rest.
         """
         if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
             return 0
@@ -166,14 +176,15 @@ class Classifier(Encoder):
         return len(self.blocks) + 1
 
     def tune_last(self, blocks: float) -> None:
-        """Freeze all but the head and the last so many blocks (partial fine-tuning, Figure 9).
+        """Freeze all but the head and the last blocks (partial fine-tuning, Figure 9).
 
         Args:
-            blocks: 0 trains the head only; 0.5 also the last LayerNorm and the last block's MLP
-                with its norm; from 1 on the last LayerNorm and so many whole blocks.
+            blocks: number of blocks to train. 0 trains the head only; 0.5 also the last LayerNorm
+                and the last block's MLP with its norm; n, from 1 on, the head, the last LayerNorm
+                and the last n blocks.
 
         Raises:
-            UserError: another number, or more blocks than there are.
+            UserError: `blocks` is another number, or larger than the number of blocks.
         """
         depth = len(self.blocks)
         if not (blocks == 0.5 or (blocks == int(blocks) and 0 <= blocks <= depth)):

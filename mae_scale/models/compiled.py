@@ -15,7 +15,7 @@ class GraphDropPath(nn.Module):
     compiled anew until torch gives up and leaves the rest as it is.
 
     Args:
-        rate: of dropped paths, at least 0 and below 1.
+        rate: share of the paths that are dropped, at least 0 and below 1.
     """
 
     rate: torch.Tensor
@@ -26,11 +26,11 @@ class GraphDropPath(nn.Module):
         self.register_buffer("rate", torch.tensor(rate), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Set the rate, which a model that was made on the meta device does not hold."""
+        """Set the rate, whose value is missing in a model that was made on the meta device."""
         self.rate.fill_(self._rate[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, ...] -> the same, whole samples set to 0 in training and the others scaled up."""
+        """Set whole samples of [B, ...] to 0 in training, and scale up the others."""
         if not self.training:
             return x
         shape = (len(x),) + (1,) * (x.ndim - 1)
@@ -45,8 +45,8 @@ def compile_blocks(model: nn.Module) -> None:
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        # Where one block of a model drops paths all of them do, the first at a rate of 0: an
-        # Identity in its place would be another graph.
+        # If one block drops paths, all blocks get the module, the first one with a rate of 0: an
+        # Identity in its place would need another graph.
         if any(isinstance(module, DropPath) for b in blocks for module in b.children()):
             device = next(block.parameters()).device
             for name in ("drop_path1", "drop_path2"):

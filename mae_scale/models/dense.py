@@ -27,14 +27,14 @@ Positions = Literal["fixed", "trained"]
 class RelativeTable(nn.Module):
     """A learned bias of attention for each offset between two tokens and each head.
 
-    As in Swin and BEiT: offsets are rows of the table, (query row - key row + g - 1) * (2 g - 1) +
-    (query column - key column + g - 1). With a class token three rows follow: class to patch, patch
-    to class, class to class.
+    As in Swin and BEiT, an offset is the row (query row - key row + g - 1) * (2 g - 1) +
+    (query column - key column + g - 1) of the table. With a class token three rows follow: class to
+    patch, patch to class, class to class.
 
     Args:
-        grid: g, tokens along a side of the square within which attention looks.
-        heads: of the attention.
-        class_token: whether the first token is none of the grid.
+        grid: g, tokens along a side of the square within which tokens attend to each other.
+        heads: number of attention heads.
+        class_token: whether the first token is a class token, outside of the grid.
     """
 
     def __init__(self, grid: int, heads: int, class_token: bool = False) -> None:
@@ -65,10 +65,10 @@ class DenseAttention(Attention):
     """timm's attention with relative positions of its own or given from outside.
 
     Args:
-        dim, num_heads: width and heads.
-        grid: tokens along a side of the square within which it looks.
+        dim, num_heads: width, and number of attention heads.
+        grid: tokens along a side of the square within which tokens attend to each other.
         relative: "table" and "decomposed" have parameters here; "none" and "shared" do not.
-        class_token: whether the first token is none of the grid.
+        class_token: whether the first token is a class token, outside of the grid.
     """
 
     def __init__(
@@ -85,12 +85,15 @@ class DenseAttention(Attention):
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend.
+        """Apply attention to tokens.
 
         Args:
             x: [B, N, D].
             size: rows and columns of the N tokens, without a class token.
-            bias: added to the logits, [1, heads, N, N]; for "shared" tables.
+            bias: bias added to the logits under "shared", [1, heads, N, N].
+
+        Returns:
+            [B, N, D].
         """
         b, n, _ = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -106,12 +109,12 @@ class DenseAttention(Attention):
 def decomposed_bias(
     q: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Add up a term for the rows and a term for the columns between two tokens.
+    """Return a bias of attention: a term for the rows plus one for the columns between tokens.
 
     Args:
         q: queries that are not scaled, [B, heads, H * W, d].
-        rows, columns: vectors for each offset, [2 g - 1, d]; interpolated where H or W is not g.
-        size: H and W.
+        rows, columns: a vector for each offset, [2 g - 1, d]; interpolated where H or W is not g.
+        size: H and W, the rows and columns of tokens.
 
     Returns:
         [B, heads, H * W, H * W].
@@ -124,7 +127,7 @@ def decomposed_bias(
 
 
 def _of_offsets(vectors: torch.Tensor, length: int) -> torch.Tensor:
-    """Give each query and key its vector: [2 g - 1, d] -> [length, length, d]."""
+    """Pick the vector of each query and key: [2 g - 1, d] -> [length, length, d]."""
     if len(vectors) != 2 * length - 1:
         wanted = F.interpolate(vectors.t().unsqueeze(0), 2 * length - 1, mode="linear")
         vectors = wanted.squeeze(0).t()
@@ -133,17 +136,17 @@ def _of_offsets(vectors: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class DenseBlock(Block):
-    """A transformer block that may attend within windows; paths are dropped for whole images.
+    """A transformer block that may attend within windows; it drops paths for whole images.
 
     Args:
-        dim, num_heads: width and heads.
+        dim, num_heads: width, and number of attention heads.
         window: tokens along a side of a window; 0: all tokens see each other.
         grid: tokens along a side of the image.
-        relative: positions; see `DenseEncoder`.
-        class_token: whether the first token is none of the grid; only without windows.
+        relative: kind of relative positions; see `DenseEncoder`.
+        class_token: whether the first token is a class token; allowed without windows only.
         drop_path: rate of stochastic depth.
-        mlp_ratio: width of the MLP's hidden layer over that of the block.
-        layer_scale: initial factors of both residual branches, one a channel; None: no factors.
+        mlp_ratio: width of the MLP's hidden layer divided by that of the block.
+        layer_scale: initial factor of each channel of both residual branches; None: no factors.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class DenseBlock(Block):
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, size: tuple[int, int], bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run the block on [B, N, D]; `size` is rows and columns of patches, `bias` as above."""
+        """Run the block on [B, N, D]; `size` and `bias` are those of `DenseAttention.forward`."""
         y = self.norm1(x)
         if self.window:
             y, inner = into_windows(y, size, self.window), (self.window, self.window)
@@ -195,7 +198,7 @@ def into_windows(x: torch.Tensor, size: tuple[int, int], window: int) -> torch.T
 
 
 def out_of_windows(x: torch.Tensor, size: tuple[int, int], window: int) -> torch.Tensor:
-    """Undo `into_windows` and take the padding away."""
+    """Undo `into_windows` and remove the padding: the result is [B, H * W, D]."""
     (h, w), d = size, x.shape[-1]
     rows, columns = -(-h // window), -(-w // window)
     x = x.reshape(-1, rows, columns, window, window, d).transpose(2, 3)
@@ -208,10 +211,10 @@ class DenseEncoder(Encoder):
 
     Args:
         img_size, patch_size: sides of the square image and its patches, in pixels.
-        embed_dim, depth, num_heads: of the transformer.
-        drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
-        out_blocks: numbers, from 0, of the blocks after which features are taken.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the transformer.
+        drop_path: rate of stochastic depth in the last block; it rises linearly from 0.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks.
+        out_blocks: numbers (from 0) of the blocks after which features are taken.
         window: tokens along a side of a window; 0: all blocks are global.
         global_blocks: numbers of the blocks that are global where there are windows.
         relative: "none"; "shared": one `RelativeTable` for all windowed blocks and one for all
@@ -219,9 +222,9 @@ class DenseEncoder(Encoder):
             a column term in each block (ViTDet). All begin at zero.
         positions: "fixed": the sine-cosine embedding of the image's own grid, not trained;
             "trained": a parameter.
-        pos_grid: patches along a side for which trained positions are stored, resized in each
-            forward pass as ViTDet does; None: the image's own.
-        class_token: whether the class token goes through the blocks; it is in no feature.
+        pos_grid: patches along a side of the grid for which trained positions are stored; each
+            forward pass resizes them, as ViTDet does. None: the image's own grid.
+        class_token: whether a class token goes through the blocks; the features leave it out.
         layer_scale: initial factors of the residual branches; None: no factors.
 
     Raises:
@@ -330,11 +333,11 @@ class DenseEncoder(Encoder):
         """Return the features after `out_blocks`.
 
         Args:
-            images: float [B, 3, H, W], normalised; sides are multiples of the patch size. Tables of
-                relative positions ask for the square that the encoder is made for.
+            images: float [B, 3, H, W], normalised; sides are multiples of the patch size. With
+                tables of relative positions it must be the square that the encoder is made for.
 
         Returns:
-            [B, D, H / patch_size, W / patch_size] for each.
+            [B, D, H / patch_size, W / patch_size] for each of `out_blocks`.
         """
         size = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
@@ -353,10 +356,10 @@ class DenseEncoder(Encoder):
         return [features[i] for i in self.out_blocks]
 
     def layer_of(self, name: str) -> int:
-        """Number the layer that a parameter of the encoder belongs to, for layer-wise decay.
+        """Return the number of a parameter's layer, for layer-wise decay.
 
-        0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for shared
-        tables of relative positions, which all blocks use.
+        It is 0 for class token, position and patch embedding; k + 1 for block k; depth + 1 for
+        shared tables of relative positions, which all blocks use.
         """
         if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
             return 0

@@ -13,9 +13,10 @@ from mae_scale.models.hugging_face import StateDict
 from mae_scale.models.pos_embed import resize_grid
 
 BACKBONE = "backbone."
-# The encoder of pre-training has these, one for a dense task does not.
+# Keys that the encoder of pre-training has and that of a dense task lacks begin with these.
 _LEFT_OUT = ("decoder_", "mask_token", "pca.", "norm.", "fc_norm.", "head.")
-# An encoder of pre-training lacks these: they begin as `DenseEncoder` makes them.
+# Keys that the encoder of pre-training lacks contain these: they start as `DenseEncoder` makes
+# them.
 _FRESH = ("rel_pos_", ".attn.rel_pos", ".ls1.", ".ls2.")
 
 
@@ -23,13 +24,14 @@ def fit_to_dense_model(state: StateDict, model: nn.Module, *, new_head: bool = F
     """Pick the part of a state dict that goes into a detector or a segmenter.
 
     Args:
-        state: as from `read_weights`, or of a model of ours. One of the same task gives all its
-            weights, any other those of its encoder; pyramid and heads then start fresh.
-        model: has a `DenseEncoder` as `backbone`; may be on the meta device.
-        new_head: take the encoder only, whatever there is.
+        state: state dict of `read_weights`, or of a model of this package. All weights are taken
+            from a model of the same task; otherwise those of the encoder, so that pyramid and
+            heads start fresh.
+        model: model with a `DenseEncoder` as `backbone`; it may be on the meta device.
+        new_head: whether to take the encoder only, even from a model of the same task.
 
     Returns:
-        fp32 tensors by key; what is fresh is not among them.
+        fp32 tensors by key, without those that start fresh.
 
     Raises:
         UserError: keys are missing, unknown or of another shape; the message names them.
@@ -51,7 +53,7 @@ def fit_to_dense(state: StateDict, encoder: DenseEncoder) -> StateDict:
 
     Patches of another size are resampled by the pseudo-inverse of resizing (FlexiViT, timm's).
     Trained position embeddings are resized to the grid for which the encoder stores them; fixed
-    ones are its own. Relative positions and factors of residual branches may be missing.
+    ones are the encoder's own. Relative positions and factors of residual branches may be missing.
 
     Raises:
         UserError: keys are missing, unknown or of another shape; the message names them.
@@ -79,7 +81,7 @@ def fit_to_dense(state: StateDict, encoder: DenseEncoder) -> StateDict:
 
 
 def _positions(table: torch.Tensor, encoder: DenseEncoder) -> torch.Tensor:
-    """Bring a position embedding into the form in which the encoder stores it."""
+    """Return a position embedding in the form in which the encoder stores it."""
     rows = table.shape[1] if table.ndim == 3 else 0
     has_class = round(rows**0.5) ** 2 != rows
     patches = table[:, int(has_class) :]

@@ -1,4 +1,4 @@
-"""What weights of others, and exports of ours, say of themselves: architecture, crop, classes."""
+"""Facts that lie beside weights and exports: their architecture, crop and classes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _HUGGING_FACE = {
 
 @dataclass(frozen=True)
 class Description:
-    """Facts about weights that their tensors do not show; what is not said is None or empty."""
+    """Facts about weights that their tensors do not show; an unknown fact is None or empty."""
 
     name: str | None = None
-    """One of `mae.MODELS`."""
+    """Name of one of `mae.MODELS`."""
     sizes: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of `build_mae`; without those of the decoder, of `build_classifier`."""
+    """Keyword arguments of `build_mae`; `encoder_sizes` are those of `build_classifier`."""
     crop_ratio: float | None = None
     """Share of the short side that the centre crop of an evaluation covers."""
     classes: list[str] = field(default_factory=list)
@@ -50,13 +50,13 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Read what lies beside weights: the model card of an export, or config.json.
+    """Read the facts that lie beside weights: in the model card of an export, or in config.json.
 
     Args:
         path: file or folder of weights.
 
     Raises:
-        UserError: config.json or preprocessor_config.json is there, but holds no record.
+        UserError: config.json or preprocessor_config.json exists, but holds no record.
     """
     path = Path(path)
     card = path / CARD if path.is_dir() else path.with_suffix(".md")
@@ -79,12 +79,12 @@ def describe(path: str | Path) -> Description:
 
 
 def facts_of(name: str, model: Any, crop_ratio: float | None) -> dict[str, Any]:
-    """Collect what `describe` is to find in the card of an export.
+    """Collect the facts for the card of an export, from which `describe` reads them.
 
     Args:
-        name: the architecture's.
-        model: what is exported; it may be on the meta device.
-        crop_ratio: of its evaluation; None: it is not evaluated.
+        name: name of the architecture.
+        model: model to export; it may be on the meta device.
+        crop_ratio: share of the short side that evaluation crops; None: there is no evaluation.
     """
     encoder = getattr(model, "backbone", model)
     facts: dict[str, Any] = {"architecture": name, "num_heads": encoder.blocks[0].attn.num_heads}
@@ -119,10 +119,10 @@ def _of_hugging_face(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     labels = config.get("id2label")
     labels = labels if isinstance(labels, dict) else {}
     names = [labels.get(str(number)) for number in range(len(labels))]
-    if names == [f"LABEL_{number}" for number in range(len(names))]:  # transformers' own
+    if names == [f"LABEL_{number}" for number in range(len(names))]:  # the defaults of transformers
         names = []
     return Description(
-        like[0] if like else "mae_vit_base_patch16",  # the sizes say the rest
+        like[0] if like else "mae_vit_base_patch16",  # `sizes` replaces the rest
         sizes,
         _ratio_of_processor(processor),
         _names(names),
@@ -168,7 +168,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML between the first lines of a card; nothing where there is none."""
+    """Read the YAML at the head of a card, between lines of dashes; empty where there is none."""
     try:
         found = re.match(
             r"---\n(.*?)\n---\n", read_file(card, _MOST_CARD).decode(errors="replace"), re.DOTALL

@@ -32,8 +32,8 @@ def build_detector(name: str, num_classes: int, **overrides: Any) -> Detector:
     """Build the detector on the encoder of one of `mae.MODELS`, with fresh weights.
 
     Args:
-        name: the masked autoencoder's; its sizes are defaults, but patches have 16 pixels.
-        num_classes: categories of objects.
+        name: name of the masked autoencoder; its sizes are defaults, but patches have 16 pixels.
+        num_classes: number of categories of objects.
         overrides: keyword arguments of `Detector` that replace the model's own.
 
     Raises:
@@ -46,26 +46,26 @@ def build_detector(name: str, num_classes: int, **overrides: Any) -> Detector:
 class Detector(nn.Module):
     """Encoder, feature pyramid, proposals, and heads for classes, boxes and masks.
 
-    Two published recipes are its two extremes. Li et al. 2021: an FPN on four depths, batch norm,
-    shared tables of relative positions, fixed absolute ones. ViTDet: a simple pyramid on the last
-    features, layer norm, decomposed relative positions, trained absolute ones.
+    Two published recipes are its two extremes. Li et al. 2021 have an FPN on four depths, batch
+    norm, shared tables of relative positions, fixed absolute ones. ViTDet has a simple pyramid on
+    the last features, layer norm, decomposed relative positions, trained absolute ones.
 
     Args:
-        num_classes: categories of objects.
+        num_classes: number of categories of objects.
         img_size, patch_size: sides of the square image and its patches, in pixels.
-        embed_dim, depth, num_heads: of the encoder.
-        drop_path: stochastic depth's rate in the last block.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
+        drop_path: rate of stochastic depth in the last block.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks.
         pyramid: "fpn" takes features after the last block of each quarter, "simple" the last ones.
-        norm: of box and mask head: "batch" over all processes, or "layer" over channels.
+        norm: norm in box and mask head: "batch" over all processes, or "layer" over channels.
         relative, positions, pos_grid, window: see `DenseEncoder`.
         global_blocks: blocks whose attention is global; None: the last of each quarter.
-        channels: of the pyramid and of the convolutions in the heads.
-        hidden: units of the box head's linear layer.
-        rois: proposals of an image that train the heads.
-        proposals: those left of an image after the first stage.
-        detections: those left of an image at the end.
-        conventions: what to compute as which library does.
+        channels: channels of the pyramid and of the convolutions in the heads.
+        hidden: number of units of the box head's linear layer.
+        rois: number of proposals of each image that train the heads.
+        proposals: number of proposals kept for each image after the first stage.
+        detections: largest number of detections returned for each image.
+        conventions: choices between Detectron2's and torchvision's way of computing.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -169,9 +169,10 @@ class Detector(nn.Module):
         self.backbone.set_activation_checkpointing(every, offload)
 
     def layer_of(self, name: str) -> int:
-        """Number the layer that a parameter belongs to, for layer-wise decay.
+        """Return the number of a parameter's layer, for layer-wise decay.
 
-        0 for position and patch embedding; k + 1 for block k; depth + 1 for pyramid and heads.
+        It is 0 for position and patch embedding; k + 1 for block k; depth + 1 for pyramid and
+        heads.
         """
         if name.startswith("backbone."):
             return self.backbone.layer_of(name.removeprefix("backbone."))
@@ -184,14 +185,15 @@ class Detector(nn.Module):
 
         Args:
             images: float32 [B, 3, S, S], normalised, padded at the right and at the bottom.
-            sizes: int64 [B, 2], height and width of each without its padding.
-            targets: in training, of each image "boxes" float32 [N, 4] in pixels, x0, y0, x1, y1;
-                "classes" int64 [N] from 0; "masks" bool [N, S, S].
+            sizes: int64 [B, 2], height and width of each image without its padding.
+            targets: a dict for each image, in training: "boxes" float32 [N, 4] in pixels, x0, y0,
+                x1, y1; "classes" int64 [N] from 0; "masks" bool [N, S, S].
 
         Returns:
-            In training the five losses by name, float32 scalars. Else of each image, by falling
-            score: "boxes" float32 [N, 4] in pixels of the input, "classes" int64 [N], "scores"
-            float32 [N], "masks" float32 [N, 28, 28], which `paste_masks` puts into an image.
+            In training, the five losses by name, float32 scalars. Otherwise a dict for each image,
+            sorted by falling score: "boxes" float32 [N, 4] in pixels of the input, "classes" int64
+            [N], "scores" float32 [N], "masks" float32 [N, 28, 28], which `paste_masks` puts into
+            an image.
         """
         maps = self.pyramid(self.backbone(images))
         shapes = [(int(h), int(w)) for h, w in sizes.tolist()]

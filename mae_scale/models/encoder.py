@@ -20,7 +20,7 @@ from mae_scale.errors import UserError
 from mae_scale.models.compiled import GraphDropPath
 from mae_scale.models.pos_embed import sincos_pos_embed
 
-Pool = Literal["mean", "token"]  # what describes an image: the mean of its patches, or a token
+Pool = Literal["mean", "token"]  # features of an image: mean over patches, or class token
 
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
@@ -29,30 +29,30 @@ transformer_block = partial(Block, qkv_bias=True, norm_layer=layer_norm)
 class PatchProjection(nn.Conv2d):
     """The projection of patches: a convolution of images, or a linear map of chosen patches.
 
-    Both give the same numbers but for rounding, since the stride is the kernel's size.
+    Both compute the same numbers but for rounding, since the stride is the kernel's size.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] -> [B, D, H / p, W / p]; patches [B, K, C, p, p] -> [B, K, D]."""
+        """Project [B, C, H, W] to [B, D, H/p, W/p], or patches [B, K, C, p, p] to [B, K, D]."""
         if x.ndim == 4:
             return super().forward(x)
         return F.linear(x.flatten(2), self.weight.flatten(1), self.bias)
 
 
 class Encoder(nn.Module):
-    """Patch and position embeddings, class token and blocks; what follows is the subclass's.
+    """Patch and position embeddings, class token and blocks; a subclass adds what follows.
 
     State-dict keys are those of the published weights.
 
     Args:
         img_size: side of the square image in pixels, or its height and width.
         patch_size: side of a patch, in pixels.
-        embed_dim, depth, num_heads: of the transformer.
-        drop_path: stochastic depth's rate in the last block; it rises linearly from 0.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
-        make_block: makes a block from its number and its rate of stochastic depth; None: timm's
-            block as pre-training has it.
-        in_chans: channels of the image.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the transformer.
+        drop_path: rate of stochastic depth in the last block; it rises linearly from 0.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks.
+        make_block: function that makes a block from its number and its rate of stochastic depth;
+            None: timm's block, as in pre-training.
+        in_chans: number of channels of an image.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -97,32 +97,32 @@ class Encoder(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        """Channels of an image."""
+        """Number of channels of an image."""
         return self.patch_embed.proj.in_channels
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Numbers of rows and columns of patches."""
         return self.patch_embed.grid_size
 
     @property
     def num_patches(self) -> int:
-        """L, patches per image."""
+        """Number of patches per image, L."""
         return self.patch_embed.num_patches
 
     @property
     def encoder_tokens(self) -> int:
-        """Tokens of an image that the blocks see, class token included."""
+        """Number of tokens of an image that the blocks see, class token included."""
         return 1 + self.num_patches
 
     def initialize_weights(self) -> None:
-        """Set every parameter as the authors do; also fills a model made on the meta device."""
+        """Set every parameter as the authors do, also in a model made on the meta device."""
         for module in self.modules():
             self.initialize_module(module)
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if module is self:
             self.pos_embed.copy_(sincos_pos_embed(self.pos_embed.shape[-1], self.grid))
             nn.init.normal_(self.cls_token, std=0.02)
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         elif isinstance(module, nn.LayerNorm | GraphDropPath):
             module.reset_parameters()
         elif module is self.patch_embed.proj:
-            # The projection of patches is a Linear in disguise, but keeps the convolution's bias.
+            # The projection of patches acts as a Linear, but its bias starts as a convolution's.
             module.reset_parameters()
             nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
 
@@ -143,11 +143,11 @@ class Encoder(nn.Module):
 
         Args:
             every: "none", "full" (each block), or k for every k-th block of encoder and decoder.
-            offload: keep what is left of a recomputed block, its input, in host memory until the
-                backward pass.
+            offload: keep the input of each recomputed block in host memory until the backward
+                pass.
 
         Raises:
-            UserError: anything else, or `offload` without recomputed blocks.
+            UserError: `every` is anything else, or `offload` is set without recomputed blocks.
         """
         blocks = {"none": 0, "full": 1}.get(every) if isinstance(every, str) else every
         if blocks is None or (blocks < 1 and every != "none"):
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
         self._checkpoint_every, self._offload = blocks, offload
 
     def recomputes(self, number: int) -> bool:
-        """Whether the block of this number, in encoder or decoder, is computed again."""
+        """Return whether the block of this number, in encoder or decoder, is computed again."""
         return self._checkpoint_every > 0 and number % self._checkpoint_every == 0
 
     @property
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return self._offload
 
     def embed_chosen_patches(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Embed some patches as `embed_patches` does; nothing is computed of the others.
+        """Embed some patches as `embed_patches` does, without computing the others.
 
         Args:
             images: float [B, C, H, W], normalised.
@@ -189,12 +189,19 @@ class Encoder(nn.Module):
         return projection(chosen.to(projection.weight.dtype)) + self.pos_embed[0, 1:][ids]
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Float [B, C, H, W], normalised -> [B, L, D] in the weights' dtype, with positions."""
+        """Embed all patches, with their positions.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+
+        Returns:
+            [B, L, D] in the dtype of the weights.
+        """
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         return x + self.pos_embed[:, 1:]
 
     def prepend_cls_token(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, K, D] -> [B, 1 + K, D]."""
+        """Put the class token before the patches: [B, K, D] -> [B, 1 + K, D]."""
         cls_token = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
 
@@ -208,20 +215,20 @@ class Encoder(nn.Module):
         """Apply the block of this number, recomputing it in the backward pass if that is due."""
         if not self.recomputes(number):
             return block(*inputs)
-        # The hooks of the outer context get the block's input only: within, those of checkpoint
-        # count. Pinned memory lets the device copy without the host waiting.
+        # The hooks of the outer context get the block's input only, because those of checkpoint
+        # apply inside. With pinned memory the host need not wait for the device's copy.
         with save_on_cpu(pin_memory=inputs[0].is_cuda) if self._offload else nullcontext():
-            # Without drop path nothing in a block is random: no generator to put back.
+            # Without drop path nothing in a block is random, so no generator must be put back.
             return checkpoint(
                 block, *inputs, use_reentrant=False, preserve_rng_state=self._is_random
             )
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Rate of each block's stochastic depth: linear from 0 to `last` (paper Table 9).
+    """Return each block's rate of stochastic depth: linear from 0 to `last` (paper Table 9).
 
     Raises:
-        UserError: it is no probability below 1.
+        UserError: `last` is no probability below 1.
     """
     if not 0 <= last < 1:
         raise UserError(f"drop_path {last} must lie in 0 to 1, 1 excluded")

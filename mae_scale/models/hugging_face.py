@@ -32,7 +32,7 @@ STACKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_laye
 IN_BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
-    "attn.query": "attention.attention.query",  # three of what the authors have in one
+    "attn.query": "attention.attention.query",  # three tensors that the authors store as one
     "attn.key": "attention.attention.key",
     "attn.value": "attention.attention.value",
     "attn.proj": "attention.output.dense",
@@ -62,9 +62,9 @@ def _renamed(
 
 
 def from_hugging_face(state: StateDict) -> StateDict:
-    """Weights of a ViT or ViTMAE, decoder and head included, under the authors' keys.
+    """Return the weights of a ViT or ViTMAE, decoder and head included, under the authors' keys.
 
-    Keys that they do not have stay as they are.
+    Keys that the authors do not have are not renamed.
     """
     renamed: StateDict = {}
     for key, value in state.items():
@@ -78,10 +78,10 @@ def from_hugging_face(state: StateDict) -> StateDict:
 
 
 def to_hugging_face(state: StateDict) -> StateDict:
-    """Weights under Hugging Face's keys; queries, keys and values are views of one tensor.
+    """Return weights under Hugging Face's keys; queries, keys and values are views of one tensor.
 
     Raises:
-        UserError: some have no place there.
+        UserError: some weights have no key there.
     """
     renamed: StateDict = {}
     for key, value in state.items():
@@ -98,11 +98,11 @@ def to_hugging_face(state: StateDict) -> StateDict:
 
 
 def mae_config(model: MaskedAutoencoderViT) -> dict[str, Any]:
-    """The config.json of a ViTMAEForPreTraining.
+    """Return the config.json of a ViTMAEForPreTraining.
 
     Raises:
-        UserError: it predicts something else than the pixels of its patches, or its mask tokens
-            are not the decoder's.
+        UserError: the model predicts something else than the pixels of its patches, or its mask
+            tokens go into the encoder.
     """
     outputs, pixels = model.decoder_pred.out_features, model.patch_size**2 * model.in_chans
     if outputs != pixels:
@@ -133,10 +133,10 @@ def mae_config(model: MaskedAutoencoderViT) -> dict[str, Any]:
 
 
 def classifier_config(model: Classifier, classes: list[str]) -> dict[str, Any]:
-    """The config.json of a ViTForImageClassification.
+    """Return the config.json of a ViTForImageClassification.
 
     Raises:
-        UserError: it does not classify the class token.
+        UserError: the model does not classify the class token.
     """
     if model.pool != "token":
         raise UserError(

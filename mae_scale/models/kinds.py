@@ -16,12 +16,12 @@ Kind = Literal[
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
-    """The kind of each parameter by its name.
+    """Return the kind of each parameter by its name.
 
-    "layer_norm": both parameters of a LayerNorm over tokens. "channel_norm": those of a norm of
-    feature maps, be it over channels, groups or a batch. "position": absolute position embeddings.
-    "relative": tables and vectors of relative positions. "scale": LayerScale. "bias": all other
-    biases. "weight": what is left.
+    "layer_norm": both parameters of a LayerNorm over tokens. "channel_norm": both parameters of a
+    norm of feature maps, over channels, groups or a batch. "position": absolute position
+    embeddings. "relative": tables and vectors of relative positions. "scale": LayerScale. "bias":
+    all other biases. "weight": all other parameters.
     """
     kinds: dict[str, Kind] = {}
     for prefix, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Masked autoencoder with a Vision Transformer backbone (paper section 3), of timm's blocks."""
+"""Masked autoencoder with a Vision Transformer backbone (paper section 3), on timm's blocks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from mae_scale.models.masking import (
 from mae_scale.models.pos_embed import sincos_pos_embed
 from mae_scale.models.targets import TARGETS, Target, patchify, unpatchify
 
-# Base, large and huge: the authors' models, their decoder being 512 wide and 8 blocks deep (paper
-# Table 1). The small two are ours, for tests, CIFAR and the demo: DeiT's widths, a decoder of the
-# same proportion to the encoder (2/3 of its width) but only 4 blocks, because on so small an
-# encoder the decoder, which sees all patches, would be most of the cost.
+# Base, large and huge are the authors' models; their decoder is 512 wide and 8 blocks deep (paper
+# Table 1). The two small ones are made for tests, CIFAR and the demo: they have DeiT's widths, and
+# a decoder of the same proportion to the encoder (2/3 of its width) but only 4 blocks. With an
+# encoder so small, a deeper decoder, which sees all patches, would be most of the cost.
 MODELS: dict[str, dict[str, int]] = {
     "mae_vit_tiny_patch16": {
         "embed_dim": 192,
@@ -58,20 +58,20 @@ def build_mae(name: str, **overrides: Any) -> MaskedAutoencoderViT:
     """Build a masked autoencoder with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: one of `MODELS`; the name's patch size is a default like the others.
+        name: one of `MODELS`; all its sizes, patches included, are defaults.
         overrides: keyword arguments of `MaskedAutoencoderViT` that replace the model's own.
 
     Raises:
-        UserError: unknown name, or sizes or a mask ratio that do not fit each other.
+        UserError: the name is unknown, or sizes or a mask ratio do not fit each other.
     """
     return MaskedAutoencoderViT(**{**architecture(name), **overrides})
 
 
 def architecture(name: str) -> dict[str, int]:
-    """The keyword arguments of one of `MODELS`.
+    """Return the keyword arguments of one of `MODELS`.
 
     Raises:
-        UserError: unknown name.
+        UserError: the name is unknown.
     """
     if name not in MODELS:
         hint = did_you_mean(name, MODELS)
@@ -82,28 +82,28 @@ def architecture(name: str) -> dict[str, int]:
 class MaskedAutoencoderViT(Encoder):
     """Asymmetric autoencoder: the encoder sees the visible patches, a small decoder all of them.
 
-    State-dict keys are those of the published weights; `pca.*` joins where that is the target.
-    `pos_embed` and `decoder_pos_embed` are parameters that are not trained. The arguments beyond
-    the decoder's are the switches of the paper's Table 1 and Figure 5.
+    State-dict keys are those of the published weights; under the target "pca" `pca.*` is added.
+    `pos_embed` and `decoder_pos_embed` are parameters that are not trained. The arguments
+    from `mask_ratio` on are the switches of the paper's Table 1 and Figure 5.
 
     Args:
         img_size: side of the square image in pixels, or its height and width.
         patch_size: side of a patch, in pixels.
-        in_chans: channels of an image.
-        embed_dim, depth, num_heads: of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks, in both.
-        mask_ratio: share of patches removed; `int(L * (1 - mask_ratio))` stay.
-        mask_sampling: how the patches to remove are chosen by `noise`: "random", "block", "grid".
-        mask_tokens_in_encoder: the encoder sees all patches, a mask token in the place of each
-            removed one, and the decoder gets what the encoder makes of them (Table 1c).
+        in_chans: number of channels of an image.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks, in both.
+        mask_ratio: share of patches that is removed; `int(L * (1 - mask_ratio))` stay.
+        mask_sampling: how `noise` chooses the patches to remove: "random", "block" or "grid".
+        mask_tokens_in_encoder: whether the encoder sees all patches, with a mask token in the place
+            of each removed one, and the decoder gets all its outputs (Table 1c).
         target: "pixels"; "pca", the largest PCA coefficients of a patch's pixels; or "tokens", ids
             that a tokenizer gives to the patches (Table 1d).
-        norm_pix_loss: predict pixels normalised within their patch (paper section 3).
-        pca_components: coefficients under "pca".
-        vocabulary_size: different ids under "tokens".
-        fewer_passes: gather the pixels of visible patches before they are projected, and normalise
-            the target in one pass. The numbers are the same but for rounding.
+        norm_pix_loss: whether to predict pixels normalised within their patch (paper section 3).
+        pca_components: number of coefficients under "pca".
+        vocabulary_size: number of different ids under "tokens".
+        fewer_passes: whether to gather the pixels of visible patches before they are projected, and
+            to normalise the target in one pass. The numbers are the same but for rounding.
 
     Raises:
         UserError: sizes, a mask ratio or switches that do not fit each other.
@@ -153,7 +153,7 @@ class MaskedAutoencoderViT(Encoder):
         self.mask_tokens_in_encoder = mask_tokens_in_encoder
         self.projects_visible_only = fewer_passes and not mask_tokens_in_encoder
         if self.projects_visible_only:
-            self.patch_embed.proj.__class__ = PatchProjection  # whose weights are drawn already
+            self.patch_embed.proj.__class__ = PatchProjection  # its weights are drawn already
         self._target, self.norm_pix_loss = target, norm_pix_loss
         tokens = 1 + self.num_patches
         self.pos_embed.requires_grad_(False)
@@ -178,25 +178,25 @@ class MaskedAutoencoderViT(Encoder):
             fewer_passes=fewer_passes,
         )
         self.decoder_pred = nn.Linear(width, predicted.width)
-        self.add_module(target, predicted)  # its keys begin with its name, as `pca.mean`
+        self.add_module(target, predicted)  # its keys begin with its name, such as `pca.mean`
 
         self.initialize_weights()
 
     @property
     def target(self) -> Target:
-        """The target that the decoder predicts."""
+        """Target that the decoder predicts."""
         return getattr(self, self._target)
 
     @property
     def encoder_tokens(self) -> int:
-        """Tokens that the blocks see at the model's own mask ratio, class token included."""
+        """Number of tokens that the blocks see at the model's mask ratio, class token included."""
         if self.mask_tokens_in_encoder:
             return 1 + self.num_patches
         return 1 + num_kept(self.num_patches, self.mask_ratio)
 
     @torch.no_grad()
     def initialize_module(self, module: nn.Module) -> None:
-        """Set the parameters of one of `self.modules()`, those of the modules in it not."""
+        """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         super().initialize_module(module)
         if module is self:
             width = self.decoder_pos_embed.shape[-1]
@@ -208,15 +208,15 @@ class MaskedAutoencoderViT(Encoder):
     def noise(
         self, seed: int, epoch: torch.Tensor, sample: torch.Tensor, mask_ratio: float | None = None
     ) -> torch.Tensor:
-        """The noise that `forward` takes, for images with these keys: see `masking.mask_noise`."""
+        """Return the noise that `forward` takes for images with these keys; see `mask_noise`."""
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         patches = self.num_patches
         return mask_noise(seed, epoch, sample, patches, self.mask_sampling, ratio, self.grid)
 
     def random_noise(self, images: torch.Tensor, mask_ratio: float | None = None) -> torch.Tensor:
-        """Noise for some images with a seed from torch's global generator, so new in each call."""
+        """Draw new noise for images, with a seed from torch's global generator."""
         sample = torch.arange(len(images), device=images.device)
-        seed = int(torch.randint(2**62, ()))  # on the CPU, which waits for no GPU
+        seed = int(torch.randint(2**62, ()))  # on the CPU, to wait for no GPU
         return self.noise(seed, torch.zeros_like(sample), sample, mask_ratio)
 
     def forward(
@@ -234,15 +234,15 @@ class MaskedAutoencoderViT(Encoder):
         Args:
             images: float [B, C, H, W], normalised; cast to the weights' dtype for the encoder
                 only, so pass float32 whatever that dtype is.
-            noise: float32 [B, L], as from `noise`; of each image the patches with the smallest
-                values stay. None: drawn by torch's global generator.
-            mask_ratio: for this call, instead of the model's own.
-            token_ids: int64 [B, L], the tokenizer's, where these are the target.
+            noise: float32 [B, L], as `noise` returns it; in each image the patches with the
+                smallest values stay. None: noise drawn by torch's global generator.
+            mask_ratio: mask ratio of this call, instead of the model's own.
+            token_ids: int64 [B, L], ids from the tokenizer, for the target "tokens".
             pool: as for `features`.
 
         Returns:
             loss: float32 scalar.
-            pred: [B, L, d] in the target's form, for kept patches too: p*p*C pixel values
+            pred: [B, L, d], predictions of all patches, the kept ones too: p*p*C pixel values
                 (normalised by patch under `norm_pix_loss`), PCA coefficients, or logits of ids.
             mask: float32 [B, L], 0 kept, 1 removed.
         """
@@ -264,11 +264,11 @@ class MaskedAutoencoderViT(Encoder):
         return self.loss(images, pred, mask, token_ids), pred, mask
 
     def features(self, images: torch.Tensor, pool: Pool) -> torch.Tensor:
-        """Describe whole images, of which nothing is masked, by the encoder's last LayerNorm.
+        """Describe whole images, without masking, by the output of the encoder's last LayerNorm.
 
         Args:
             images: float [B, C, H, W], normalised.
-            pool: "token", what it gives for the class token, or "mean", its mean over the patches.
+            pool: "token", the output for the class token, or "mean", the mean over the patches.
 
         Returns:
             float32 [B, embed_dim].
@@ -284,7 +284,7 @@ class MaskedAutoencoderViT(Encoder):
         mask: torch.Tensor,
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss over the removed patches, float32 scalar; arguments and results as in `forward`."""
+        """Return the loss over the removed patches, a float32 scalar; see `forward`."""
         patches = patchify(images.float(), self.patch_size)
         return self.target.loss(pred, patches, mask, token_ids)
 
@@ -293,7 +293,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             images: float [B, C, H, W], normalised.
-            ids_keep: int64 [B, K].
+            ids_keep: int64 [B, K], numbers of the visible patches.
 
         Returns:
             [B, 1 + K, embed_dim].
@@ -308,7 +308,7 @@ class MaskedAutoencoderViT(Encoder):
     def forward_encoder_with_mask_tokens(
         self, images: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Encode the class token and all patches, the removed ones replaced (Table 1c).
+        """Encode the class token and all patches, with mask tokens for the removed ones (Table 1c).
 
         Args:
             images: float [B, C, H, W], normalised.
@@ -325,8 +325,8 @@ class MaskedAutoencoderViT(Encoder):
         """Predict all patches from the visible ones.
 
         Args:
-            latent: [B, 1 + K, embed_dim], from `forward_encoder`.
-            ids_restore: int64 [B, L].
+            latent: [B, 1 + K, embed_dim], as `forward_encoder` returns it.
+            ids_restore: int64 [B, L], as `random_masking` returns it.
 
         Returns:
             [B, L, d], see `forward`.
@@ -339,7 +339,7 @@ class MaskedAutoencoderViT(Encoder):
         return self.decode(torch.cat([cls_token, patches], dim=1))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Class token and all patches, without positions, [B, 1 + L, width] -> [B, L, d]."""
+        """Decode class token and patches, still without positions: [B, 1 + L, D] -> [B, L, d]."""
         x = self.run_blocks(self.decoder_blocks, tokens + self.decoder_pos_embed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
@@ -350,10 +350,10 @@ class MaskedAutoencoderViT(Encoder):
         noise: torch.Tensor | None = None,
         mask_ratio: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prediction as an image; arguments as for `forward`.
+        """Return the prediction as an image; arguments as for `forward`.
 
         Under `norm_pix_loss` each predicted patch gets the true patch's mean and deviation, as in
-        the authors' figures. Of PCA coefficients the image is the sum of the components.
+        the authors' figures. From PCA coefficients the image is summed up of the components.
 
         Returns:
             reconstruction: float32 [B, C, H, W], normalised like `images`, all patches predicted.

@@ -14,10 +14,10 @@ from mae_scale.randomness import Purpose, below_torch, uniform_torch
 
 Sampling = Literal["random", "block", "grid"]
 
-_BLOCKS = 32  # drawn for an image; what they leave uncovered is removed at random
-_SMALLEST_BLOCK = 16 / 196  # of the patches, as in BEiT
-_NARROWEST = 0.3  # a block's smallest height over width, and the inverse of its largest
-_ASPECTS = 64  # between these
+_BLOCKS = 32  # number of blocks of an image; patches that they miss are removed at random
+_SMALLEST_BLOCK = 16 / 196  # smallest share of the patches in a block, as in BEiT
+_NARROWEST = 0.3  # smallest height divided by width of a block; the largest is its inverse
+_ASPECTS = 64  # number of aspect ratios between the two
 
 
 def mask_noise(
@@ -29,22 +29,22 @@ def mask_noise(
     mask_ratio: float = 0.75,
     grid: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Noise by which the patches of each sample are removed: those with the largest values.
+    """Return the noise that chooses the patches to remove: those with the largest values.
 
-    A pure function of (seed, epoch, sample, patch): the same for a sample on any device, in any
-    batch, at any world size.
+    The noise is a pure function of (seed, epoch, sample, patch): it is the same for a sample on any
+    device, in any batch, at any world size.
 
-    - "random": uniform in [0, 1).
+    - "random" is uniform in [0, 1).
     - "block" removes rectangles, one after the other, as BEiT does (arXiv 2106.08254, algorithm
-      1), at random within the last one. The first of 32 blocks has the largest noise; of each, the
-      area is uniform from 16/196 of the patches to all that are to be removed, height over width
-      log-uniform from 0.3 to 1/0.3, and the place uniform.
+      1), at random within the last one. The first of 32 blocks has the largest noise. The area of a
+      block is uniform from 16/196 of the patches to all that are to be removed, its height divided
+      by width log-uniform from 0.3 to 1/0.3, and its place uniform.
     - "grid" keeps the first of every two by two patches.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         epoch, sample: int64 [B], on the device where the noise is wanted; sample is the global id.
-        num_patches: L, patches per image.
+        num_patches: number of patches per image, L.
         sampling: see above (paper Figure 6).
         mask_ratio: share of the patches that will be removed; "block" makes no larger blocks.
         grid: rows and columns of patches; None: they are a square.
@@ -53,7 +53,7 @@ def mask_noise(
         float32 [B, L].
 
     Raises:
-        UserError: as `check_sampling`.
+        UserError: see `check_sampling`.
     """
     check_sampling(sampling, num_patches, mask_ratio, grid)
     patch = torch.arange(num_patches, device=sample.device)
@@ -80,7 +80,7 @@ def mask_noise(
 
 @lru_cache  # a copy to a GPU waits for the work that is queued there
 def _block_sizes(rows: int, columns: int, removed: int, device: torch.device) -> torch.Tensor:
-    """Height and width of blocks of every area and many aspects: int64 [areas * aspects, 2]."""
+    """List heights and widths of blocks of every area, int64 [areas * aspects, 2]."""
     smallest = min(removed, math.ceil(_SMALLEST_BLOCK * rows * columns))
     area = np.arange(smallest, removed + 1)[:, None]
     aspect = np.geomspace(_NARROWEST, 1 / _NARROWEST, _ASPECTS)
@@ -92,7 +92,7 @@ def _block_sizes(rows: int, columns: int, removed: int, device: torch.device) ->
 def check_sampling(
     sampling: str, num_patches: int, mask_ratio: float, grid: tuple[int, int] | None = None
 ) -> None:
-    """Raise a UserError where a way of sampling does not go with the patches and the ratio."""
+    """Raise a UserError where a kind of sampling does not fit the patches and the ratio."""
     if sampling not in ("random", "block", "grid"):
         raise UserError(f"mask_sampling {sampling!r} must be random, block or grid")
     kept = num_kept(num_patches, mask_ratio)
@@ -135,7 +135,7 @@ def random_masking(
     The sort is stable, so equal noise cannot make devices differ.
 
     Args:
-        noise: [B, L].
+        noise: [B, L], as from `mask_noise`.
         mask_ratio: share of patches to remove.
 
     Returns:
@@ -144,7 +144,7 @@ def random_masking(
         ids_restore: int64 [B, L], the place of each patch in that order (the rest follow the kept).
 
     Raises:
-        UserError: as `num_kept`.
+        UserError: see `num_kept`.
     """
     kept = num_kept(noise.shape[1], mask_ratio)
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)

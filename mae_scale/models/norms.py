@@ -14,7 +14,7 @@ Norm = Literal["batch", "layer"]
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient."""
+    """Sum a tensor over all processes, forwards and backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -30,14 +30,15 @@ class _Sum(torch.autograd.Function):
 
 
 class CountedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over all processes, each weighted by the number of its values.
+    """BatchNorm over all processes; each counts by the number of its values.
 
     A process may have no values at all, as a mask head has on images without objects. PyTorch's own
-    SyncBatchNorm refuses tensors on CPUs, and such a process. With one process it is BatchNorm2d.
+    SyncBatchNorm refuses such a process, and tensors on CPUs. With one process the result is that
+    of BatchNorm2d.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise [B, C, H, W]; in training all processes call together."""
+        """Normalise [B, C, H, W]; in training all processes must call it together."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         values = x.float()

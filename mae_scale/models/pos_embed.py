@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def _sincos_1d(width: int, positions: np.ndarray) -> np.ndarray:
-    """[N] positions -> [N, width]: sin of all frequencies, then cos of all."""
+    """Encode positions [N] as [N, width]: the sines of all frequencies, then the cosines."""
     frequencies = 1 / 10000 ** (np.arange(width // 2) / (width // 2))
     angles = np.outer(positions, frequencies)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -22,10 +22,10 @@ def _rows_and_columns(grid: Grid) -> tuple[int, int]:
 
 
 def sincos_pos_embed(width: int, grid_size: Grid) -> torch.Tensor:
-    """Position embedding of the class token (zeros) and a grid of patches, row by row.
+    """Return the position embedding of the class token (zeros) and a grid of patches, by rows.
 
     The first half of the channels encodes the column, the second half the row; each half is
-    sin ‖ cos with frequencies 1/10000^(k/(width/4)). Computed in float64.
+    sin ‖ cos with frequencies 1/10000^(k/(width/4)). It is computed in float64.
 
     Args:
         width: D, divisible by 4.
@@ -46,13 +46,14 @@ def interpolate_pos_embed(
 ) -> torch.Tensor:
     """Resample a position embedding to another grid, as the authors' fine-tuning does.
 
-    Bicubic, `align_corners=False`, without antialiasing (timm's `resample_abs_pos_embed`
-    antialiases); the class token's row is untouched. The same grid is returned as it is.
+    Resampling is bicubic with `align_corners=False`, without antialiasing (timm's
+    `resample_abs_pos_embed` antialiases). The class token's row is untouched. For the same grid the
+    result is the argument itself.
 
     Args:
         pos_embed: [1, 1 + L, D].
         grid_size: patches along a side of the new grid, or its rows and columns.
-        old: rows and columns of the grid that it is of; None: a square.
+        old: rows and columns of the grid of `pos_embed`; None: a square.
 
     Returns:
         [1, 1 + rows * columns, D], of the same dtype.
@@ -64,12 +65,12 @@ def interpolate_pos_embed(
 def resize_grid(
     patches: torch.Tensor, size: tuple[int, int], old: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Resample the patches of a grid to another grid, bicubic, without antialiasing.
+    """Resample the patches of a grid to another grid, bicubically, without antialiasing.
 
     Args:
         patches: [1, L, D].
         size: rows and columns of the new grid.
-        old: those of the old grid; None: it is a square.
+        old: rows and columns of the old grid; None: a square.
 
     Returns:
         [1, rows * columns, D], of the same dtype; the same tensor where the grid is the same.
@@ -86,19 +87,19 @@ def resize_grid(
 
 def is_sincos(table: torch.Tensor, grid: tuple[int, int]) -> bool:
     """Return whether a position embedding [1, 1 + L, D] is the sine-cosine one of a grid."""
-    # Published ones were computed in other ways, and may have been stored in fewer bits.
+    # Published embeddings were computed in other ways, and may be stored in fewer bits.
     return torch.allclose(table.float(), sincos_pos_embed(table.shape[2], grid), atol=1e-2)
 
 
 def grid_of_table(
     table: torch.Tensor, own: tuple[int, int], known: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Return rows and columns of the grid of a position embedding; None: nobody can say.
+    """Return rows and columns of a position embedding's grid; None where they are unknown.
 
     Args:
         table: [1, 1 + L, D].
-        own: grid of the model that it is to go into.
-        known: grid of the weights that it comes from; None: they do not say it.
+        own: rows and columns of patches of the model that will take the embedding.
+        known: rows and columns that the weights state; None: they state none.
     """
     patches, (rows, columns) = table.shape[1] - 1, own
     if known is not None:
@@ -106,7 +107,7 @@ def grid_of_table(
     side = round(patches**0.5)
     fits = rows * columns == patches
     if side**2 == patches:
-        # A square, unless it is the very table of the model's grid.
+        # The grid is a square, unless the table is exactly that of the model's grid.
         is_own = fits and rows != columns and table.shape[2] % 4 == 0 and is_sincos(table, own)
         return own if is_own else (side, side)
     return own if fits else None

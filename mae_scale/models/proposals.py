@@ -23,22 +23,22 @@ Targets = list[dict[str, torch.Tensor]]
 class Conventions:
     """Switches between Detectron2 and torchvision; the defaults are Detectron2's.
 
-    `TORCHVISION` has the other values, so that a test can hold the code against torchvision.
+    `TORCHVISION` has the other values, so that a test can compare the code with torchvision.
     """
 
     box_beta: float = 0.0
-    """Point at which the smooth L1 loss of boxes turns from a parabola to a line; 0: it is L1."""
+    """Point at which the smooth L1 loss of boxes turns from a parabola to a line; 0: plain L1."""
     fixed_anchor_count: bool = True
-    """Whether the losses of the RPN are divided by the anchors that are to be drawn from each
-    image, even where fewer could be."""
+    """Whether the losses of the RPN are divided by the number of anchors that should be drawn from
+    each image, even where fewer could be drawn."""
     rounded_anchors: bool = False
     """Whether anchors around the origin are rounded to whole pixels."""
     aligned: bool = True
     """Whether RoIAlign takes the centre of a pixel to be half a pixel from its edge."""
     sampling_ratio: int = 0
-    """Points along each side of a bin of RoIAlign; 0: as many as the bin has pixels."""
+    """Number of points along each side of a bin of RoIAlign; 0: as many as the bin has pixels."""
     aligned_masks: bool = True
-    """The same as `aligned` for the targets of masks, which then are 0 or 1 and nothing between."""
+    """Whether the targets of masks are aligned like `aligned`; they are then exactly 0 or 1."""
 
 
 DETECTRON2 = Conventions()
@@ -46,7 +46,7 @@ TORCHVISION = Conventions(1 / 9, False, True, False, 2, False)
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors in fp32 whatever the features are, rounded only if asked for."""
+    """torchvision's anchors in fp32 whatever the dtype of the features, rounded only on request."""
 
     def __init__(self, sizes: Sequence[int], rounded: bool) -> None:
         self._rounded = rounded
@@ -61,7 +61,7 @@ class Anchors(AnchorGenerator):
         return boxes.round() if self._rounded else boxes
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Move them and keep their dtype: in bf16 a coordinate near 1000 is 4 pixels wide."""
+        """Move the anchors, keep their dtype: in bf16 coordinates near 1000 are 4 pixels apart."""
         super().set_cell_anchors(torch.float32, device)
 
 
@@ -69,7 +69,7 @@ class Fp32RPNHead(RPNHead):
     """torchvision's head with outputs in fp32, so that boxes are computed in fp32."""
 
     def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Give each map [B, C, H, W] objectness [B, A, H, W] and offsets [B, 4 A, H, W]."""
+        """Compute objectness [B, A, H, W] and offsets [B, 4 A, H, W] of each map [B, C, H, W]."""
         logits, offsets = super().forward(x)
         return [y.float() for y in logits], [y.float() for y in offsets]
 
@@ -78,12 +78,12 @@ class ProposalNetwork(RegionProposalNetwork):
     """The RPN, with the losses of Detectron2.
 
     Args:
-        channels: of the maps.
-        sizes: of the anchors at each level, in pixels.
-        samples: anchors that each image gives to the losses, at most half of them positive.
-        kept: proposals left after NMS.
-        conventions: what to compute as which library does.
-        convs: of the head.
+        channels: number of channels of the maps.
+        sizes: size of the anchors at each level, in pixels.
+        samples: number of anchors of each image in the losses, at most half of them positive.
+        kept: number of proposals kept after NMS.
+        conventions: choices between Detectron2's and torchvision's way of computing.
+        convs: number of convolutions of the head.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[torch.Tensor],
         regression_targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the losses of objectness and of boxes."""
+        """Compute the losses of objectness and of boxes, float32 scalars."""
         positive, negative = (torch.cat(part) > 0 for part in self.fg_bg_sampler(labels))
         drawn = positive | negative
         beta, fixed = self._conventions.box_beta, self._conventions.fixed_anchor_count
@@ -142,12 +142,12 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 class RoIPool(nn.Module):
-    """RoIAlign from the level of a pyramid that fits a box, which torchvision has not aligned.
+    """RoIAlign from the pyramid level that fits a box; torchvision's own pooling is not aligned.
 
     Args:
-        size: rows and columns of the result.
-        strides: of the levels, in pixels; powers of 2.
-        conventions: what to compute as which library does.
+        size: number of rows, and of columns, of the result.
+        strides: stride of each level, in pixels; powers of 2.
+        conventions: choices between Detectron2's and torchvision's way of computing.
     """
 
     def __init__(self, size: int, strides: Sequence[int], conventions: Conventions) -> None:
@@ -156,11 +156,11 @@ class RoIPool(nn.Module):
         self._level_of = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
     def forward(self, maps: Sequence[torch.Tensor], boxes: list[torch.Tensor]) -> torch.Tensor:
-        """Pool.
+        """Pool the features of boxes.
 
         Args:
-            maps: [B, C, H, W] of each level; more are left out.
-            boxes: float32 [N, 4] of each image, in pixels of the image.
+            maps: [B, C, H, W] for each level; further maps are not used.
+            boxes: float32 [N, 4] for each image, in pixels of the image.
 
         Returns:
             [sum of N, C, size, size], image after image.
@@ -187,7 +187,7 @@ class RoIPool(nn.Module):
 class InstanceHeads(RoIHeads):
     """The heads for classes, boxes and masks of proposals, with the losses of Detectron2.
 
-    The arguments are those of torchvision's `RoIHeads`, and conventions.
+    The arguments are those of torchvision's `RoIHeads`, and `conventions` as for `RoIPool`.
     """
 
     def __init__(self, *args: Any, conventions: Conventions = DETECTRON2, **kwargs: Any) -> None:
@@ -218,18 +218,19 @@ class InstanceHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: Targets | None = None,
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        """Return losses in training, otherwise detections; each process calls every module.
+        """Return losses in training, and detections otherwise; each process calls every module.
 
         Args:
-            features: maps of the pyramid.
-            proposals: float32 [N, 4] of each image.
+            features: maps of the pyramid, [B, C, H, W] each.
+            proposals: float32 [N, 4] for each image, in pixels.
             image_shapes: height and width of each image without its padding.
-            targets: in training, of each image "boxes" float32 [N, 4], "labels" int64 [N] from 1,
-                "masks" bool [N, H, W].
+            targets: a dict for each image, in training: "boxes" float32 [N, 4], "labels" int64 [N]
+                from 1, "masks" bool [N, H, W].
 
         Returns:
-            detections of each image: "boxes", "labels" from 1, "scores", "masks" [N, 1, M, M].
-            losses: "loss_classifier", "loss_box_reg", "loss_mask".
+            detections: a dict for each image: "boxes", "labels" from 1, "scores", "masks"
+                [N, 1, M, M].
+            losses: a dict: "loss_classifier", "loss_box_reg", "loss_mask".
         """
         if self.training:
             proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
@@ -277,10 +278,10 @@ class InstanceHeads(RoIHeads):
     def _mask_targets(
         self, masks: torch.Tensor, boxes: torch.Tensor, matched: torch.Tensor, size: int
     ) -> torch.Tensor:
-        """Cut for each box the mask of its object: float32 [N, size, size]."""
+        """Cut out the mask of each box's object: float32 [N, size, size]."""
         rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
         aligned = self._conventions.aligned_masks
-        # torchvision takes as many points in a bin as it has pixels here, Detectron2 as well.
+        # Here torchvision, like Detectron2, takes as many points in a bin as the bin has pixels.
         found = roi_align(masks[:, None].float(), rois, (size, size), 1.0, -1, aligned)[:, 0]
         return (found >= 0.5).float() if aligned else found
 
@@ -305,8 +306,8 @@ def mask_loss(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -
 
     Args:
         logits: float32 [N, classes, M, M].
-        labels: int64 [N].
-        truth: float32 [N, M, M].
+        labels: int64 [N], the true class of each box.
+        truth: float32 [N, M, M], 0 or 1.
     """
     if not len(labels):
         return logits.sum() * 0
@@ -323,12 +324,12 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int])
         size: height and width.
 
     Returns:
-        Where the probability is at least 1/2, bool [N, height, width].
+        bool [N, height, width], true where the probability is at least 1/2.
     """
     result = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
     for i, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         x0, y0, x1, y1 = box.tolist()
-        # Outside of its box a mask fades: only pixels whose centre lies within can reach 1/2.
+        # A mask fades outside of its box: only pixels whose centres lie within can reach 1/2.
         left, top = max(0, math.floor(x0)), max(0, math.floor(y0))
         right, bottom = min(size[1], math.ceil(x1)), min(size[0], math.ceil(y1))
         if right <= left or bottom <= top or x1 <= x0 or y1 <= y0:

@@ -16,11 +16,11 @@ from mae_scale.models.norms import NORMS
 
 
 class FourScales(nn.Module):
-    """Four maps of one stride, made 4 times and 2 times as large, left, and half as large.
+    """Four maps of one stride, resized 4 times, 2 times, once and half as large.
 
     Args:
         width: channels of the maps, which they keep.
-        norm: makes the norm between the two deconvolutions of the largest map.
+        norm: function that makes the norm between the two deconvolutions of the largest map.
     """
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
@@ -103,7 +103,7 @@ class SimplePyramid(nn.Module):
     def initialize_module(self, module: nn.Module) -> None:
         """Set the own parameters of one of `self.modules()`, not those of the modules in it."""
         if isinstance(module, nn.ConvTranspose2d | nn.Conv2d | nn.LayerNorm):
-            module.reset_parameters()  # Detectron2 leaves PyTorch's own
+            module.reset_parameters()  # Detectron2 leaves PyTorch's initial values
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Turn the last features, of stride s, into five maps of strides s / 4 to 4 s."""

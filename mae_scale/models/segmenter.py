@@ -17,15 +17,15 @@ from mae_scale.models.norms import NORMS, CountedBatchNorm
 from mae_scale.models.pyramid import FourScales
 
 IGNORE = 255  # label of pixels that count for nothing
-POOLS = (1, 2, 3, 6)  # cells along a side of the pooled maps
+POOLS = (1, 2, 3, 6)  # numbers of cells along a side of the pooled maps
 
 
 def build_segmenter(name: str, num_classes: int, **overrides: Any) -> Segmenter:
     """Build the segmenter on the encoder of one of `mae.MODELS`, with fresh weights.
 
     Args:
-        name: the masked autoencoder's; its sizes are defaults like the others.
-        num_classes: classes of pixels.
+        name: name of the masked autoencoder; its sizes are defaults.
+        num_classes: number of classes of pixels.
         overrides: keyword arguments of `Segmenter` that replace the model's own.
 
     Raises:
@@ -45,12 +45,12 @@ def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class UperHead(nn.Module):
-    """Pyramid pooling on the coarsest map, a top-down path, all maps joined at the finest.
+    """Pyramid pooling on the coarsest map, a top-down path, and all maps joined at the finest one.
 
     Args:
-        width: channels of the four maps.
-        channels: of the head.
-        num_classes: outputs.
+        width: number of channels of the four maps.
+        channels: number of channels of the head.
+        num_classes: number of outputs.
         dropout: share of the channels that is zeroed in training before the last layer.
     """
 
@@ -84,12 +84,12 @@ class UperHead(nn.Module):
 
 
 class AuxiliaryHead(nn.Sequential):
-    """One convolution and a classifier on the third map; it helps to train and is not used after.
+    """A convolution and a classifier on the third map, which only help in training.
 
     Args:
-        width: channels of the map.
-        channels: of the convolution.
-        num_classes: outputs.
+        width: number of channels of the map.
+        channels: number of channels of the convolution.
+        num_classes: number of outputs.
         dropout: share of the channels that is zeroed in training before the last layer.
     """
 
@@ -103,18 +103,19 @@ class Segmenter(nn.Module):
     """Encoder with global attention, four scales of four depths, UPer head, auxiliary head.
 
     Args:
-        num_classes: classes of pixels.
+        num_classes: number of classes of pixels.
         img_size, patch_size: sides of the square image and its patches, in pixels.
-        embed_dim, depth, num_heads: of the encoder.
-        drop_path: stochastic depth's rate in the last block.
-        mlp_ratio: width of the MLPs' hidden layers over that of the blocks.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
+        drop_path: rate of stochastic depth in the last block.
+        mlp_ratio: width of the MLPs' hidden layers divided by that of the blocks.
         layer_scale: initial factors of the residual branches, which are trained; None: none.
-        relative: "table": a bias of attention for each offset, block and head, as in BEiT; "none".
-        out_blocks: blocks, from 0, whose features are taken; None: the last of each third but the
-            first, and of the whole, as published for 12 and 24 blocks (see `default_blocks`).
-        channels: of the UPer head; None: the encoder's width.
-        auxiliary_channels: of the auxiliary head.
-        dropout: in front of both classifiers.
+        relative: "table", a bias of attention for each offset, block and head, as in BEiT; or
+            "none".
+        out_blocks: numbers (from 0) of the blocks whose features are taken; None: those published
+            for 12 and 24 blocks, see `default_blocks`.
+        channels: number of channels of the UPer head; None: the encoder's width.
+        auxiliary_channels: number of channels of the auxiliary head.
+        dropout: share of the channels that is zeroed before both classifiers, in training.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -186,9 +187,9 @@ class Segmenter(nn.Module):
         self.backbone.set_activation_checkpointing(every, offload)
 
     def layer_of(self, name: str) -> int:
-        """Number the layer that a parameter belongs to, for layer-wise decay.
+        """Return the number of a parameter's layer, for layer-wise decay.
 
-        0 for class token, position and patch embedding; k + 1 for block k with its table of
+        It is 0 for class token, position and patch embedding; k + 1 for block k with its table of
         relative positions; depth + 1 for neck and heads.
         """
         if name.startswith("backbone."):
@@ -203,7 +204,7 @@ class Segmenter(nn.Module):
             labels: uint8 or int64 [B, S, S], classes from 0, or `IGNORE`.
 
         Returns:
-            The loss, a float32 scalar: that of the head and 0.4 of the auxiliary head's. Or the
+            The loss, a float32 scalar: the head's loss plus 0.4 times the auxiliary head's. Or the
             logits of each pixel, float32 [B, classes, S, S].
         """
         maps = self.neck(self.backbone(images))
@@ -215,7 +216,7 @@ class Segmenter(nn.Module):
 
 
 def default_blocks(depth: int) -> tuple[int, ...]:
-    """List the blocks whose features are taken: of 12 blocks 3, 5, 7, 11, of 24 7, 11, 15, 23.
+    """List the blocks whose features are taken: 3, 5, 7, 11 of 12 blocks; 7, 11, 15, 23 of 24.
 
     Raises:
         UserError: 6 does not divide the depth.
@@ -229,15 +230,22 @@ def default_blocks(depth: int) -> tuple[int, ...]:
 
 
 def upsampled(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize logits bilinearly, in fp32."""
+    """Resize logits [B, classes, h, w] bilinearly, in fp32, to `size`, rows and columns."""
     return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
 
 
 def pixel_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Average the cross-entropy in fp32 over all pixels, those to be ignored among them.
+    """Average the cross-entropy in fp32 over all pixels, ignored ones included.
 
-    That is what mmsegmentation does, and what the published learning rate belongs to: PyTorch's own
-    mean would divide by the other pixels only.
+    mmsegmentation does the same, and the published learning rate is meant for it: PyTorch's own
+    mean would divide by the number of pixels that are not ignored.
+
+    Args:
+        logits: [B, classes, H, W].
+        labels: uint8 or int64 [B, H, W], classes from 0, or `IGNORE`.
+
+    Returns:
+        float32 scalar.
     """
     labels = labels.long()
     full = upsampled(logits, labels.shape[1:])
@@ -257,10 +265,11 @@ def sliding_logits(
     smaller than the window is filled up with zeros, the mean colour.
 
     Args:
-        logits_of: float32 [B, 3, window, window] -> float32 [B, classes, window, window].
+        logits_of: model, from float32 [B, 3, window, window] to float32
+            [B, classes, window, window].
         images: float32 [B, 3, H, W], normalised.
-        window, stride: in pixels.
-        at_once: windows that go through the model together, of one image.
+        window, stride: side of a window, and distance between windows, in pixels.
+        at_once: number of windows of one image that go through the model together.
 
     Returns:
         float32 [B, classes, H, W].

@@ -13,7 +13,7 @@ from mae_scale.models.numerics import full_fp32
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, C, H, W] -> [B, L, p*p*C]; patches row by row, within a patch (row, column, channel)."""
+    """Cut [B, C, H, W] into patches, row by row: [B, L, p*p*C], each (row, column, channel)."""
     b, c, h, w = images.shape
     p = patch_size
     x = images.reshape(b, c, h // p, p, w // p, p)
@@ -23,7 +23,7 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 def unpatchify(
     patches: torch.Tensor, patch_size: int, grid: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """[B, L, p*p*C] -> [B, C, H, W]; the inverse of `patchify`.
+    """Put patches [B, L, p*p*C] together to images [B, C, H, W]; the inverse of `patchify`.
 
     Args:
         grid: rows and columns of patches; None: the image is square.
@@ -38,7 +38,7 @@ def unpatchify(
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each patch, both [B, L, 1].
+    """Return mean and standard deviation of each patch, both [B, L, 1].
 
     The deviation is sqrt(var + 1e-6) with the unbiased variance, as in the authors' code.
     """
@@ -47,19 +47,19 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def masked_mean(per_patch: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of float32 [B, L] over the removed patches of the whole batch, those with mask 1."""
+    """Average float32 [B, L] over the removed patches of the whole batch, those with mask 1."""
     return (per_patch * mask).sum() / mask.sum()
 
 
 class Target(nn.Module):
-    """A target: the decoder predicts it for each patch. A new one is a subclass in `TARGETS`.
+    """A target, which the decoder predicts for each patch. A new one is a subclass in `TARGETS`.
 
     State-dict keys of a target begin with its name, such as `pca.mean`.
 
     Attributes:
-        width: d, values that the decoder predicts for a patch.
-        is_image: whether a prediction can be drawn.
-        needs_tokenizer: whether the ids of a tokenizer are what is predicted.
+        width: number of values that the decoder predicts for a patch, d.
+        is_image: whether a prediction can be drawn as an image.
+        needs_tokenizer: whether the decoder predicts the ids of a tokenizer.
         fitted_on: number of images that `fit` wants to see when a run starts; 0: none.
     """
 
@@ -86,25 +86,25 @@ class Target(nn.Module):
         mask: torch.Tensor,
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compare over the removed patches, in fp32 whatever the dtype of `pred`.
+        """Compute the loss over the removed patches, in fp32 whatever the dtype of `pred`.
 
         Args:
             pred: [B, L, d].
             patches: float32 [B, L, p*p*C], the true ones.
             mask: [B, L], 1 on removed patches.
-            token_ids: int64 [B, L], of a tokenizer.
+            token_ids: int64 [B, L], ids from a tokenizer, where the target needs them.
 
         Returns:
             Mean squared error, float32 scalar.
         """
-        # bf16 minus fp32 is fp32: nothing is gained by a copy of the prediction in fp32.
+        # bf16 minus fp32 is fp32, so a copy of the prediction in fp32 would gain nothing.
         return masked_mean((pred - self(patches)).square().mean(dim=-1), mask)
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Turn a prediction into patches: float32 [B, L, d] -> [B, L, p*p*C].
+        """Turn a prediction into the pixels of patches, float32 [B, L, p*p*C].
 
         Args:
-            pred: the prediction.
+            pred: float32 [B, L, d], the prediction.
             patches: float32 [B, L, p*p*C], the true ones.
         """
         raise NotImplementedError
@@ -114,9 +114,9 @@ class Pixels(Target):
     """The pixels of a patch, normalised by its own mean and deviation (paper section 3).
 
     Args:
-        patch_values: p*p*C.
-        norm_pix_loss: whether they are normalised.
-        fewer_passes: normalise by LayerNorm, which reads and writes the patches once.
+        patch_values: number of values of a patch, p*p*C.
+        norm_pix_loss: whether the pixels are normalised.
+        fewer_passes: whether to normalise by LayerNorm, which reads and writes the patches once.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Pixels(Target):
         self._fewer_passes = fewer_passes
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Make the target of true patches: float32 [B, L, p*p*C], the same shape."""
+        """Make the target of true patches, float32 [B, L, p*p*C]; it has the same shape."""
         if not self._normalises:
             return patches
         if self._fewer_passes:
-            # LayerNorm divides by sqrt(biased variance + eps), the authors by sqrt(unbiased one +
-            # 1e-6): with this eps the two differ by a constant factor.
+            # LayerNorm divides by sqrt(biased variance + eps), the authors by sqrt(unbiased
+            # variance + 1e-6). With this eps the two differ by a constant factor.
             n = self.width
             scale = torch.full((n,), ((n - 1) / n) ** 0.5, device=patches.device)
             return layer_norm(patches, (n,), weight=scale, eps=1e-6 * (n - 1) / n)
@@ -145,7 +145,7 @@ class Pixels(Target):
         return (patches - mean) / std
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Give a normalised prediction the true patches' means and deviations, as the authors."""
+        """Give a normalised prediction the true means and deviations, as the authors do."""
         if not self._normalises:
             return pred
         mean, std = patch_statistics(patches)
@@ -153,14 +153,14 @@ class Pixels(Target):
 
 
 class Tokens(Target):
-    """The id that a tokenizer gives to a patch (paper Table 1d), as logits.
+    """The id that a tokenizer gives to a patch (paper Table 1d), predicted as logits.
 
     Args:
-        patch_values: p*p*C.
+        patch_values: number of values of a patch, p*p*C.
         vocabulary_size: number of different ids.
 
     Raises:
-        UserError: no ids.
+        UserError: there are no ids.
     """
 
     is_image = False
@@ -179,7 +179,7 @@ class Tokens(Target):
         mask: torch.Tensor,
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy over the removed patches, in fp32; arguments as in `Target.loss`."""
+        """Compute the cross-entropy over the removed patches in fp32; see `Target.loss`."""
         if token_ids is None:
             raise ValueError("the target is token ids; forward needs them")
         return token_cross_entropy(pred, token_ids, mask)
@@ -188,7 +188,7 @@ class Tokens(Target):
 def token_cross_entropy(
     pred: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of a tokenizer's ids over the removed patches (paper Table 1d), in fp32.
+    """Compute the cross-entropy of ids over the removed patches (paper Table 1d), in fp32.
 
     Args:
         pred: [B, L, V], logits of any floating dtype.
@@ -205,14 +205,15 @@ def token_cross_entropy(
 class PatchPCA(Target):
     """The largest PCA coefficients of a patch's pixels (paper Table 1d), kept in fp32.
 
-    A new one gives the first pixels; `fit` makes the state of a fitted one.
+    A new target takes the first pixel values as coefficients; `fit` computes the state of a fitted
+    one.
 
     Args:
-        patch_values: p*p*C.
-        pca_components: k, coefficients.
+        patch_values: number of values of a patch, p*p*C.
+        pca_components: number of coefficients, k.
 
     Raises:
-        UserError: more components than pixel values.
+        UserError: there are more components than pixel values, or none.
     """
 
     mean: torch.Tensor
@@ -237,24 +238,24 @@ class PatchPCA(Target):
         self.components.copy_(torch.eye(*self.components.shape))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """[..., d] -> [..., k], in fp32."""
+        """Compute the coefficients in fp32: [..., p*p*C] -> [..., k]."""
         with full_fp32():
             return (patches.float() - self.mean) @ self.components.T
 
     def to_pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Sum the components: [..., k] -> the patches with these coefficients and no others."""
+        """Sum the components: coefficients [..., k] -> patches [..., p*p*C]."""
         with full_fp32():
             return pred.float() @ self.components + self.mean
 
     def fit(self, patches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Mean and components of a sample of patches, by the covariance in float64.
+        """Compute mean and components of a sample of patches from the covariance, in float64.
 
         Args:
-            patches: tensors [n, d] that together are the sample.
+            patches: tensors [n, d] that together are the sample; d is p*p*C here.
 
         Returns:
-            "mean" float32 [d] and "components" float32 [k, d], orthonormal, the largest variance
-            first, each with its largest entry positive.
+            "mean" float32 [d] and "components" float32 [k, d], orthonormal, sorted by falling
+            variance, the largest entry of each positive.
         """
         count, total, products = 0, torch.zeros(()), torch.zeros(())
         for part in patches:

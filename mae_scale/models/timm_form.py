@@ -16,11 +16,11 @@ from mae_scale.models.mae import architecture
 
 
 def fold_probe(state: StateDict, eps: float) -> StateDict:
-    """A probe's BatchNorm, which has no affine parameters, folded into its linear layer, in fp64.
+    """Fold a probe's BatchNorm, which has no affine parameters, into its linear layer, in fp64.
 
     Args:
-        state: of a classifier with such a head.
-        eps: of the BatchNorm.
+        state: state dict of a classifier with a `ProbeHead`.
+        eps: eps of the BatchNorm.
 
     Returns:
         The same weights with `head.weight` and `head.bias` for all of `head.*`.
@@ -33,10 +33,10 @@ def fold_probe(state: StateDict, eps: float) -> StateDict:
 
 
 def arguments(name: str, model: Encoder) -> tuple[str, dict[str, Any]]:
-    """timm's name for a model's encoder, and the arguments of `create_model` that go with it.
+    """Return timm's name for a model's encoder, and the arguments of `create_model` for it.
 
     Args:
-        name: the masked autoencoder's.
+        name: name of the masked autoencoder.
     """
     theirs = f"{name.removeprefix('mae_')}_224"
     usual = architecture(name)
@@ -63,11 +63,11 @@ def to_timm(state: StateDict, name: str, kwargs: dict[str, Any]) -> StateDict:
     """Pick the weights that timm's model takes; the decoder of a masked autoencoder is left out.
 
     Args:
-        state: with the authors' keys.
-        name, kwargs: of `timm.create_model`.
+        state: weights under the authors' keys.
+        name, kwargs: arguments of `timm.create_model`.
 
     Raises:
-        UserError: it asks for others.
+        UserError: timm's model needs other weights.
     """
     with torch.device("meta"):
         expected = timm.create_model(name, **kwargs).state_dict()
@@ -80,12 +80,12 @@ def to_timm(state: StateDict, name: str, kwargs: dict[str, Any]) -> StateDict:
 def config(
     name: str, kwargs: dict[str, Any], model: Encoder, classes: list[str], preprocessing: dict
 ) -> dict[str, Any]:
-    """The config.json with which `timm.create_model("local-dir:…", pretrained=True)` finds its way.
+    """Return the config.json from which `timm.create_model("local-dir:…", pretrained=True)` loads.
 
     Args:
-        name, kwargs: of `timm.create_model`.
-        classes: names of the outputs; none of a pre-trained encoder.
-        preprocessing: what timm's `resolve_data_config` is to give.
+        name, kwargs: arguments of `timm.create_model`.
+        classes: names of the outputs; empty for a pre-trained encoder.
+        preprocessing: values that timm's `resolve_data_config` is to return.
     """
     return {
         "architecture": name,

@@ -1,7 +1,7 @@
 """A tokenizer that gives each patch an id: the target "tokens" of the paper's Table 1d.
 
-The paper takes the dVAE encoder of DALL-E (arXiv 2102.12092), as BEiT does. Here it comes out of
-a file: a TorchScript module of any make, or the weights of DALL-E's encoder as safetensors.
+The paper takes the dVAE encoder of DALL-E (arXiv 2102.12092), as BEiT does. Here it is read
+from a file: any TorchScript module, or the weights of DALL-E's encoder as safetensors.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mae_scale.errors import UserError
 from mae_scale.files import require_file
 from mae_scale.models.numerics import full_fp32
 
-_GROUPS = 4  # of the dVAE encoder's blocks; a pooling stands between two of them
-_LOGIT_LAPLACE_EPS = 0.1  # DALL-E's: pixels are squeezed into 0.1 to 0.9
+_GROUPS = 4  # number of groups of the dVAE encoder's blocks, with a pooling between two groups
+_LOGIT_LAPLACE_EPS = 0.1  # DALL-E's value: it maps pixels to the range 0.1 to 0.9
 
 
 class Tokenizer:
-    """Ids of patches, without gradients, in fp32.
+    """A tokenizer, which computes the ids of patches in fp32, without gradients.
 
-    The images are resized so that the tokenizer gives one id to each patch: DALL-E's, which gives
-    one to 8 x 8 pixels, sees images of 224 pixels with 14 x 14 patches at 112.
+    The images are resized so that the tokenizer gives one id to each patch. DALL-E's gives one id
+    to 8 x 8 pixels: for 14 x 14 patches, images of 224 pixels are resized to 112.
 
     Args:
         path: a TorchScript module (.pt) that maps float32 [B, 3, S, S] in [0, 1] to logits
             [B, V, s, s] or int64 ids [B, s, s] or [B, s * s]; or a .safetensors of DALL-E's dVAE
             encoder with its own keys.
         img_size: pixels of a side of the images.
-        num_patches: L, of an image.
-        vocabulary_size: V.
+        num_patches: number of patches of an image, L.
+        vocabulary_size: number of different ids, V.
 
     Raises:
         UserError: there is no such file, it is no tokenizer, or it does not fit.
@@ -60,12 +60,12 @@ class Tokenizer:
             )
 
     def to(self, device: torch.device) -> Tokenizer:
-        """Move it."""
+        """Move the tokenizer to a device."""
         self._module.to(device)
         return self
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, img_size, img_size] -> int64 [B, L]."""
+        """Compute the ids int64 [B, L] of images uint8 [B, 3, img_size, img_size]."""
         pixels, size = images.float() / 255, (self._size, self._size)
         if images.shape[-1] != self._size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -73,11 +73,11 @@ class Tokenizer:
 
     @torch.no_grad()
     def _ids(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, S, S] in [0, 1] -> int64 [B, s, s]."""
+        """Compute ids int64 [B, s, s] from float32 [B, 3, S, S] in [0, 1]."""
         try:
             with full_fp32():
                 out = self._module(pixels)
-        except RuntimeError as error:  # what TorchScript raises, whatever is wrong
+        except RuntimeError as error:  # TorchScript raises it whatever is wrong
             last = str(error).strip().splitlines()[-1]
             raise self._unfit(f"fails on images {list(pixels.shape)}: {last}") from None
         if not isinstance(out, torch.Tensor):
@@ -114,7 +114,7 @@ def _load(path: Path) -> nn.Module:
         if path.suffix == ".safetensors":
             return DalleEncoder.from_state_dict(load_file(path), path).eval()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but what users have
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, but users have such files
             return torch.jit.load(path, map_location="cpu").float().eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
@@ -161,13 +161,13 @@ class _Block(nn.Module):
 class DalleEncoder(nn.Module):
     """The encoder of DALL-E's discrete VAE (arXiv 2102.12092, appendix A).
 
-    A 7 x 7 convolution; four groups of residual blocks, of 1, 2, 4 and 8 times the width, with
-    max-pooling between them; and a 1 x 1 convolution to the logits of the ids.
+    It has a 7 x 7 convolution; four groups of residual blocks, of 1, 2, 4 and 8 times the width,
+    with max-pooling between them; and a 1 x 1 convolution to the logits of the ids.
 
     Args:
-        width: channels of the first group.
-        blocks: of each group.
-        vocabulary_size: V.
+        width: number of channels of the first group.
+        blocks: number of blocks of each group.
+        vocabulary_size: number of different ids, V.
     """
 
     def __init__(self, width: int = 256, blocks: int = 2, vocabulary_size: int = 8192) -> None:
@@ -188,10 +188,10 @@ class DalleEncoder(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor], path: Path) -> DalleEncoder:
-        """Build it with the sizes that its weights have.
+        """Build the encoder with the sizes of its weights.
 
         Raises:
-            UserError: they are others' weights.
+            UserError: the weights are not those of such an encoder.
         """
         numbers = [re.match(r"blocks\.group_1\.block_(\d+)\.", key) for key in state]
         blocks = max((int(found[1]) for found in numbers if found), default=0)
@@ -208,7 +208,7 @@ class DalleEncoder(nn.Module):
         return model.float()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, S, S] in [0, 1] -> logits [B, V, S / 8, S / 8]."""
+        """Compute logits [B, V, S / 8, S / 8] from float32 [B, 3, S, S] in [0, 1]."""
         parts: Any = self.blocks
         x = parts["input"]((1 - 2 * _LOGIT_LAPLACE_EPS) * pixels + _LOGIT_LAPLACE_EPS)
         for group in range(_GROUPS):

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: the authors' files, timm's, Hugging Face's; and making them fit."""
+"""Reading the weights of the authors, timm and Hugging Face, and making them fit a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mae_scale.models.hugging_face import StateDict, from_hugging_face
 from mae_scale.models.mae import MaskedAutoencoderViT
 from mae_scale.models.pos_embed import grid_of_table, interpolate_pos_embed, is_sincos
 
-# In a folder, the first that is there counts. The two with an index are of several files.
+# Names of weights in a folder; the first that exists is read. An index names several files.
 FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -38,7 +38,7 @@ _MOST_JSON = 1 << 24  # bytes
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """The state dict in a file or folder, with the authors' keys, as it is stored.
+    """Read the state dict in a file or folder, under the authors' keys, in the stored dtypes.
 
     Args:
         path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` that `torch.save` wrote, alone or
@@ -68,7 +68,7 @@ def read_weights(path: str | Path) -> StateDict:
 
 
 def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
-    """Read a record from a JSON file, or the record under a key of it.
+    """Read a record from a JSON file, or the record under one of its keys.
 
     Raises:
         UserError: it cannot be read, or holds no such record.
@@ -86,9 +86,9 @@ def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
 
 
 def sizes_of(state: StateDict) -> dict[str, Any]:
-    """Keyword arguments of `build_mae` or `build_classifier` that weights tell by their shapes.
+    """Return the arguments of `build_mae` or `build_classifier` that the shapes of weights tell.
 
-    Heads of attention are not among them. What cannot be told is left out.
+    The number of attention heads is not among them. What cannot be told is left out.
     """
     sizes: dict[str, Any] = {}
     if (proj := state.get("patch_embed.proj.weight")) is not None and proj.ndim == 4:
@@ -111,7 +111,7 @@ def _read_file(path: Path) -> StateDict:
         require_file(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
+        zipped = zipfile.is_zipfile(path)  # the older format cannot be memory-mapped
         if zipped:
             check_members(path)
         # The authors' own checkpoints also hold the arguments of their program.
@@ -141,7 +141,7 @@ def _read_file(path: Path) -> StateDict:
     return state
 
 
-# What PyTorch raises on a file that is no checkpoint, and on a pickle whose opcodes do not fit.
+# Errors of PyTorch on a file that is no checkpoint, and on a pickle whose opcodes do not fit.
 UNREADABLE = (
     pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError,
     AttributeError, ImportError, LookupError, TypeError, OverflowError, MemoryError, AssertionError,
@@ -152,8 +152,7 @@ UNREADABLE = (
 def why_unreadable(error: Exception) -> str:
     """Say in one line why a file could not be read.
 
-    The texts of PyTorch are about its own options and opcodes, and no help to who has a damaged
-    file.
+    PyTorch's own texts are about its options and opcodes, and do not help with a damaged file.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -166,9 +165,9 @@ def why_unreadable(error: Exception) -> str:
 
 
 def check_members(path: Path) -> None:
-    """Check that a file of `torch.save` is not larger inside than outside.
+    """Check that no part of a file of `torch.save` is compressed.
 
-    It never compresses; a compressed part could fill the memory out of a small file.
+    `torch.save` never compresses; a compressed part could fill the memory from a small file.
 
     Raises:
         UserError: parts are compressed.
@@ -180,10 +179,10 @@ def check_members(path: Path) -> None:
 
 
 def is_plain(value: torch.Tensor) -> bool:
-    """Return whether a tensor is dense and its elements all lie in memory of their own.
+    """Return whether a tensor is dense and each of its elements has its own place in memory.
 
-    A few bytes can pose as a tensor of any size, by strides of 0, and fill the memory once they
-    are copied.
+    With strides of 0 a few bytes can pose as a tensor of any size, which would fill the memory when
+    it is copied.
     """
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
         return False
@@ -198,23 +197,24 @@ def fit_to_classifier(
     whole: bool = False,
     grid: tuple[int, int] | None = None,
 ) -> StateDict:
-    """Pick what goes into a classifier; the position embedding is put to its resolution.
+    """Pick the weights for a classifier, and resize the position embedding to its resolution.
 
-    The patch embedding of weights for three channels is put to the model's, see `to_channels`.
+    A patch embedding for three channels is converted to the model's channels, see `to_channels`.
 
-    As in the authors' code, weights without a head give encoder weights only, and under mean
+    As in the authors' code, only the encoder is taken from weights without a head, and under mean
     pooling the LayerNorm of pre-training (`norm`) is left out: `fc_norm` starts fresh.
 
     Args:
-        state: as from `read_weights`, or of a masked autoencoder or classifier of ours.
-        model: may be on the meta device; its parameters are looked at only.
-        new_head: leave out the head and its norm even if there is one.
-        whole: ask for every key of the model, head included, as evaluation does.
-        grid: rows and columns of patches that the weights are for; None: a square, or else those of
-            the model.
+        state: state dict of `read_weights`, or of a model of this package.
+        model: model that takes the weights; it is not changed and may be on the meta device.
+        new_head: whether to leave out the head and its norm even if there is one.
+        whole: whether to require every key of the model, head included, as evaluation does.
+        grid: rows and columns of patches of the model that the weights come from; None: a square,
+            or else those of `model`.
 
     Returns:
-        fp32 tensors by key; under `whole` all of the model's, else perhaps without head and norm.
+        fp32 tensors by key; under `whole` all keys of the model, otherwise perhaps without head and
+        norm.
 
     Raises:
         UserError: keys are missing, unknown or of another shape; the message names them.
@@ -238,14 +238,14 @@ def fit_to_classifier(
 
 
 def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """Put the projection of patches to another number of channels, as timm does.
+    """Convert the projection of patches to another number of channels, as timm does.
 
-    For one channel it is the sum over the three; for others the three are repeated, and scaled so
-    that the result keeps its size.
+    For one channel the three are summed up. For other numbers the three are repeated, and scaled so
+    that outputs keep their magnitude.
 
     Args:
-        weight: [D, 3, p, p]; one of another number of channels stays as it is.
-        channels: wanted.
+        weight: [D, 3, p, p]; the weight of another number of channels is returned unchanged.
+        channels: number of channels of the result.
 
     Returns:
         [D, channels, p, p].
@@ -264,28 +264,28 @@ def fit_to_mae(
     whole: bool = False,
     grid: tuple[int, int] | None = None,
 ) -> StateDict:
-    """Pick what goes into a masked autoencoder, with position embeddings of its resolution.
+    """Pick the weights for a masked autoencoder, with position embeddings of its resolution.
 
-    A classification head is left out, with its norm: under `fc_norm`, the LayerNorm `norm` starts
-    fresh. Weights without a decoder give the encoder only. PCA components are those of other
-    images: they are left out, unless the whole is asked for.
+    A classification head is left out with its norm: if that is `fc_norm`, the LayerNorm `norm`
+    starts fresh. Only the encoder is taken from weights without a decoder. PCA components were
+    computed from other images: they are left out, unless `whole` is set.
 
-    Of weights for three channels a model with others gets the patch embedding as `to_channels`
-    makes it, and a new last layer of the decoder.
+    A model with other channels than the three of the weights gets the patch embedding that
+    `to_channels` makes, and a new last layer of the decoder.
 
     The position embeddings of pre-training are fixed sine-cosine tables, so at another resolution
-    they are the model's own again, exact where interpolated ones would not be. An embedding that is
-    no such table was trained (fine-tuned weights, supervised ones): it is kept, and at another
-    resolution interpolated as for fine-tuning.
+    the model's own tables are used: they are exact, and interpolated ones would not be. An
+    embedding that is no such table was trained (fine-tuned weights, supervised ones): it is kept,
+    and interpolated at another resolution as for fine-tuning.
 
     Args:
-        state: as from `read_weights`, or of a masked autoencoder or classifier of ours.
-        model: may be on the meta device; its parameters are looked at only.
-        whole: ask for every key of the model, decoder included, as reconstruction does.
+        state: state dict of `read_weights`, or of a model of this package.
+        model: model that takes the weights; it is not changed and may be on the meta device.
+        whole: whether to require every key of the model, decoder included, as reconstruction does.
         grid: as for `fit_to_classifier`.
 
     Returns:
-        fp32 tensors by key; what is fresh is not among them, nor are fixed position embeddings of
+        fp32 tensors by key, without those that start fresh and without fixed position embeddings of
         another resolution.
 
     Raises:
@@ -320,7 +320,7 @@ def fit_to_mae(
 
 
 def _is_sincos_elsewhere(table: torch.Tensor, model: Encoder, grid: tuple[int, int] | None) -> bool:
-    """Whether a position embedding is the sine-cosine one of another grid than the model's."""
+    """Return whether a position embedding is the sine-cosine table of another grid."""
     old, width = grid_of_table(table, model.grid, grid), table.shape[2]
     if old is None or old == model.grid or width % 4:
         return False
@@ -333,11 +333,11 @@ def _fitting(
     optional: tuple[str, ...],
     grid: tuple[int, int] | None,
 ) -> StateDict:
-    """Position embeddings at the model's resolution, all in fp32, where everything fits.
+    """Return the weights in fp32, with position embeddings at the model's resolution.
 
     Args:
-        found: what is to go into the model.
-        optional: starts of the keys that may be missing.
+        found: weights that are to go into the model.
+        optional: beginnings of the keys that may be missing.
         grid: as for `fit_to_classifier`.
     """
     expected = {key: value.shape for key, value in model.state_dict().items()}
