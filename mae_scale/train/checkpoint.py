@@ -1,6 +1,6 @@
-"""Checkpoints: DeepSpeed's files, and a COMMITTED.json written last that makes them exist.
+"""Checkpoints: the files of DeepSpeed, and COMMITTED.json, written last, which makes them valid.
 
-`RUN/checkpoints/step-00001234/` without a COMMITTED.json does not exist for a reader: a save that
+Readers ignore a folder `RUN/checkpoints/step-00001234/` without a COMMITTED.json. So a save that
 was cut short at any moment leaves nothing behind that could be mistaken for a checkpoint.
 """
 
@@ -27,7 +27,7 @@ from mae_scale.train.ds import DeepSpeedEngine
 log = logging.getLogger("mae_scale")
 
 COMMITTED = "COMMITTED.json"
-_MOST_BYTES = 1 << 24  # of that file; it names a file or two for each rank
+_MOST_BYTES = 1 << 24  # largest size of that file; it names a file or two for each rank
 
 
 @dataclass
@@ -39,10 +39,13 @@ class Commit:
     samples: int
     """Number of images seen."""
     world_size: int
+    """Number of processes that saved it."""
     zero_stage: int
+    """ZeRO stage, 0 to 3."""
     precision: str
+    """Precision of the arithmetic, "bf16" or "fp32"."""
     config_hash: str
-    """`config.identity.identity_hash` of the run; a checkpoint with another is not read."""
+    """`config.identity.identity_hash` of the run; a checkpoint with another hash is not read."""
     data: str
     """Fingerprint of the training shards' manifest."""
     milestone: bool
@@ -52,9 +55,9 @@ class Commit:
     files: dict[str, dict[str, Any]]
     """Size in bytes and SHA-256 of each file."""
     score: float | None = None
-    """Top-1 in percent where this step was validated; the best one is kept."""
+    """Score by which the best checkpoint is chosen; None where this step was not validated."""
     layout: str | None = None
-    """`deepspeed_state.layout` of the engine that saved it; None before that was written down."""
+    """`deepspeed_state.layout` of the engine that saved it; None in checkpoints older than it."""
 
     @classmethod
     def read(cls, folder: Path) -> Commit:
@@ -72,7 +75,7 @@ class Commit:
         return commit
 
     def _check(self) -> None:
-        """Raise a `ValueError` for values that no commit of ours has."""
+        """Raise a `ValueError` for a value that this program would not have written."""
         whole = {"step": 0, "samples": 0, "bad_steps": 0, "world_size": 1, "zero_stage": 0}
         for name, least in whole.items():
             value = getattr(self, name)
@@ -92,12 +95,12 @@ class Commit:
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """`RUN/checkpoints/step-00001234`."""
+    """Return the folder of a step, such as `RUN/checkpoints/step-00001234`."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def _folders(run_dir: Path) -> list[Path]:
-    """All step folders, newest first, committed or not."""
+    """List all step folders, committed or not, newest first."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), reverse=True)
 
@@ -108,11 +111,11 @@ def _file_facts(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_damage(folder: Path, config_hash: str | None = None) -> str | None:
-    """Say what is wrong with a committed checkpoint; give None if it is intact.
+    """Describe what is wrong with a committed checkpoint; return None if it is intact.
 
     Args:
         folder: step folder with a COMMITTED.json.
-        config_hash: of the run it must belong to; None accepts any run's.
+        config_hash: identity hash of the run it must belong to; None accepts any run.
     """
     try:
         commit = Commit.read(folder)
@@ -134,18 +137,19 @@ def checkpoint_damage(folder: Path, config_hash: str | None = None) -> str | Non
 
 
 def exists(run_dir: Path) -> bool:
-    """Whether anything has been committed, intact or not."""
+    """Return whether the run has a committed checkpoint, intact or not."""
     return any((folder / COMMITTED).exists() for folder in _folders(run_dir))
 
 
 def newest_intact(
     run_dir: Path, config_hash: str | None = None, last: int | None = None
 ) -> Path | None:
-    """Find the newest committed checkpoint whose files are whole; a warning names damaged ones.
+    """Find the newest committed checkpoint that is intact; a warning names each damaged one.
 
     Args:
-        config_hash: of the run it must belong to; None accepts any run's.
-        last: highest step to look at; None: all.
+        run_dir: folder of the run.
+        config_hash: identity hash of the run it must belong to; None accepts any run.
+        last: highest step to look at; None: all steps.
     """
     for folder in _folders(run_dir):
         if not (folder / COMMITTED).exists():
@@ -160,9 +164,9 @@ def newest_intact(
 
 
 def discard_newer(run_dir: Path, newest: Path | None) -> None:
-    """Take back the commits of the damaged checkpoints after `newest`, so that none is counted.
+    """Withdraw the commits of the damaged checkpoints after `newest`.
 
-    Their files stay until the next save, for a look.
+    Their files stay until the next save, so that a person can look at them.
     """
     for folder in _folders(run_dir):
         if folder == newest:
@@ -172,13 +176,16 @@ def discard_newer(run_dir: Path, newest: Path | None) -> None:
 
 
 class Saver:
-    """Saves a run: one checkpoint at a time, committed when all ranks have written their files.
+    """Saves checkpoints, one at a time; one is committed when all ranks have written their files.
 
     `start` and `finish` are called by all ranks.
 
     Args:
-        engine, run_dir, world: of the run.
-        config: its `keep` newest checkpoints stay, besides milestones.
+        engine: engine whose state is saved.
+        run_dir: folder of the run.
+        world: processes of the run.
+        config: section `checkpoint` of the recipe. Its `keep` newest checkpoints stay, and besides
+            them the milestones and the best one.
     """
 
     def __init__(
@@ -188,16 +195,16 @@ class Saver:
         self._keep = config.keep
         least = None if config.background_gb is None else config.background_gb * 1e9
         self._writer = engine.checkpoint_engine = BackgroundWriter(least)
-        # DeepSpeed would copy scripts beside the files; anybody could change them.
+        # DeepSpeed would copy scripts beside the files, which anybody could change.
         engine._copy_recovery_script = lambda save_path: None
         self._commit: Commit | None = None
         self._began = self._stall = 0.0  # seconds
 
     def start(self, commit: Commit) -> None:
-        """Write the state, or copy it and begin to; first finish what is still under way.
+        """Write the state, or copy it and begin to write; before that, finish the save under way.
 
         Args:
-            commit: what to write into COMMITTED.json; its `files` are filled in later.
+            commit: content of COMMITTED.json; its `files` are filled in when they are written.
 
         Raises:
             RunError: there is no room, or no permission to write.
@@ -207,7 +214,7 @@ class Saver:
         self._began = time.monotonic()
 
         def prepare() -> None:
-            # What an interrupted save of the same step left must not meet this one's files.
+            # Files that an interrupted save of this step left must not mix with the new ones.
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
@@ -223,11 +230,11 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has done its part of a save that waits to be committed."""
+        """Whether a save is under way and this rank has written its part of it."""
         return self._commit is not None and self._writer.finished
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, commit it, and remove what may go.
+        """Wait for the save under way, if any; commit it, and remove checkpoints no longer kept.
 
         Raises:
             RunError: a rank could not write; nothing was committed.
@@ -287,7 +294,7 @@ def _prune(run_dir: Path, keep: int) -> None:
 
 
 def _stays(folder: Path) -> bool:
-    """Whether it is a milestone, or its commit was damaged since: that is for a person to look."""
+    """Return whether a checkpoint is a milestone, or its commit is damaged: a person must look."""
     try:
         return Commit.read(folder).milestone
     except (OSError, ValueError):
@@ -295,13 +302,13 @@ def _stays(folder: Path) -> bool:
 
 
 def best_of(run_dir: Path) -> Path | None:
-    """Find the committed checkpoint with the highest validation score, the first of equals."""
+    """Find the committed checkpoint with the highest validation score; of equals, the first."""
     scores = _scores(run_dir)
     return max(scores, key=lambda folder: (scores[folder], -_step_of(folder)), default=None)
 
 
 def best_score(run_dir: Path) -> float | None:
-    """Give the highest validation score of the committed checkpoints."""
+    """Return the highest validation score of the committed checkpoints; None without any."""
     return max(_scores(run_dir).values(), default=None)
 
 
@@ -320,17 +327,17 @@ def _step_of(folder: Path) -> int:
 
 
 def add_score(folder: Path, score: float) -> None:
-    """Write down the validation score of a committed checkpoint; one process calls."""
+    """Add the validation score to a committed checkpoint; only one process calls."""
     commit = Commit.read(folder)
     commit.score = score
     write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Find the checkpoint meant by a run folder (its newest intact one) or by a step folder.
+    """Find the checkpoint that a path means: a step folder, or a run folder's newest intact one.
 
     Raises:
-        UserError: there is none, or the step folder is damaged.
+        UserError: there is none, or the checkpoint in the step folder is damaged.
     """
     path = Path(path)
     if (path / COMMITTED).exists():

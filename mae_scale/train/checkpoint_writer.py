@@ -1,4 +1,4 @@
-"""Writing a checkpoint's files, while training goes on if they are large."""
+"""Writing a checkpoint's files; large ones are written while training goes on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mae_scale.train.reading import load_tensors
 
 
 class BackgroundWriter(TorchCheckpointEngine):
-    """DeepSpeed's checkpoint engine; `start` writes what its `save` was given.
+    """Checkpoint engine for DeepSpeed: `save` only takes the states, and `start` writes them.
 
-    A large state is copied to host memory, and a thread writes, syncs and hashes the copy: what it
-    does leaves the interpreter to others. A small one is written at once, so that a save is whole
-    before the next step. DeepSpeed's own decoupled engine neither syncs nor hashes, and compiles
-    an op first.
+    A large state is copied to host memory, and a thread writes, syncs and hashes the copy; other
+    threads can use the interpreter meanwhile. A small state is written at once, so that a save is
+    whole before the next step. DeepSpeed's own decoupled engine neither syncs nor hashes, and
+    compiles an op first.
 
     Args:
-        background_bytes: size of the state from which on it is written in the background; None:
-            always at once, which needs no memory for the copy.
+        background_bytes: size in bytes from which on the states of this rank are written in the
+            background; None: they are always written at once, which needs no memory for a copy.
     """
 
     def __init__(self, background_bytes: float | None) -> None:
@@ -38,14 +38,14 @@ class BackgroundWriter(TorchCheckpointEngine):
         self._thread: threading.Thread | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take a state, called by DeepSpeed once for each file."""
+        """Take the state of one file; DeepSpeed calls this once for each file."""
         self._states.append((Path(path), state_dict))
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read a file for DeepSpeed, on the CPU, without running pickled code.
 
         Raises:
-            RunError: it cannot be read so, on this rank alone.
+            RunError: the file cannot be read without running code; other ranks may not know.
         """
         try:
             return load_tensors(Path(path), mapped=False)
@@ -53,7 +53,7 @@ class BackgroundWriter(TorchCheckpointEngine):
             raise RunError(str(error)) from None
 
     def start(self) -> None:
-        """Write what was taken, or begin to; then training may change the state."""
+        """Write what was taken, or begin to write; from then on training may change the state."""
         self._facts, self._error = {}, None
         least = self._background_bytes
         if least is None or sum(_size(state) for _, state in self._states) < least:
@@ -69,7 +69,7 @@ class BackgroundWriter(TorchCheckpointEngine):
         return self._thread is None or not self._thread.is_alive()
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """Wait, and give the size in bytes and the SHA-256 of each file.
+        """Wait until all files are written, and return the size in bytes and SHA-256 of each.
 
         Raises:
             OSError: a file could not be written.
@@ -84,7 +84,7 @@ class BackgroundWriter(TorchCheckpointEngine):
     def _write(self) -> None:
         states, self._states = self._states, []
         try:
-            while states:  # each copy is given back as soon as it is written
+            while states:  # the memory of a copy is freed as soon as it is written
                 path, state = states.pop(0)
                 self._facts[path.name] = _write_synced(path, state)
                 del state
@@ -93,7 +93,7 @@ class BackgroundWriter(TorchCheckpointEngine):
 
 
 class _HashedFile:
-    """A file to write into, which counts and hashes what passes."""
+    """A file to write into, which counts and hashes the bytes that it is given."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -130,7 +130,7 @@ def _write_synced(path: Path, state: Any) -> dict[str, Any]:
 
 
 def _size(value: Any) -> int:
-    """Bytes of the tensors in `value`."""
+    """Add up the bytes of the tensors in `value`."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -139,7 +139,7 @@ def _size(value: Any) -> int:
 
 
 def _host_copy(value: Any, copies: dict[int, torch.Tensor]) -> Any:
-    """`value` with each tensor replaced by a copy in host memory; the same tensor once."""
+    """Copy `value` and its tensors to host memory; a tensor that occurs twice is copied once."""
     if isinstance(value, torch.Tensor):
         if id(value) not in copies:
             copies[id(value)] = value.detach().to("cpu", copy=True)

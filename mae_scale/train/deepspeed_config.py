@@ -13,7 +13,7 @@ from mae_scale.errors import UserError
 from mae_scale.train.ds import DeepSpeedBF16Config, DeepSpeedConfig, DeepSpeedConfigError
 from mae_scale.world import World
 
-# Sections of DeepSpeed's whose work is done by the recipe or this program, and by what.
+# Sections of a DeepSpeed config that are not taken, and what decides their subject instead.
 DECIDED_ELSEWHERE = {
     "optimizer": "optim.*",
     "scheduler": "optim.* and train.epochs",
@@ -30,22 +30,22 @@ DECIDED_ELSEWHERE = {
 
 _FP32 = " with weights in fp32, which train.autocast or the task asks for"
 
-# Other spellings that DeepSpeed takes.
+# Other spellings of a dtype that DeepSpeed takes, and the usual one.
 SPELLINGS = {"float32": "fp32", "torch.float32": "fp32", "bfloat16": "bf16"}
 
 
 def fill_deepspeed_config(
     name: str, train: TrainConfig, world: World, precision: str, *, fp32_weights: bool = False
 ) -> dict[str, Any]:
-    """The DeepSpeed config of a run: "auto" and missing keys come from the recipe.
+    """Return the DeepSpeed config of a run; "auto" and missing keys are filled in by the recipe.
 
     Args:
-        name: of a file in ds_configs/, or a path.
-        train: the recipe's section.
-        world: of the run.
+        name: name of a file in ds_configs/, or a path.
+        train: section `train` of the recipe.
+        world: processes of the run.
         precision: "bf16" or "fp32".
-        fp32_weights: under bf16 the weights stay fp32, and `torch.autocast` computes layers in
-            bf16: coordinates of boxes do not bear bf16.
+        fp32_weights: whether the weights stay fp32 under bf16, and `torch.autocast` computes layers
+            in bf16. Detection needs it: bf16 is too coarse for the coordinates of boxes.
 
     Raises:
         UserError: a setting in the file contradicts the recipe (the message names both), is
@@ -81,7 +81,7 @@ def fill_deepspeed_config(
         "data_types.grad_accum_dtype": ("fp32", "the sum of gradients, which is fp32"),
         "zero_force_ds_cpu_optimizer": (False, "the recipe's AdamW, which is PyTorch's"),
     }
-    fixed: dict[str, tuple[object, str]] = {  # not filled in: not every DeepSpeed has them
+    fixed: dict[str, tuple[object, str]] = {  # checked only: not every DeepSpeed has them
         "bf16.bf16_master_weights_and_grads": (False, "the recipe's fp32 master weights"),
         "bf16.bf16_optimizer_states": (False, "the recipe's fp32 optimiser states"),
         "gradient_allreduce_op": ("mean", "the loss, a mean over the global batch"),
@@ -89,7 +89,7 @@ def fill_deepspeed_config(
     # DeepSpeed's throughput timer waits for the device twice in each micro-batch.
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     if bf16_weights and "check_grad_overflow" in DeepSpeedBF16Config.model_fields:
-        # The check asks the device at each step; StepGuard does without.
+        # The check waits for the device at each step; `StepGuard` does not.
         config["bf16"].setdefault("check_grad_overflow", False)
     for key, (value, source) in {**decided, **fixed}.items():
         section, _, leaf = key.rpartition(".")
@@ -106,7 +106,7 @@ def fill_deepspeed_config(
     for key, value in flatten(config).items():
         if value == "auto":
             raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
-    if stage == 0:  # DeepSpeed knows no other there; `_sum_in_fp32` does it
+    if stage == 0:  # the only one that DeepSpeed has there; see `engine._sum_in_fp32`
         config["data_types"]["grad_accum_dtype"] = "bf16" if bf16_weights else "fp32"
     if precision == "bf16" and fp32_weights:
         # Parameters of the modules named here would be gathered, and their gradients summed, in
@@ -119,7 +119,7 @@ def fill_deepspeed_config(
 
 
 def _is_on(section: Any) -> bool:
-    """Whether a section, or a value in it, asks for anything."""
+    """Return whether a section, or a value in it, switches anything on."""
     if not isinstance(section, dict):
         return section not in (None, False, 0, "", "auto")
     if "enabled" in section:
@@ -128,8 +128,8 @@ def _is_on(section: Any) -> bool:
 
 
 def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed read it, so that a key it does not know is found before anything is made."""
-    # Its world size is 1 as long as no process group is there; without this key it fits any.
+    """Let DeepSpeed read the config, so that an unknown key is found before anything is made."""
+    # Without a process group DeepSpeed takes the world size to be 1; this key may not fit that.
     alone = {key: value for key, value in config.items() if key != "train_batch_size"}
     try:
         DeepSpeedConfig(alone)
@@ -139,5 +139,5 @@ def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """ZeRO stage of a filled-in DeepSpeed config, 0 to 3."""
+    """Return the ZeRO stage of a filled-in DeepSpeed config, 0 to 3."""
     return config["zero_optimization"]["stage"]

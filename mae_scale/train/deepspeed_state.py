@@ -1,7 +1,8 @@
-"""The private state of a DeepSpeed engine: what DeepSpeed 0.19 offers no public way to.
+"""Access to the private state of a DeepSpeed engine, for which DeepSpeed 0.19 has no public way.
 
-An upgrade of DeepSpeed that changes one of its attributes is mended here. The optimiser that steps
-is PyTorch's; DeepSpeed wraps it. It steps on masters, which are fp32 tensors of this rank:
+When an upgrade of DeepSpeed changes one of its attributes, this module is to be adapted. The
+optimiser that steps is PyTorch's; DeepSpeed wraps it. It steps on masters, fp32 tensors of this
+rank:
 
 - stage 0 in fp32: the parameters themselves;
 - stage 0 in bf16: a copy of each parameter;
@@ -22,25 +23,25 @@ from torch.nn.utils import get_total_norm
 
 from mae_scale.train.ds import DeepSpeedEngine, FP16_UnfusedOptimizer, deepspeed
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # attributes of the engine
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """PyTorch's optimiser behind DeepSpeed's wrapper, if there is one."""
+    """Return PyTorch's optimiser, from behind DeepSpeed's wrapper if there is one."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The fp32 tensors of this rank that the optimiser steps on."""
+    """Return the fp32 tensors of this rank that the optimiser steps on."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in inner_optimizer(engine).param_groups for p in group["params"]]
 
 
 def grad_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
-    """L2 norm over all ranks of the gradient that is being applied.
+    """Return the L2 norm, over all ranks, of the gradient that is being applied: a scalar.
 
-    None where DeepSpeed does not compute it: stage 0 in fp32, where it does not wrap the optimiser.
+    At stage 0 in fp32 DeepSpeed neither wraps the optimiser nor computes the norm: None.
     """
     if engine.optimizer is inner_optimizer(engine):
         return None
@@ -48,28 +49,30 @@ def grad_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
 
 
 def keep_gradients_of_one_process(engine: DeepSpeedEngine) -> None:
-    """Let stage 0 leave the gradients of a process that is alone where they are.
+    """Let stage 0 leave the gradients where they are if there is only one process.
 
-    DeepSpeed copies them into a bucket, adds up those of one rank, and copies them back, which
-    takes as long as a part of AdamW and changes no bit.
+    DeepSpeed would copy them into a bucket, sum them over the one rank, and copy them back. That
+    takes a good part of the time of AdamW's step, and changes no bit.
     """
     alone = engine.world_size == 1 and engine.gradient_predivide_factor() == 1
-    if alone and engine.communication_data_type == torch.float32:  # else they would be rounded
+    if alone and engine.communication_data_type == torch.float32:  # others would be rounded
         engine._reduce_non_expert_gradients = lambda gradients, elements_per_buffer: None
 
 
 def step_without_reads(engine: DeepSpeedEngine) -> None:
-    """Make stage 0 in bf16 step without asking the device for anything.
+    """Make stage 0 in bf16 step without waiting for a value from the device.
 
     DeepSpeed's wrapper checks each parameter's gradient for overflow and adds up the norms on the
-    host. Whether a step is applied is decided on the device here (`nonfinite.StepGuard`). Weights
-    and moments are those that DeepSpeed's own step gives, to the bit, and so is what is saved.
+    host. Here `nonfinite.StepGuard` decides on the device whether a step is applied. Weights and
+    moments get the bits of DeepSpeed's own step, and checkpoints are the same, too.
     """
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.__class__ = _UncheckedMasters
 
 
 class _UncheckedMasters(FP16_UnfusedOptimizer):
+    """DeepSpeed's wrapper of stage 0 in bf16, without its checks for overflow."""
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> bool:
         """Step on the fp32 masters with the bf16 gradients, and round the masters to bf16."""
@@ -81,7 +84,7 @@ class _UncheckedMasters(FP16_UnfusedOptimizer):
         for master, grad in zip(high, grads, strict=True):
             master.grad = grad
         self._global_grad_norm = get_total_norm(grads)
-        self._update_scale(False)  # a count in DeepSpeed's state dict
+        self._update_scale(False)  # counts the step; DeepSpeed saves the count
         self.optimizer.step()
         for master in high:
             master.grad = None
@@ -90,10 +93,11 @@ class _UncheckedMasters(FP16_UnfusedOptimizer):
 
 
 def layout(engine: DeepSpeedEngine) -> str:
-    """A fingerprint of how the parameters are laid out in the optimiser's flat groups.
+    """Return a fingerprint of how parameters lie in the optimiser's groups: 16 hexadecimal digits.
 
-    Two engines of the same world size, stage and precision can read each other's files only if it
-    is the same: `sub_group_size`, `round_robin_gradients` and the optimiser's groups change it.
+    Two engines of the same world size, stage and precision can read each other's files only if
+    their fingerprints are equal. `sub_group_size`, `round_robin_gradients` and the optimiser's
+    groups change it.
     """
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     name_of = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -117,7 +121,7 @@ class EngineState:
     """Reads and sets the whole value of each parameter, at any stage; all ranks call alike.
 
     Args:
-        engine: between two steps.
+        engine: engine between two steps.
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
@@ -133,16 +137,16 @@ class EngineState:
             self._master_of = {id(a): b for a, b in zip(low, high, strict=True)}
 
     def _link(self) -> None:
-        """Link parameters to the states that there are now; DeepSpeed may hold older ones."""
+        """Link the parameters to the present states; DeepSpeed may still hold older ones."""
         self._wrapper._hp_optimizer_states_linked = False
         self._wrapper._lazy_init_hp_params_optimizer_state()
 
     def _master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Stage 0 only."""
+        """Return the master of a parameter at stage 0; it may be the parameter itself."""
         return self._master_of.get(id(parameter), parameter)
 
     def make_states(self, keys: Iterable[str], step: float | None) -> None:
-        """Give every master states of zeros under these keys, and a count of steps if any."""
+        """Give every master states of zeros under `keys`, and `step` as its count unless None."""
         for master in masters(self._engine):
             state = {key: torch.zeros_like(master, requires_grad=False) for key in keys}
             if step is not None:
@@ -152,13 +156,16 @@ class EngineState:
             self._link()
 
     def weight(self, parameter: nn.Parameter) -> torch.Tensor:
-        """A copy of what the forward pass uses, or its fp32 master under ZeRO."""
+        """Return a copy of the weight of the forward pass; under ZeRO, of its fp32 master."""
         if self._stage > 0:
             return deepspeed.utils.safe_get_full_fp32_param(parameter)
         return parameter.detach().clone()
 
     def set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Set what the forward pass uses, and leave the master. The value counts on rank 0."""
+        """Set the weight that the forward pass uses, and not its master.
+
+        At stage 3 the value of rank 0 counts.
+        """
         if self._stage < 3:
             parameter.data.copy_(value)
             return
@@ -167,17 +174,17 @@ class EngineState:
                 parameter.data.copy_(value.view_as(parameter))
 
     def set_master(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Set what the optimiser steps on, and leave what the forward pass uses."""
+        """Set the master that the optimiser steps on, and not the weight of the forward pass."""
         self._set(parameter, None, value)
 
     def state(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
-        """The whole state of a trained parameter under a key, such as `exp_avg`."""
+        """Return the whole state of a trained parameter under a key such as `exp_avg`."""
         if self._stage > 0:
             return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
         return self._inner.state[self._master(parameter)][key]
 
     def set_state(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
-        """Set it; `make_states` has made it."""
+        """Set the whole state of a trained parameter under a key that `make_states` was given."""
         self._set(parameter, key, value)
 
     def _set(self, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:

@@ -23,13 +23,13 @@ from mae_scale.train.validation import Stopped, batches_in_step, filled
 
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # COCO's first six numbers
 Found = dict[str, torch.Tensor]
-Library = tuple[type, type]  # COCO and COCOeval
+Library = tuple[type, type]  # the classes COCO and COCOeval
 
 
 def ground_truth(shards: ShardSet, cache: ShardCache | None = None) -> dict[str, Any]:
-    """Make again from the shards the part of the official file that COCO's evaluation needs.
+    """Rebuild from the shards the part of COCO's annotation file that its evaluation needs.
 
-    An annotation without `iscrowd` is no crowd, one without `area` has that of its mask.
+    An annotation without `iscrowd` is no crowd; one without `area` gets the area of its mask.
 
     Raises:
         UserError: these are no shards of COCO, or a file in them is damaged.
@@ -50,13 +50,13 @@ def _complete(annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, A
 
 
 def library(name: str = "auto") -> Library:
-    """Import COCO and COCOeval of pycocotools or of faster-coco-eval, which gives the same numbers.
+    """Import COCO and COCOeval from pycocotools or faster-coco-eval; both compute the same numbers.
 
     Args:
-        name: "pycocotools"; "faster-coco-eval"; or "auto", the latter where it is installed.
+        name: "pycocotools", "faster-coco-eval", or "auto": faster-coco-eval if it is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: faster-coco-eval was asked for and is not installed.
     """
     if name != "pycocotools":
         try:
@@ -74,16 +74,16 @@ def library(name: str = "auto") -> Library:
 def average_precision(
     truth: dict[str, Any], detections: Sequence[dict[str, Any]], of: Library | None = None
 ) -> dict[str, float]:
-    """Compute COCO's numbers for boxes and masks in percent; -100 where nothing has a size.
+    """Compute COCO's numbers for boxes and masks, in percent; -100 for a size that no object has.
 
     Args:
-        truth: images, annotations and categories as in COCO's file.
-        detections: image_id, category_id, bbox (x, y, width, height), score, segmentation (run
-            lengths as text); in COCO's own form of results.
-        of: the library; by default the faster one that is installed.
+        truth: images, annotations and categories, as in COCO's annotation file.
+        detections: detections in COCO's format of results: image_id, category_id, bbox (x, y,
+            width, height in pixels), score, and segmentation (run lengths as text).
+        of: classes as returned by `library`; None: those of the faster library that is installed.
 
     Returns:
-        "box_ap", "box_ap50", … and "mask_ap", …, see `SCORES`.
+        "box_ap", "box_ap50", … for boxes and "mask_ap", … for masks, with the names in `SCORES`.
     """
     make_coco, make_evaluation = of or library()
     found: dict[str, float] = {}
@@ -91,7 +91,7 @@ def average_precision(
         coco = make_coco()
         coco.dataset = truth
         coco.createIndex()
-        # In an order that does not depend on which rank found what.
+        # This order does not depend on which rank found what.
         order = sorted(range(len(detections)), key=lambda i: detections[i]["image_id"])
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             if not detections:
@@ -112,12 +112,13 @@ _FIELDS = {"bbox": ("bbox",), "segm": ("segmentation",)}
 
 
 def as_coco(found: Found, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Bring the detections of one image into COCO's form of results.
+    """Convert the detections of one image into COCO's format of results.
 
     Args:
         found: "boxes" float [n, 4], x0, y0, x1, y1 in pixels of the image as it is in the file;
             "classes" int64 [n] from 0; "scores" float [n]; "masks" bool [n, H, W].
-        category_ids: of each class.
+        image_id: COCO's id of the image.
+        category_ids: COCO's id of each class.
     """
     boxes = found["boxes"].double().cpu().numpy()
     boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -149,23 +150,25 @@ def evaluate_detection(
     stop: Callable[[], bool] = lambda: False,
     cache: ShardCache | None = None,
 ) -> dict[str, float] | None:
-    """Compute COCO's numbers over each image once; all ranks call, and get the same.
+    """Compute COCO's numbers over each image once; all ranks call, and get the same numbers.
 
-    Every rank runs as many batches, all of the same size: those that are missing are black.
+    Every rank runs the same number of batches, all of the same size; black images fill them up.
 
     Args:
-        detect: images uint8 [b, 3, S, S], their sizes int64 [b, 2] without padding and their
-            original sizes int64 [b, 2], all on the device -> of each what `as_coco` takes.
-        loader: this rank's part of the data set.
-        shards: of the data set.
-        device: of this rank.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
-        what: how the work is named there.
-        stop: asked before each batch; where any rank says yes, all give up.
-        cache: of remote shards.
+        detect: function of images uint8 [b, 3, S, S], their heights and widths without padding
+            int64 [b, 2], and those in the file int64 [b, 2], all on the device. It returns, for
+            each image, the detections that `as_coco` takes.
+        loader: loader of this rank's part of the data set.
+        shards: shards of the data set.
+        device: device of this rank.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
+        what: name of the work in that description.
+        stop: asked before each batch; if it returns True on any rank, all ranks give up.
+        cache: cache of remote shards.
 
     Returns:
-        "images", "box_ap", …, "mask_ap", … in percent; None where it was stopped.
+        "images", the number of images, and "box_ap", …, "mask_ap", … in percent; None if the
+        evaluation was stopped.
 
     Raises:
         RunError: an image is damaged, or a shard cannot be read.

@@ -1,4 +1,4 @@
-"""Algorithms that give the same bits each time, where a GPU has faster ones that do not."""
+"""Reproducible algorithms, which a GPU does not use by default: the same bits each time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 def deterministic(wanted: bool) -> Iterator[None]:
     """Ask PyTorch, cuDNN and cuBLAS for reproducible algorithms, if that is wanted.
 
-    An operation that has none warns and goes on: see docs/training.md for what is promised. It
-    must be entered before anything is computed on a GPU, since cuBLAS reads its setting once.
+    An operation without such an algorithm warns and goes on; docs/training.md says what is
+    promised. This context must be entered before anything is computed on a GPU, since cuBLAS reads
+    its setting only once.
     """
     if not wanted:
         yield
@@ -30,7 +31,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         cudnn.benchmark,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    checks.fill_uninitialized_memory = False  # it finds bugs, and costs a pass over each tensor
+    checks.fill_uninitialized_memory = False  # only finds bugs, for a pass over each tensor
     cudnn.benchmark = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""DeepSpeed, imported the way this project needs it. Everything else imports it from here."""
+"""DeepSpeed, changed where this project needs it; modules that run an engine import it here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # its own guess is the same, with a warning
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, with a warning
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
@@ -41,8 +41,8 @@ deepspeed.runtime.engine.BFLOAT16 = deepspeed.runtime.engine.ZERO_OPTIMIZATION
 def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
     """Put `val` in the place of a norm that is not finite.
 
-    DeepSpeed's own copies a number from the host to the device first, once for each group of the
-    optimiser, and the host waits for that copy.
+    DeepSpeed's own function first copies a number from the host to the device, once for each group
+    of the optimiser, and the host waits for that copy.
     """
     norm.masked_fill_(~torch.isfinite(norm), val)
 
@@ -51,7 +51,7 @@ for _module in (stage_1_and_2, stage3, utils):
     _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
 # DeepSpeed asks the device whether the norm is finite, to skip the step. `nonfinite.StepGuard` does
-# that on the device: such a norm is infinite there, and the optimiser then changes nothing.
+# that on the device: the norm of such a step is infinite, and the optimiser then changes nothing.
 stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
 # DeepSpeed marks some 2,000 calls of a step under ZeRO-3 for NVIDIA's profiler, which takes time.

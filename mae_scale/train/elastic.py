@@ -1,12 +1,12 @@
-"""Going on at another world size, ZeRO stage, precision or layout of the optimiser's groups.
+"""Loading a checkpoint of another world size, ZeRO stage, precision or layout of groups.
 
 The state is put into a neutral form, one file for each parameter and each state of it, and read
-from there into whatever shards the engine has. All ranks convert: each opens the files of all saved
-ranks, which are only mapped into memory, and reads and writes the parameters that are its own. So
-every byte is read once and written once, and the number of files does not depend on the ranks that
-saved. DeepSpeed's `ds_to_universal` writes a file for each saved rank, parameter and state, in one
-process; its `load_universal` knows neither stage 0 nor a change to or from stage 3, and restores no
-frozen parameters, no buffers and only one group's weight decay.
+from there into whatever shards the engine has. All ranks convert: each maps the files of all saved
+ranks into memory, and converts its own share of the parameters. So every byte is read once and
+written once, and the number of files does not depend on the number of ranks that saved. DeepSpeed's
+`ds_to_universal` writes a file for each saved rank, parameter and state, in one process; its
+`load_universal` knows neither stage 0 nor a change to or from stage 3, and restores no frozen
+parameters, no buffers and only one group's weight decay.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ from mae_scale.train.reading import load_tensors, state_of
 log = logging.getLogger("mae_scale")
 
 CHECKSUMS = "checksums.json"
-MOMENTS = ["exp_avg", "exp_avg_sq"]  # of AdamW
+MOMENTS = ["exp_avg", "exp_avg_sq"]  # states that AdamW keeps
 WEIGHTS = "fp32"  # name of the master weights among the states of a parameter
 Doing = Callable[[str], None]
 
 
 def _nobody(what: str) -> None:
-    """Take no note of the progress."""
+    """Ignore what is being done."""
 
 
 def convert(folder: Path, stage: int, order: list[str], doing: Doing = _nobody) -> Path:
-    """Make `folder/universal` out of the checkpoint in `folder`, once; all ranks call.
+    """Convert a checkpoint into the neutral form in `folder/universal`; all ranks call.
 
-    Interrupted, it leaves nothing that counts; one whose files were damaged since is made again.
+    A folder `universal` that exists and is intact is returned as it is; a damaged one is made
+    again. An interrupted conversion leaves only `universal.unfinished`, which nothing reads.
 
     Args:
-        folder: a committed and intact checkpoint.
-        stage: its ZeRO stage.
+        folder: folder of a committed and intact checkpoint.
+        stage: ZeRO stage under which it was saved.
         order: names of the trained parameters in the order of the optimiser's groups.
-        doing: is told about each parameter, as `Watchdog.doing` wants to be.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
 
     Returns:
-        The folder: `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, or what else the optimiser
-        keeps, each flat; `common.pt`, and `checksums.json` of these.
+        The folder `universal`. It holds `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, or the
+        states of another optimiser, each a flat tensor; `common.pt`; and `checksums.json`, the
+        SHA-256 of these files.
     """
     rank, size = _rank_and_size()
     universal, unfinished = folder / "universal", folder / "universal.unfinished"
@@ -104,7 +106,7 @@ def convert(folder: Path, stage: int, order: list[str], doing: Doing = _nobody) 
 
 
 def _rank_and_size() -> tuple[int, int]:
-    """This process among those that convert; alone without a process group."""
+    """Return rank and world size of this process: 0 and 1 without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -113,7 +115,7 @@ def _everywhere(value: Any) -> list[Any]:
 
 
 def _is_intact(universal: Path, rank: int, size: int) -> bool:
-    """Whether this rank's part of the files is as it was written, and all are there."""
+    """Return whether all files are there and this rank's part of them matches its checksums."""
     try:
         expected = json.loads(read_file(universal / CHECKSUMS, 1 << 26))
     except (OSError, ValueError):
@@ -131,14 +133,14 @@ def _rank_of(path: Path) -> list[int]:
 
 @dataclass
 class _Share:
-    """The share of the optimiser's state that one saved rank had, mapped into memory."""
+    """Share of the optimiser's state that one rank has saved, mapped into memory."""
 
     groups: dict[str, list[torch.Tensor]]
     """Flat tensors of each group, by the name of the state."""
     places: dict[str, tuple[int, int, int]]
-    """Group, start and length of the piece of each parameter, by the parameter's name."""
+    """Group, start and length, in values, of each parameter's piece, by the parameter's name."""
     step: float | None
-    """AdamW's count of steps; None of an optimiser that keeps none."""
+    """AdamW's count of steps; None for an optimiser that keeps none."""
 
 
 def _whole(shares: list[_Share], name: str, key: str) -> torch.Tensor:
@@ -176,7 +178,7 @@ def _read_shares(folder: Path, stage: int, order: list[str], doing: Doing) -> li
 
 
 def _unsharded(state: dict[str, Any], order: list[str]) -> _Share:
-    """Stage 0: a group for each parameter."""
+    """Make one share of a checkpoint of stage 0, with a group for each parameter."""
     optimizer = state["optimizer"]
     if "fp32_groups" in optimizer:  # bf16: master weights beside the module
         weights = [p.detach() for group in optimizer["fp32_groups"] for p in group]
@@ -201,7 +203,7 @@ def _share(
 def _places_of_stage_3(
     shapes: list[dict[str, torch.Size]], optimizer: dict[str, Any], rank: int, size: int
 ) -> dict[str, tuple[int, int, int]]:
-    """Find the pieces of a rank: an equal part of each parameter, the last ones padded."""
+    """Find the pieces of a rank: an equal part of each parameter, padded on the last ranks."""
     lengths = [len(flat) for flat in optimizer["fp32_flat_groups"]]
     places, group, start = {}, 0, 0
     for name, shape in ((n, s) for each in shapes for n, s in each.items()):
@@ -214,7 +216,7 @@ def _places_of_stage_3(
 
 
 def _inner_state(optimizer: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-    """Find the state of PyTorch's optimiser, by its parameters, in a file of ZeRO 1 to 3."""
+    """Find the states of PyTorch's optimiser, by parameter, in a file of ZeRO 1 to 3."""
     inner = optimizer.get("optimizer_state_dict", optimizer)
     return inner.get("base_optimizer_state", inner)["state"]
 
@@ -222,7 +224,7 @@ def _inner_state(optimizer: dict[str, Any]) -> dict[Any, dict[str, Any]]:
 def _common(
     folder: Path, stage: int, order: list[str], step: float | None, kept: list[str]
 ) -> dict[str, Any]:
-    """Collect what is not of a trained parameter."""
+    """Collect what belongs to no trained parameter: counts, frozen parameters and buffers."""
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
     state, trained = load_tensors(models[0]), set(order)
     rest = {name: value for name, value in state["module"].items() if name not in trained}
@@ -234,7 +236,7 @@ def _common(
 
 
 def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Put the frozen parameters of a stage-3 checkpoint together out of all ranks' pieces."""
+    """Put the frozen parameters of a stage-3 checkpoint together from the pieces of all ranks."""
     pieces = [load_tensors(path)["frozen_param_fragments"] or {} for path in models]
     return {
         name: torch.cat([piece[name].flatten() for piece in pieces])[: shape.numel()].view(shape)
@@ -243,10 +245,10 @@ def _gather_frozen(models: list[Path], shapes: dict[str, torch.Size]) -> dict[st
 
 
 def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict of the module in fp32 from the master weights of a stage-3 checkpoint.
+    """Read the module's state dict, in fp32, from the master weights of a stage-3 checkpoint.
 
-    One rank's file is mapped at a time, and only its master weights are read. That takes memory for
-    the weights, and for one rank's share of them. DeepSpeed's own function holds all shares.
+    One rank's file is mapped at a time, and only its master weights are read. So memory is needed
+    for the weights and for one rank's share of them; DeepSpeed's own function holds all shares.
     """
     models = sorted(folder.glob("*model_states.pt"), key=_rank_of)
     first = load_tensors(models[0])
@@ -268,12 +270,12 @@ def weights_of_stage_3(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load(engine: DeepSpeedEngine, universal: Path, doing: Doing = _nobody) -> None:
-    """Read what `convert` made into an engine of any world size and stage; all ranks call.
+    """Load what `convert` made into an engine of any world size and stage; all ranks call.
 
     Learning rate, weight decay and betas stay those of the engine.
     """
     common = load_tensors(universal / "common.pt")
-    kept = common.get("kept", MOMENTS)  # which was not written down before there were others
+    kept = common.get("kept", MOMENTS)  # older ones do not name it: AdamW was the only optimiser
     state = EngineState(engine)
     state.make_states(kept, common["step"])
     parameters = dict(engine.module.named_parameters())
@@ -296,7 +298,7 @@ def load(engine: DeepSpeedEngine, universal: Path, doing: Doing = _nobody) -> No
 
 
 def averages(universal: Path) -> dict[str, torch.Tensor]:
-    """Read the moving averages of the parameters in what `convert` made: flat, by name, in fp32."""
+    """Read the parameters' moving averages from what `convert` made: flat fp32 tensors by name."""
     return {
         path.parent.name: _value(universal, path.parent.name, EMA, torch.Size([-1]))
         for path in sorted(universal.glob(f"zero/*/{EMA}.pt"))
@@ -304,6 +306,6 @@ def averages(universal: Path) -> dict[str, torch.Tensor]:
 
 
 def _value(universal: Path, name: str, key: str, shape: torch.Size) -> torch.Tensor:
-    """Map a file; what is not used of it is not read."""
+    """Map the tensor of a file in `universal`; only the part that is used is read."""
     path = universal / "zero" / name / f"{key}.pt"
     return load_tensors(path)["param"].reshape(shape)

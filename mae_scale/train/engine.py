@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: a JSON from ds_configs/ with every "auto" filled in from the recipe."""
+"""The DeepSpeed engine of a run: initial weights, optimiser and sharding."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ def fill_in(
 ) -> None:
     """Give initial weights to a model that was made on the meta device; all ranks call.
 
-    They follow from the seed, whatever the ZeRO stage. Under stage 3 each module is sharded as
-    soon as it has its weights, so that no rank but 0 ever holds the whole model.
+    The weights follow from the seed, whatever the ZeRO stage. Under stage 3 each module is sharded
+    as soon as it has its weights, so that no rank but 0 ever holds the whole model.
 
     Args:
-        model: has a method `initialize_module` that sets the parameters of one of its modules.
-        weights: on rank 0, fp32 values of some parameters and buffers that count instead.
+        model: model whose method `initialize_module` sets the parameters of one of its modules.
+        seed: seed of the random weights.
+        deepspeed_config: filled-in DeepSpeed config.
+        weights: fp32 values by name, on rank 0, that replace the initial ones of some parameters
+            and buffers.
     """
     torch.manual_seed(seed)
     deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
-    # DeepSpeed would make a second group of all ranks, since torch could once not translate the
-    # ranks of the first: as many connections again, with a time-out of its own.
+    # DeepSpeed would make a second group of all ranks, because torch once could not translate the
+    # ranks of the first. It would take as many connections again, and have its own time-out.
     deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
     given = on_rank0(lambda: set(weights or ()))
     for prefix, module in model.named_modules():
@@ -72,7 +75,7 @@ def build_engine(
 ) -> DeepSpeedEngine:
     """Wrap a model with its optimiser, sharded as the config says.
 
-    The learning rate is set by the loop at each step.
+    `step.Stepper` sets the learning rate at each step.
     """
     stage, optimizer = zero_stage(deepspeed_config), make_optimizer(model, optim)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
@@ -88,7 +91,7 @@ def build_engine(
     for state in inner_optimizer(engine).state.values():
         if "step" in state:
             state["step"].zero_()
-    for name, value in model.named_buffers():  # DeepSpeed has cast them: bf16 loses statistics
+    for name, value in model.named_buffers():  # DeepSpeed cast them to bf16, too coarse for them
         value.data = buffers[name].to(value.device)
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)

@@ -1,7 +1,7 @@
-"""Validations and pictures, which a run makes now and then besides training.
+"""Validations and pictures, which a run makes from time to time besides training.
 
-Both are the same to the loop: it asks whether one is due, evaluates the model, writes down what
-came out, and leaves the time that it took out of the rates.
+The loop treats both alike: it asks whether one is due, evaluates the model, records the outcome,
+and leaves the time that this took out of the rates.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ class Schedule:
     """Length of a run in steps."""
 
     steps_per_epoch: int
+    """Optimiser steps in an epoch."""
     epochs: int
+    """Epochs of the learning-rate schedule."""
     total_steps: int
     """Number of steps of the whole run; `train.max_steps` may end it before its last epoch."""
 
 
 class Evaluation(Protocol):
-    """Something that a run does now and then with its model."""
+    """Something that a run does with its model from time to time."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
         """Say whether the evaluation is due when `step` steps are done."""
@@ -36,11 +38,20 @@ class Evaluation(Protocol):
     def evaluate(
         self, engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> Any | None:
-        """Do it, on all ranks; None if there is nothing to write down or `stop` said yes."""
+        """Evaluate the model; all ranks call.
+
+        Args:
+            engine: engine of the model, in evaluation mode.
+            watchdog: told what this rank does.
+            stop: returns whether this rank was asked to stop.
+
+        Returns:
+            The outcome for `write`; None if there is nothing to write or the run is to stop.
+        """
         ...
 
     def write(self, record: Record, step: int, outcome: Any) -> None:
-        """Write down, on rank 0, what `evaluate` gave."""
+        """Record, on rank 0, the outcome that `evaluate` returned."""
         ...
 
 
@@ -49,13 +60,15 @@ class Validation:
     """Measures the model on a data set."""
 
     every_epochs: int | None
-    """The last epoch counts, too; None: `every_steps` decides."""
+    """Epochs between two validations; one also follows the last epoch. None: see `every_steps`."""
     run: Callable[[DeepSpeedEngine, Watchdog, Callable[[], bool]], dict[str, float] | None]
-    """Gives scores, the same on all ranks; None where the function it is given has said stop."""
+    """Function of the engine, the watchdog, and a function that says whether this rank is to stop.
+
+    It returns scores, the same on all ranks; None if it was stopped."""
     best_by: str | None
-    """The score whose highest value makes the best checkpoint; None: the newest stays the best."""
+    """Name of the score whose highest value makes the best checkpoint; None: none is the best."""
     every_steps: int | None = None
-    """Optimiser steps between two of them; the last step of the run counts, too."""
+    """Optimiser steps between two validations; one also follows the last step of the run."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
         """Say whether the model is to be measured when `step` steps are done."""
@@ -69,7 +82,7 @@ class Validation:
     def evaluate(
         self, engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> dict[str, float] | None:
-        """Measure the model; None if a signal came in between."""
+        """Measure the model; return its scores, or None if a signal came in between."""
         return self.run(engine, watchdog, stop)
 
     def write(self, record: Record, step: int, outcome: dict[str, float]) -> None:
@@ -82,9 +95,11 @@ class Pictures:
     """Draws what the model makes of some images."""
 
     every_steps: int
-    """The last step of the run counts, too."""
+    """Optimiser steps between two pictures; one also follows the last step of the run."""
     draw: Callable[[DeepSpeedEngine], Callable[[Path, str], None] | None]
-    """All ranks call; rank 0 uses what it gives to write a PNG with a title. None: no picture."""
+    """Function of the engine; all ranks call it.
+
+    It returns the function with which rank 0 writes a PNG with a title; None: no picture."""
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
         """Say whether pictures are to be drawn when `step` steps are done."""
@@ -93,10 +108,10 @@ class Pictures:
     def evaluate(
         self, engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> Callable[[Path, str], None] | None:
-        """Run the model on the images."""
+        """Run the model on the images; return the function that writes the picture."""
         watchdog.doing("drawing pictures")
         return self.draw(engine)
 
     def write(self, record: Record, step: int, outcome: Callable[[Path, str], None]) -> None:
-        """Write the PNG."""
+        """Write the picture as a PNG."""
         record.add_picture(step, outcome)

@@ -1,4 +1,4 @@
-"""Features of the images of a data set: each image once, at any world size."""
+"""Features of the images of a data set: computed once for each image, at any world size."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def feature_batches(
     """Yield the features of all ranks' batches, on every rank; all ranks call.
 
     Args:
-        features: of the model.
-        loader: this rank's part of the data set.
-        device: of this rank.
-        doing, what, stop: as for `validation.evaluate`.
+        features: function of normalised images [b, C, H, W] that returns their features [b, D].
+        loader: loader of this rank's part of the data set.
+        device: device of this rank.
+        doing, what, stop: the same as for `validation.evaluate`.
 
     Yields:
-        sample ids int64 [n], in no order, and their features float32 [n, D], on the device.
+        Sample ids int64 [n], in no order, and their features float32 [n, D], both on the device.
 
     Raises:
-        Stopped: `stop` said yes on any rank.
+        Stopped: `stop` returned True on any rank.
         RunError: an image is damaged, or a shard cannot be read.
     """
     ranks = dist.get_world_size()
@@ -64,7 +64,7 @@ def features_of(
 ) -> torch.Tensor:
     """Compute the features of a whole data set, float32 [N, D], in the order of its samples.
 
-    All ranks call and get the same. Arguments and errors are those of `feature_batches`.
+    All ranks call and get the same result. Arguments and errors are those of `feature_batches`.
     """
     found: torch.Tensor | None = None
     for ids, values in feature_batches(features, loader, device, doing=doing, what=what, stop=stop):

@@ -1,12 +1,12 @@
-"""ZeRO 1 and 2 in bf16 with fewer operators: what DeepSpeed does for each parameter, done for many.
+"""ZeRO 1 and 2 in bf16 with fewer operators: many parameters are handled at once.
 
 DeepSpeed 0.19 converts, copies, adds and measures the gradient of each parameter on its own: about
 7 operators for each of a ViT-L's 400 parameters. At small micro-batches a GPU then waits for the
-host. Here the gradients of a bucket are copied, sent and added together. Every number is the one
-that DeepSpeed computes, to the bit; what is saved is the same, too.
+host. Here the gradients of a bucket are copied, sent and added together. Every number has the bits
+that DeepSpeed computes, and checkpoints are the same, too.
 
-It also waits for the stream of reductions on the device, where DeepSpeed lets the host wait for all
-that the device has been given to do (`overlap_comm`).
+With `overlap_comm` the device waits here for the stream of reductions, where DeepSpeed makes the
+host wait for everything that the device has been given to do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from mae_scale.train.ds import DeepSpeedZeroOptimizer, deepspeed
 
-# Values that are converted at once to the fp64 of norms. It bounds the memory that this takes.
+# Number of values converted to fp64 at once for norms. It bounds the memory that this takes.
 NORM_CHUNK = 1 << 24
 
 dist = deepspeed.comm
@@ -25,7 +25,7 @@ unflatten = torch._C._nn.unflatten_dense_tensors
 
 
 def use_fewer_operators(optimizer: Any) -> None:
-    """Let a ZeRO optimiser of stage 1 or 2 do its work for many parameters at once, if it can."""
+    """Let a ZeRO optimiser of stage 1 or 2 handle many parameters at once, if that is possible."""
     plain = not (
         optimizer.cpu_offload
         or optimizer.has_moe_layers
@@ -43,18 +43,18 @@ def use_fewer_operators(optimizer: Any) -> None:
 
 
 class FewerOperators(DeepSpeedZeroOptimizer):
-    """The optimiser of ZeRO 1 and 2 for bf16 weights, whose fp32 gradients lie in one piece."""
+    """The optimiser of ZeRO 1 and 2 for bf16 weights; a group's fp32 gradients are one tensor."""
 
     params_already_reduced: list[bool]
 
     def should_refresh_expected_hook_count(self) -> bool:
-        """DeepSpeed counts hooks for those who call `loss.backward()` on their own."""
+        """Return False: only callers of `loss.backward()` itself need the count of hooks."""
         return False
 
-    # Gradients as they come
+    # Collecting the gradients
 
     def process_gradients(self, param: torch.nn.Parameter, i: int) -> None:
-        """Take the gradient of a parameter, when the backward pass has computed it."""
+        """Take the gradient of a parameter as soon as the backward pass has computed it."""
         self.setup_buckets()
         if self.partition_gradients or (
             self.overlap_comm and self.is_gradient_accumulation_boundary()
@@ -62,7 +62,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
             self._collect(param, i)
 
     def fill_grad_accum_attribute(self) -> None:
-        """Add the gradients of a micro-batch of stage 1 to the sums, in fp32."""
+        """Add the gradients of a micro-batch to the fp32 sums, at stage 1."""
         for group in self.bit16_groups:
             have = [p for p in group if p.grad is not None]
             for part in _parts(have, self.reduce_bucket_size):
@@ -82,7 +82,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
                         p.grad_accum = view
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Send all gradients of stage 1, after the last backward pass of a step."""
+        """Send all gradients after the last backward pass of a step, at stage 1."""
         self.setup_buckets()
         if not self.overlap_comm:
             for i, group in enumerate(self.bit16_groups):
@@ -109,7 +109,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         if self.overlap_comm and self.reduction_stream is not None:
             bucket.copy_streams.add(deepspeed.get_accelerator().current_stream())
 
-    # Buckets
+    # Sending the buckets
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         """Sum the gradients of the bucket over all ranks, and keep this rank's share of them."""
@@ -131,7 +131,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         bucket.clear()
 
     def _filled(self, bucket: Any) -> torch.Tensor:
-        """The bucket's gradients in one piece: in fp32 at stage 1, in bf16 at stage 2."""
+        """Return the bucket's gradients as one flat tensor: fp32 at stage 1, bf16 at stage 2."""
         params = [param for _, param, _ in bucket.params]
         if bucket.copy_streams:  # the backward pass may have computed on several streams
             now = deepspeed.get_accelerator().current_stream()
@@ -179,7 +179,11 @@ class FewerOperators(DeepSpeedZeroOptimizer):
             torch._foreach_add_(shares, mine)
 
     def _shares(self, i: int) -> dict[int, tuple[int, torch.Tensor]]:
-        """Where the gradients of a group go: first value and view of this rank's part, by id."""
+        """Return this rank's share of each parameter of a group, by the parameter's id.
+
+        A share is the index of its first value in the parameter, and a view of the gradients that
+        this rank keeps.
+        """
         group = self._get_compact_grad_partition_buffer(i)
         if not hasattr(group, "shares"):
             rank = dist.get_rank(group=self.real_dp_process_group[i])
@@ -193,7 +197,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         return group.shares
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Send the last bucket, and let what follows wait for all of them, on the device."""
+        """Send the last bucket, and let later work on the device wait for all buckets."""
         self.reduce_ipg_grads()
         self.params_already_reduced = [False] * len(self.params_already_reduced)
         if self.overlap_comm and self.reduction_stream is not None:
@@ -208,7 +212,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
     # The step
 
     def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
-        """L2 norm of the gradient over all ranks: a scalar, infinite where it is not finite."""
+        """Return the gradient's L2 norm over all ranks: a scalar, infinite if it is not finite."""
         squares = torch.stack([self._square_of_norm(i) for i, _ in enumerate(self.bit16_groups)])
         dist.all_reduce(squares, group=self.dp_process_group)
         norm = torch.linalg.vector_norm(squares.pow(0.5))
@@ -222,7 +226,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         return torch.stack(norms).pow(2.0).sum().float()
 
     def _update_model_bit16_weights(self, group_index: int) -> None:
-        """Link the parameters to the flat weights, unless they are."""
+        """Link the parameters to the flat weights, unless they are linked already."""
         flat = self.bit16_groups_flat[group_index]
         group = self.round_robin_bit16_groups[group_index]
         offsets = self.round_robin_bit16_offsets[group_index]
@@ -242,7 +246,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         self.micro_step_id = -1
         self.overflow = False
         self._global_grad_norm = self.scaled_global_norm()
-        self._update_scale(False)  # a count in DeepSpeed's state dict
+        self._update_scale(False)  # counts the step; DeepSpeed saves the count
         for i, master in enumerate(self.single_partition_of_fp32_groups):
             master.grad = self.averaged_gradients[i].flat_partition
             self.averaged_gradients[i] = self.all_grad_tensors[i] = None
@@ -262,7 +266,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
 
 
 def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """L2 norm of each tensor, computed in fp64."""
+    """Return the L2 norm of each tensor, a scalar computed in fp64."""
     norms: list[torch.Tensor] = []
     for part in _parts(tensors, NORM_CHUNK):
         size = sum(tensor.numel() for tensor in part)
@@ -277,7 +281,7 @@ def _accumulated(param: torch.nn.Parameter) -> torch.Tensor | None:
 
 
 def _parts(tensors: list[Any], most: int) -> list[list[Any]]:
-    """Cut a list into parts of at most so many values each, or of one tensor."""
+    """Cut a list of tensors into parts of at most `most` values, or of one larger tensor."""
     parts: list[list[Any]] = []
     size = 0
     for tensor in tensors:

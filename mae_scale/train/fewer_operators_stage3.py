@@ -1,9 +1,9 @@
 """ZeRO 3 with fewer operators and less Python: the counterpart of `fewer_operators`.
 
-Numbers stay those of DeepSpeed, to the bit. What is done for many parameters at once here: their
-gradients' copies and norms. What is not done any more: listing a module's parameters anew at each
-fetch and release, ranges for NVIDIA's profiler, counting hooks, and asking the device whether the
-norm is finite, which `nonfinite.StepGuard` decides on the device.
+Every number has the bits that DeepSpeed computes. Gradients are copied and measured for many
+parameters at once. Four things of DeepSpeed's are left out: listing a module's parameters anew at
+each fetch and release, marking ranges for NVIDIA's profiler (see `ds`), counting hooks, and asking
+the device whether the norm is finite, which `nonfinite.StepGuard` decides on the device.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ dist = deepspeed.comm
 
 
 def use_fewer_operators_at_stage_3(optimizer: Any) -> None:
-    """Let a ZeRO optimiser of stage 3 do its work for many parameters at once, if it can."""
+    """Let a ZeRO optimiser of stage 3 handle many parameters at once, if that is possible."""
     if not (optimizer.zenflow or optimizer.model_parallel_rank):
         optimizer.__class__ = FewerOperatorsStage3
 
 
 class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
-    """The optimiser of ZeRO 3."""
+    """The optimiser of ZeRO 3, with fewer operators and less Python."""
 
-    reduce_and_partition_stream: Any  # None where nothing is asynchronous
+    reduce_and_partition_stream: Any  # None on a device without streams, such as a CPU
 
     def should_refresh_expected_hook_count(self) -> bool:
-        """DeepSpeed counts hooks for those who call `loss.backward()` on their own."""
+        """Return False: only callers of `loss.backward()` itself need the count of hooks."""
         return False
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Send the last bucket; what follows waits for it on the device, and the host does not."""
+        """Send the last bucket; later work on the device waits for it, and the host does not."""
         stream = self.reduce_and_partition_stream
         if stream is None or self.offload_optimizer:
             super().independent_gradient_partition_epilogue()
             return
-        for dtype in sorted(self.ipg_buckets, key=str):  # alike on all ranks
+        for dtype in sorted(self.ipg_buckets, key=str):  # in the same order on all ranks
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
         self.reduce_and_partition_stream = _WaitingOnTheDevice(stream)
         try:
@@ -53,7 +53,10 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
     def partition_grads(
         self, params_to_release: list[Any], grad_partitions: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Add this rank's share of a bucket's gradients to the sums, or make it their start."""
+        """Add this rank's share of a bucket's gradients to the sums, and return these.
+
+        The first micro-batch of a step overwrites the sums.
+        """
         if self.offload_optimizer:
             return super().partition_grads(params_to_release, grad_partitions)
         sums = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
@@ -77,7 +80,7 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
     def get_grad_norm_direct(
         self, gradients: list[torch.Tensor], params: list[nn.Parameter], norm_type: int = 2
     ) -> torch.Tensor:
-        """L2 norm of a sub-group's gradients over all ranks; -1 where it is not finite."""
+        """Return the L2 norm of a sub-group's gradients over all ranks; -1 if it is not finite."""
         squares = torch.stack(norms_of(gradients)).pow(2.0).sum()
         dist.all_reduce(squares, group=self._get_param_partition_group(params[0]))
         norm = squares.pow(0.5)
@@ -85,23 +88,23 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
 
 
 class _WaitingOnTheDevice:
-    """A stream for which the current one waits, where DeepSpeed lets the host wait.
+    """Stand-in for a stream: the current stream waits for it, where DeepSpeed makes the host wait.
 
-    It stands for the stream of reductions only while nothing but its end is awaited.
+    It replaces the stream of reductions only while DeepSpeed does nothing with that but wait.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def synchronize(self) -> None:
-        """Let the current stream wait."""
+        """Let the current stream wait for this one; the host goes on."""
         deepspeed.get_accelerator().current_stream().wait_stream(self._stream)
 
 
 def _iter_params(module: Any, recurse: bool = False) -> Iterator[nn.Parameter]:
-    """The parameters of a module, in DeepSpeed's order, listed once.
+    """Iterate over the parameters of a module in DeepSpeed's order, from a list made once.
 
-    DeepSpeed lists them at each fetch and release, several times a step for each module.
+    DeepSpeed makes the list at each fetch and release, several times a step for each module.
     """
     external = module.ds_external_parameters()
     cache = module.__dict__.setdefault("_listed_parameters", {})

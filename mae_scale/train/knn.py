@@ -1,4 +1,4 @@
-"""Classification by the nearest neighbours: how good features are, without any training.
+"""Classification by the nearest neighbours: it measures features without any training.
 
 The rule is that of DINO (Caron et al., arXiv 2104.14294, section 4.1), after Wu et al. (arXiv
 1805.01978, section 3.4): the K nearest images by the cosine of their features vote for their
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from mae_scale.models.numerics import full_fp32
 from mae_scale.train.validation import rank_of_label
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # those of DINO
-_QUERIES = 256  # that are compared at a time
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # the values of DINO
+_QUERIES = 256  # number of images that are compared at a time
 
 
 @torch.no_grad()
@@ -29,21 +29,23 @@ def knn_scores(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[str, float]:
-    """Share of the queries whose label wins the vote, or comes among the five first, in percent.
+    """Compute the share of queries whose label wins the vote or is among the first five.
 
-    All ranks call with the same and get the same, to the bit at any number of them: each compares
-    some blocks of queries, whose limits do not depend on the ranks.
+    All ranks call with the same arguments and get the same bits, whatever their number: each
+    compares some blocks of queries, and the blocks do not depend on the number of ranks.
 
     Args:
         bank: float32 [N, D], features of the images that vote.
-        bank_labels: int64 [N].
-        queries: float32 [M, D]; None: those of the bank, of which each is left out of its own vote.
-        labels: int64 [M].
-        classes: number of them.
-        neighbours, temperature: K and the temperature.
+        bank_labels: int64 [N], their classes.
+        queries: float32 [M, D], features of the images to classify; None: the bank itself, where no
+            image takes part in its own vote.
+        labels: int64 [M], classes of the queries.
+        classes: number of classes.
+        neighbours: K, the number of neighbours that vote.
+        temperature: divisor of the cosines in the weights of the votes.
 
     Returns:
-        "knn_top1" and "knn_top5".
+        "knn_top1" and "knn_top5", in percent.
     """
     bank = F.normalize(bank, dim=1)
     asked = bank if queries is None else F.normalize(queries, dim=1)
@@ -58,7 +60,7 @@ def knn_scores(
         if queries is None:
             cosines[rows, start + rows] = -torch.inf
         nearest, which = cosines.topk(neighbours, dim=1)
-        # The largest cosine is 1: so nothing overflows, whatever the temperature.
+        # The largest cosine is 1, so that nothing overflows, whatever the temperature.
         weights = ((nearest - 1) / temperature).exp()
         votes = (weights[..., None] * F.one_hot(bank_labels[which], classes)).sum(dim=1)
         place = rank_of_label(votes, own)

@@ -27,12 +27,15 @@ def load_checkpoint(
 ) -> None:
     """Load a checkpoint into the engine, on all ranks.
 
-    The same world size, ZeRO stage, precision and layout of the optimiser's groups go on bit for
-    bit. A checkpoint with others is read through a neutral form, which all ranks make first.
+    If world size, ZeRO stage, precision and layout of the optimiser's groups are the same, the run
+    goes on bit for bit. Otherwise the checkpoint is read through a neutral form, which all ranks
+    make first.
 
     Args:
+        engine: engine to load into.
+        folder: folder of a committed and intact checkpoint.
         order: names of the trained parameters in the order of the optimiser's groups.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
     """
     commit = Commit.read(folder)
     stage = engine.zero_optimization_stage()
@@ -73,7 +76,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     mapped, so that neither moments nor the states of all ranks come into memory.
 
     Raises:
-        UserError: its files hold something else, or more than tensors.
+        UserError: the files hold no state of a run, or code besides tensors.
     """
     with state_of(folder):
         if Commit.read(folder).zero_stage == 3:
@@ -83,11 +86,12 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_averages(folder: Path, order: list[str]) -> dict[str, torch.Tensor]:
-    """Read the moving averages of a checkpoint's trained parameters, flat, by name, in fp32.
+    """Read the moving averages of a checkpoint's trained parameters: flat fp32 tensors by name.
 
-    All ranks call, and convert the checkpoint unless it was.
+    All ranks call; they first convert the checkpoint unless that was done before.
 
     Args:
+        folder: folder of a committed and intact checkpoint.
         order: names of the trained parameters in the order of the optimiser's groups.
     """
     stage = Commit.read(folder).zero_stage

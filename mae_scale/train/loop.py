@@ -27,8 +27,9 @@ from mae_scale.train.step import Batch, Stepper, StepResult, Wishes
 class Loop:
     """Goes from one step of a run to the next.
 
-    The host never waits for the device: what a step gives (loss, norm, what the ranks agree on) is
-    read when the next one has been handed over. So a wish to stop takes effect one step late.
+    The host never waits for the device: the numbers of a step (loss, gradient norm, wishes of the
+    ranks) are read after the next step has been handed over. So a wish to stop takes effect one
+    step late.
     """
 
     config: RunConfig
@@ -45,13 +46,16 @@ class Loop:
     commit: dict[str, Any]
     """Facts that COMMITTED.json holds for every checkpoint of this start."""
     world_size: int
+    """Number of processes."""
     validation: Validation | None
+    """Validation between steps; None: there is none."""
     pictures: Pictures | None
+    """Pictures between steps; None: there are none."""
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps done."""
 
     def __post_init__(self) -> None:
-        self._began: float | None = None  # the last step
+        self._began: float | None = None  # start of the last step
         self._pending: StepResult | None = None  # the last step, on its way to the host
         self._agreed = Wishes()
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -59,11 +63,11 @@ class Loop:
         self._best = on_rank0(lambda: best_score(self._run_dir))
 
     def run(self, batches: Iterator[Batch], *, validate_first: bool = False) -> bool:
-        """Train until the end or until a signal asks to stop; tells whether it is the end.
+        """Train to the end or until a signal asks to stop; return whether the end was reached.
 
         Args:
-            batches: from the sample order, after the steps done.
-            validate_first: a signal came before the validation of the last step done.
+            batches: batches of the steps to come, in the sample order, on the device.
+            validate_first: whether a signal stopped the run before the validation of the last step.
 
         Raises:
             RunError: `train.max_bad_steps` steps in a row could not be applied, or a checkpoint
@@ -106,7 +110,7 @@ class Loop:
             return self.stepper.hand_over(batches, self.step, wishes)
 
     def _settle(self) -> None:
-        """Read what the last step gave."""
+        """Read the numbers of the last step, and record them."""
         result, self._pending = self._pending, None
         if result is None:
             self._agreed = Wishes(stop=self._agreed.stop)
@@ -133,7 +137,7 @@ class Loop:
                 self.record.leave_out()
 
     def _evaluate(self, evaluation: Evaluation) -> Any | None:
-        """Evaluate the model, write down what comes out, and leave the time out of the rates."""
+        """Evaluate the model, record the outcome, and leave the time out of the rates."""
         self._settle()
         self.engine.eval()
         outcome = evaluation.evaluate(
@@ -147,7 +151,7 @@ class Loop:
         return outcome
 
     def _validate(self) -> None:
-        """Validate, and save if no step was better; a signal may come in between."""
+        """Validate, and save if the score is the best so far; a signal may come in between."""
         assert self.validation is not None
         scores = self._evaluate(self.validation)
         if scores is None:
@@ -156,7 +160,7 @@ class Loop:
         if self.validation.best_by is None:
             return
         score = scores[self.validation.best_by]
-        if self._saved_step == self.step:  # it was stopped in its validation
+        if self._saved_step == self.step:  # the run was stopped during this validation
             self.saver.finish()
             if self.record:
                 self.record.sync()
@@ -175,7 +179,7 @@ class Loop:
         return self._agreed.save or due or self._is_milestone()
 
     def _save(self, score: float | None = None) -> None:
-        """Save this step, unless it is saved."""
+        """Save this step, unless it is saved already."""
         self._settle()
         if self._saved_step == self.step:
             return
@@ -199,10 +203,10 @@ class Loop:
 def replay(
     stepper: Stepper, engine: DeepSpeedEngine, batches: Iterator[Batch], step: int, target: int
 ) -> str:
-    """Go from `step` steps done to `target` without writing, watching the last step closely.
+    """Train from step `step` to step `target` without writing, and check every value of the latter.
 
     Returns:
-        What was found, in words.
+        A description of the first value that was not finite on each rank, if there was any.
     """
     while step < target - 1:
         stepper.hand_over(batches, step, Wishes()).numbers()

@@ -21,11 +21,11 @@ from mae_scale.train.sinks import Rows, TensorBoard
 
 log = logging.getLogger("mae_scale")
 
-RECONSTRUCTIONS = "reconstructions"  # folder in the run folder
-WIDTH = 80  # of the progress bar, in columns, at the most
+RECONSTRUCTIONS = "reconstructions"  # name of the folder of pictures in the run folder
+WIDTH = 80  # most columns of the progress bar
 BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt} {postfix} ETA {remaining}"
-FIRST, GROWN = 5, 3.0  # steps that a loss is compared with, and the factor that is worth a line
-SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time and seconds, after which it is worth a line
+FIRST, GROWN = 5, 3.0  # first steps that a loss is compared with, and the factor that is reported
+SLOW_DATA, SLOW_DATA_S = 0.1, 300.0  # share of the time, and for how many seconds, that is reported
 
 
 class MetricsLog:
@@ -35,9 +35,10 @@ class MetricsLog:
 
     Args:
         run_dir: folder of the run.
-        step: optimiser steps done so far; later rows, of steps that will be done again, go.
+        step: number of optimiser steps done so far. Rows of later steps are removed, since those
+            steps will be done again.
         file: name of the file in the folder.
-        group: of the curves in TensorBoard.
+        group: name that groups the curves in TensorBoard.
     """
 
     def __init__(self, run_dir: Path, step: int, file: str = METRICS, group: str = "train") -> None:
@@ -59,7 +60,7 @@ class MetricsLog:
         self._tensorboard.flush()
 
     def close(self) -> None:
-        """Close both."""
+        """Close the file and TensorBoard."""
         self._rows.close()
         self._tensorboard.close()
 
@@ -68,9 +69,9 @@ class Progress:
     """A progress bar on a terminal, plain lines in a log.
 
     Args:
-        total: steps of the run.
-        step: steps done so far.
-        steps_per_epoch: for showing the epoch.
+        total: number of steps of the run.
+        step: number of steps done so far.
+        steps_per_epoch: number of steps in an epoch, for showing the epoch.
     """
 
     def __init__(self, total: int, step: int, steps_per_epoch: int) -> None:
@@ -82,7 +83,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=step, bar_format=BAR, ncols=columns)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step as done."""
         if self._bar is not None:
             self._bar.update(1)
 
@@ -112,7 +113,7 @@ class Progress:
 
 
 class Growth:
-    """Says so in the log when the loss has grown to several times what it was at the start.
+    """Warns when the loss has grown to several times what it was at the start.
 
     It compares a moving average with the mean of the first steps of this start of the run.
     """
@@ -123,7 +124,7 @@ class Growth:
         self._limit = GROWN
 
     def add(self, step: int, loss: float, lr: float) -> None:
-        """Take in the loss of a step; one that is not finite is named elsewhere."""
+        """Take in the loss of a step; `nonfinite.BadSteps` reports one that is not finite."""
         if not math.isfinite(loss):
             return
         if len(self._first) < FIRST:
@@ -145,21 +146,26 @@ class Growth:
 class Meter:
     """Images per second and the share of time spent waiting for data, between two log rows.
 
-    When that share stays high, it says so once, and what to change.
+    When that share stays high, the meter warns once and says what to change.
 
     Args:
-        images: per optimiser step, over all ranks.
-        workers: data-loading processes per rank.
+        images: number of images of an optimiser step, over all ranks.
+        workers: number of data-loading processes per rank.
     """
 
     def __init__(self, images: int, workers: int) -> None:
         self._images, self._workers = images, workers
-        self._slow: float | None = 0.0  # seconds in which data was slow, without a break
+        self._slow: float | None = 0.0  # seconds for which data has been slow without a break
         self._began = self._at = time.monotonic()
         self._steps, self._wait = 0, 0.0
 
     def add(self, wait: float, at: float) -> None:
-        """Count a step that waited so many seconds for data and was handed over at a time."""
+        """Count a step.
+
+        Args:
+            wait: seconds for which the step waited for data.
+            at: time at which it was handed to the device, on the monotonic clock.
+        """
         self._steps += 1
         self._wait += wait
         self._at = at
@@ -170,7 +176,7 @@ class Meter:
         self._at = time.monotonic()
 
     def rates(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait` (0 to 1) since the last call."""
+        """Return `images_per_second` and `data_wait` (0 to 1) since the last call."""
         seconds = self._at - self._began
         rates = {
             "images_per_second": self._steps * self._images / seconds,
@@ -181,7 +187,7 @@ class Meter:
         return rates
 
     def _advise(self, data_wait: float, seconds: float) -> None:
-        if self._slow is None:  # it was said
+        if self._slow is None:  # the warning was given
             return
         self._slow = self._slow + seconds if data_wait > SLOW_DATA else 0.0
         if self._slow > SLOW_DATA_S:
@@ -201,11 +207,15 @@ class Record:
 
     Args:
         run_dir: folder of the run.
-        step: steps done so far.
-        total_steps, steps_per_epoch, batch, log_every: of the run; batch in images.
-        workers: data-loading processes per rank, for advice.
-        mfu_of: model FLOPs utilisation at so many images per second over all ranks, or None.
-        validates: keep validation.jsonl, too.
+        step: number of steps done so far.
+        total_steps: number of steps of the run.
+        steps_per_epoch: number of steps in an epoch.
+        batch: number of images of a step, over all ranks.
+        log_every: number of steps between two rows.
+        workers: number of data-loading processes per rank, for advice.
+        mfu_of: function from images per second, over all ranks, to the model FLOPs utilisation;
+            it returns None where the GPU's peak is not known.
+        validates: whether to keep validation.jsonl, too.
     """
 
     def __init__(
@@ -245,7 +255,13 @@ class Record:
         """Count a step; write a row every `log_every` steps and after the last step of the run.
 
         Args:
-            wait, at: seconds it waited for data; when it was handed to the device.
+            step: number of the step, counted from 1.
+            loss: mean loss over the global batch.
+            lr: learning rate, before layer-wise factors.
+            grad_norm: L2 norm of the gradient over all ranks.
+            bad_steps: number of steps of the run so far that were not applied.
+            wait: seconds for which the step waited for data.
+            at: time at which it was handed to the device, on the monotonic clock.
         """
         self._meter.add(wait, at)
         self._growth.add(step, loss, lr)
@@ -270,7 +286,7 @@ class Record:
         self._progress.show(row)
 
     def add_validation(self, step: int, scores: dict[str, float]) -> None:
-        """Write down what the model scored after a step."""
+        """Add the scores of the model after a step to validation.jsonl, and log them."""
         assert self._validations is not None
         epoch = step / self._steps_per_epoch
         self._validations.write({"step": step, "epoch": epoch, **scores, "time": time.time()})
@@ -281,7 +297,8 @@ class Record:
         """Keep a picture of what the model does after a step.
 
         Args:
-            write: makes the PNG of a path, with a title.
+            step: number of steps done.
+            write: function of a path and a title that writes the PNG.
         """
         path = self._run_dir / RECONSTRUCTIONS / f"step-{step:08d}.png"
         try:
@@ -291,17 +308,17 @@ class Record:
             log.warning("%s cannot be written: %s", path, error)
 
     def leave_out(self) -> None:
-        """The time since the last step was no training."""
+        """Leave the time since the last step out of the rates."""
         self._meter.restart()
 
     def sync(self) -> None:
-        """Put all rows on disk, so that a checkpoint never is ahead of them."""
+        """Put all rows on disk, so that no checkpoint is ever ahead of them."""
         self._metrics.sync()
         if self._validations is not None:
             self._validations.sync()
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """Close all files, and leave the last state of the progress bar on the screen."""
         self._progress.close()
         self._metrics.close()
         if self._validations is not None:
@@ -309,7 +326,7 @@ class Record:
 
 
 def memory_gb() -> float:
-    """Peak memory of this rank in GB (1e9 bytes): allocated on its GPU, or resident on the CPU."""
+    """Return this rank's peak memory in GB (1e9 bytes): on its GPU, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""When numbers stop being finite: the step is not applied, and a replay finds where it began."""
+"""Loss or gradient that is not finite: such a step is not applied, and a replay finds the cause."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ log = logging.getLogger("mae_scale")
 class StepGuard:
     """Keeps the optimiser from applying a step whose loss or gradient is not finite.
 
-    The decision is made on the device. Fused AdamW takes a scalar `found_inf`, as torch's
-    GradScaler gives it; where that is 1, weights, moments and step count stay as they are.
+    The decision is made on the device. Fused AdamW reads a scalar `found_inf`, which torch's
+    GradScaler also sets; where it is 1, weights, moments and step count do not change.
 
     Args:
-        engine: with a fused AdamW, of any ZeRO stage.
-        clip_grad: largest norm of the gradient that is applied, as in `clip_grad_norm_` of torch;
-            None: gradients stay as they are.
+        engine: engine at any ZeRO stage, whose optimiser reads `found_inf`: fused AdamW or
+            `GuardedLars`.
+        clip_grad: largest L2 norm of an applied gradient; larger gradients are scaled down to it,
+            as by torch's `clip_grad_norm_`. None: gradients are not clipped.
     """
 
     def __init__(self, engine: DeepSpeedEngine, clip_grad: float | None = None) -> None:
         self._engine, self._device, self._clip_grad = engine, engine.device, clip_grad
         self._loss_is_finite = torch.ones((), dtype=torch.bool, device=self._device)
-        self._own_norm: torch.Tensor | None = None  # where DeepSpeed computes none
+        self._own_norm: torch.Tensor | None = None  # norm, where DeepSpeed computes none
         inner_optimizer(engine).register_step_pre_hook(self._before_step)
 
     def watch(self, loss: torch.Tensor) -> None:
-        """Say what the loss of the coming step is: a scalar, the same on all ranks."""
+        """Take the loss of the coming step: a scalar, the same on all ranks."""
         self._loss_is_finite = torch.isfinite(loss)
 
     @property
@@ -59,7 +60,7 @@ class StepGuard:
         if grad_norm(self._engine) is None:
             self._own_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = self._loss_is_finite & torch.isfinite(self.grad_norm)
-        # On the host under offload.
+        # Under optimiser offload the parameters are on the host.
         device = parameters[0].device
         optimizer.found_inf = (~finite).to(device, torch.float32)
         if self._clip_grad is not None:
@@ -72,9 +73,9 @@ class BadSteps:
     """Counts the steps that were not applied, and ends a run that has too many in a row.
 
     Args:
-        total: such steps of the run so far.
-        most: `train.max_bad_steps`.
-        name_of: shard and member of a sample id, for the message.
+        total: number of steps of the run so far that were not applied.
+        most: number of such steps in a row that ends the run (`train.max_bad_steps`).
+        name_of: function that names the shard and member of a sample id, for the message.
     """
 
     def __init__(self, *, total: int, most: int, name_of: Callable[[int], str]) -> None:
@@ -83,7 +84,7 @@ class BadSteps:
         self._in_row: list[StepResult] = []
 
     def count(self, result: StepResult) -> None:
-        """Take note of a step, and say so if it was not applied."""
+        """Take in a step, and log a warning if it was not applied."""
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self._in_row = []
             return
@@ -95,10 +96,11 @@ class BadSteps:
         )
 
     def check(self) -> None:
-        """End the run if the last steps were all bad; all ranks call, and come to the same.
+        """End the run if the last `most` steps were all bad; all ranks call, and decide alike.
 
         Raises:
-            RunError: it names the first of these steps, and samples with such a loss.
+            RunError: they were; the message names the first of them, and samples whose loss was
+                not finite.
         """
         if len(self._in_row) == self._most:
             raise RunError(self._message())
@@ -125,7 +127,8 @@ class BadSteps:
 def first_nonfinite(model: nn.Module) -> Iterator[Callable[[], str | None]]:
     """Watch every module and gradient of a model while it runs a step.
 
-    Yields a function that tells, in words, the first value that was not finite, or None.
+    Yields:
+        A function that describes the first value that was not finite; it returns None if all were.
     """
     found: list[str] = []
 

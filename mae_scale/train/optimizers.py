@@ -14,7 +14,7 @@ from mae_scale.models.kinds import parameter_kinds
 from mae_scale.train.deepspeed_state import inner_optimizer, masters
 from mae_scale.train.ds import DeepSpeedEngine
 
-EMA = "ema"  # key in the optimiser's state of a parameter
+EMA = "ema"  # key of the average in the optimiser's state of a parameter
 
 
 def optimizer_groups(model: nn.Module, optim: OptimizerConfig) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def optimizer_order(model: nn.Module, optim: OptimizerConfig) -> list[str]:
 
 
 def make_optimizer(model: nn.Module, optim: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make the optimiser of a run; the loop sets the learning rate at each step."""
+    """Make the optimiser of a run; `step.Stepper` sets the learning rate at each step."""
     return OPTIMIZERS[optim.optimizer](optimizer_groups(model, optim), optim)
 
 
@@ -61,7 +61,11 @@ class GuardedLars(Lars):
     The decay joins the gradient g before its norm is taken, as in the authors' code: the step is
     divided by |g + decay w|, where timm's own divides by |g| + decay |w|.
 
-    Like fused AdamW it leaves everything as it is where the scalar `found_inf` is 1.
+    Like fused AdamW it changes nothing where the scalar `found_inf` is 1.
+
+    Args:
+        groups: groups of `optimizer_groups`, each with a weight decay of its own.
+        momentum: factor of the momentum.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
@@ -71,7 +75,7 @@ class GuardedLars(Lars):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; gradients are there."""
+        """Step once; all gradients must be there. Works on the device without waiting for it."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -92,7 +96,8 @@ class GuardedLars(Lars):
                 tensor.copy_(torch.where(found_inf > 0, old, tensor))
 
 
-# How an optimiser is made of parameter groups and its config, by `OptimizerConfig.optimizer`.
+# Functions that make an optimiser from parameter groups and its config, by
+# `OptimizerConfig.optimizer`.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups, optim: torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True),
     "lars": lambda groups, optim: GuardedLars(groups, optim.momentum),
@@ -102,9 +107,13 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimize
 def keep_moving_average(engine: DeepSpeedEngine, decay: float) -> None:
     """Let the optimiser keep a moving average of the fp32 weights (paper Table 11).
 
-    It is one more state of the optimiser beside AdamW's moments. So each rank keeps it for what it
-    steps on, whatever the ZeRO stage, in fp32, without a message; and it is saved, loaded and
-    converted to other world sizes with them.
+    The average is one more state of the optimiser beside AdamW's moments. So each rank keeps it in
+    fp32 for the masters that it steps on, whatever the ZeRO stage and without communication, and it
+    is saved, loaded and converted to other world sizes together with the moments.
+
+    Args:
+        engine: engine whose optimiser is AdamW.
+        decay: share of the average that stays at each step, 0 to 1.
     """
     inner = inner_optimizer(engine)
     for master in masters(engine):
@@ -118,7 +127,7 @@ def keep_moving_average(engine: DeepSpeedEngine, decay: float) -> None:
     @torch.no_grad()
     def update(optimizer: Any, args: Any, kwargs: Any) -> None:
         weight = 1 - decay
-        if getattr(optimizer, "found_inf", None) is not None:  # a step that may not be applied
+        if getattr(optimizer, "found_inf", None) is not None:  # the step may not have been applied
             weight = weight * (1 - optimizer.found_inf)
         for group in optimizer.param_groups:
             for master in group["params"]:

@@ -1,4 +1,4 @@
-"""The check before the first step: seconds on all ranks, one line that says what is wrong where."""
+"""Check before the first step, on all ranks: it takes seconds, and one line says what is wrong."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from mae_scale.world import World, host
 
 log = logging.getLogger("mae_scale")
 
-CLOCKS_S = 5.0  # clocks that differ by more are worth a warning
-VISIBLE_S = 10.0  # until a new file must be seen on every node
-BESIDE = ("torch", "deepspeed", "timm", "numpy")  # packages whose version must be the same, too
-MAY_DIFFER = ("data.workers",)  # config keys that follow from the node
+CLOCKS_S = 5.0  # largest difference of clocks without a warning
+VISIBLE_S = 10.0  # longest time until every node must see a new file
+BESIDE = ("torch", "deepspeed", "timm", "numpy")  # other packages of the same version on all ranks
+MAY_DIFFER = ("data.workers",)  # config keys whose value may depend on the node
 
 
 @contextmanager
@@ -49,15 +49,18 @@ def ready(
     *,
     writes: bool = True,
 ) -> Iterator[None]:
-    """Check that all ranks can begin; within it, rank 0 holds the lock of `config.run_dir`.
+    """Check that all ranks can begin; inside the context rank 0 holds the lock of `config.run_dir`.
 
-    All ranks call. What fails leaves nothing behind.
+    All ranks call. A check that fails leaves no files behind.
 
     Args:
+        config: config of the run.
+        world: processes of the run.
         data: fingerprint of the shards.
-        model: its parameters need room in checkpoints.
-        watchdog: is told what is being checked.
-        writes: whether the run writes into its folder; else that is only compared with `config`.
+        model: model whose parameters checkpoints will hold.
+        watchdog: watchdog that is told what is being checked.
+        writes: whether the run writes into its folder; otherwise the folder is only compared with
+            `config`.
 
     Raises:
         UserError: the ranks differ, see different folders, or the folder is another run's.
@@ -81,11 +84,11 @@ def ready(
     try:
         try:
             _check_shared(run_dir, on_rank0(begin))
-            # The most that it can be: fp32 weights, and masters beside them.
+            # The largest possible checkpoint: fp32 weights, and masters beside them.
             size = trained_by(config.optim, model, "fp32").checkpoint_bytes(stage=1)
             on_rank0(partial(_check_room, run_dir, config.checkpoint, size))
             on_rank0(partial(keep_config, run_dir, config))
-        except (UserError, CommonError, OSError) as error:  # on all ranks
+        except (UserError, CommonError, OSError) as error:  # the same on all ranks
             dist.barrier()
             if lock:
                 abandon(run_dir)
@@ -108,13 +111,13 @@ class _Facts:
     code: str  # versions, and a hash of the sources
     config: dict[str, Any]  # flat
     data: str
-    gpu: str  # its kind; empty: none
+    gpu: str  # name of the GPU's kind; empty: there is none
     gpu_id: str
-    clock: float = 0.0  # seconds
+    clock: float = 0.0  # seconds since the epoch
 
 
 def _compare(config: Any, world: World, data: str, watchdog: Watchdog) -> None:
-    """Raise a `UserError` on all ranks if one of them is not as rank 0 is."""
+    """Raise a `UserError` on all ranks if the facts of one of them differ from those of rank 0."""
     flat = {k: v for k, v in flatten(asdict(config)).items() if k not in MAY_DIFFER}
     own = _Facts(host(), _code(), flat, data, *_gpu(world))
     dist.barrier()
@@ -158,7 +161,7 @@ def _in_words(hosts: Counter[str]) -> str:
 
 
 def _code() -> str:
-    """Versions, and the start of a SHA-256 over the sources of this package."""
+    """Return versions, and the start of a SHA-256 over the sources of this package."""
     folder, digest = Path(mae_scale.__file__).parent, hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json", ".yaml")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
@@ -168,7 +171,7 @@ def _code() -> str:
 
 
 def _gpu(world: World) -> tuple[str, str]:
-    """Kind and identity of this rank's GPU, empty if there is none."""
+    """Return kind and identity of this rank's GPU; both are empty if there is none."""
     if world.device.type != "cuda":
         return "", ""
     here = torch.cuda.device_count()
@@ -179,7 +182,7 @@ def _gpu(world: World) -> tuple[str, str]:
 
 
 def _check_shared(run_dir: Path, token: str) -> None:
-    """Raise on all ranks unless each sees a file of rank 0's in the folder, and rank 0 theirs."""
+    """Raise on all ranks unless each sees a file of rank 0, and rank 0 sees one of each rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     own = run_dir / f"{token}-{rank}"
     try:
@@ -226,7 +229,7 @@ def _appears(path: Path) -> bool:
 
 
 def _check_room(run_dir: Path, config: CheckpointConfig, size: int) -> None:
-    """Raise a `CommonError` unless all checkpoints that will lie there at a time have room."""
+    """Raise a `CommonError` unless there is room for all checkpoints that will exist at a time."""
     there = len(list((run_dir / "checkpoints").glob("step-*/COMMITTED.json")))
     number = max(1, config.keep + 1 - there)
     free = shutil.disk_usage(run_dir).free

@@ -19,7 +19,7 @@ log = logging.getLogger("mae_scale")
 
 
 def profiled_steps(train: TrainConfig) -> tuple[int, int] | None:
-    """The first and the last step of `train.profile`, counted from 1; None if there are none.
+    """Return the first and last step of `train.profile`, counted from 1; None if it is not set.
 
     Raises:
         UserError: `train.profile` is not START-STOP.
@@ -37,14 +37,15 @@ def profiled_steps(train: TrainConfig) -> tuple[int, int] | None:
 
 
 class StepProfiler:
-    """Writes `RUN/profile/steps-START-STOP-rank-R.json.gz`, on every rank that has one.
+    """Writes `RUN/profile/steps-START-STOP-rank-R.json.gz`, each rank its own.
 
-    A run that begins within these steps, or is stopped there, writes nothing.
+    A run that begins within these steps, or is stopped within them, writes nothing.
 
     Args:
-        steps: first and last one, counted from 1; None: nothing is ever written.
-        run_dir, rank: of the run and this process.
-        watchdog: is told when a trace is being written.
+        steps: first and last step of the trace, counted from 1; None: no trace is written.
+        run_dir: folder of the run.
+        rank: rank of this process.
+        watchdog: watchdog that is told when a trace is being written.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class StepProfiler:
         self._on = False
 
     def before(self, step: int) -> None:
-        """Note that a step begins.
+        """Note that a step begins, and start the profiler with the first step of the trace.
 
-        The profiler is prepared one step before the first where there is one: that takes time.
+        Preparing the profiler takes time. It is done one step earlier, if there is such a step.
         """
         if self._profile is None and step in (self._first - 1, self._first) and step > 0:
             activities = [ProfilerActivity.CPU]
@@ -73,7 +74,7 @@ class StepProfiler:
             self._on = True
 
     def ends_with(self, step: int) -> bool:
-        """Whether the last step was done, and `write` is to be called."""
+        """Return whether `step` is the last step of the trace, so that `write` is to be called."""
         return self._on and step == self._last
 
     def write(self) -> None:

@@ -1,7 +1,7 @@
 """Reading a checkpoint's files without running the code that a pickle may hold.
 
-People pass run folders on. Python's pickle calls whatever function a file names, and the checksums
-of COMMITTED.json do not help, since whoever writes the file can write them, too.
+People pass run folders on. Python's pickle calls any function that a file names. The checksums of
+COMMITTED.json do not help against that, since whoever writes the file can write them, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from mae_scale.models.weights import UNREADABLE, check_members, is_plain, why_un
 
 log = logging.getLogger("mae_scale")
 
-# What DeepSpeed puts beside tensors and plain values under ZeRO 1 to 3. They hold numbers only.
+# Classes whose objects DeepSpeed saves beside tensors and plain values under ZeRO 1 to 3. They hold
+# numbers only.
 ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -37,7 +38,7 @@ def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
 
     Args:
         path: the file.
-        mapped: map the tensors instead of reading them, where the file's form allows it.
+        mapped: whether to map the tensors instead of reading them, if the file's form allows it.
 
     Raises:
         UserError: the file names anything but tensors, plain values and `ALLOWED`, or is damaged.
@@ -77,7 +78,7 @@ def _check_tensors(content: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def state_of(folder: Path) -> Iterator[None]:
-    """Turn what a checkpoint of strange content causes into a `UserError` that names its folder."""
+    """Turn an error that a checkpoint's content causes into a `UserError` that names its folder."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
@@ -86,7 +87,7 @@ def state_of(folder: Path) -> Iterator[None]:
 
 
 def refuse_code(folder: Path) -> None:
-    """Look at all files of a checkpoint before any of them is used.
+    """Check all files of a checkpoint for code before any of them is used.
 
     Raises:
         UserError: one of them cannot be read by `load_tensors`.

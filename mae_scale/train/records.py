@@ -1,4 +1,4 @@
-"""Reading the records of a run without torch, so that who only looks need not wait for it."""
+"""Reading the records of a run without torch, so that commands that only look start fast."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 from mae_scale.files import open_file
 
-METRICS = "metrics.jsonl"  # in the run folder, as the others
+METRICS = "metrics.jsonl"  # name of a file in the run folder, as the two below
 VALIDATION = "validation.jsonl"
 HISTORY = "history.jsonl"
-MOST_BYTES = 1 << 20  # of a row
+MOST_BYTES = 1 << 20  # largest size of a row
 
 # Bounds of the numbers in rows that a run writes. Other programs and people may have written rows,
-# too, and whoever shows or computes with a row must not meet a text where a number belongs.
+# too, and code that shows a row or computes with it must not meet a text where a number belongs.
 _BOUNDS = {
     "step": (0, 2**53), "epoch": (0, 1e12), "samples": (0, 2**53), "images": (0, 2**53),
     "images_per_second": (1e-9, 1e12), "data_wait": (0, 1e3), "mfu": (0, 1e3),
@@ -31,10 +31,10 @@ _LARGEST = 1e40  # above every float of 32 bits
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a record, without what cannot be a row of a run.
+    """Return the rows of a record, without lines that cannot be rows of a run.
 
-    Left out are a last line that a kill cut short, what a crash of the machine leaves, and rows
-    that are not `is_sound`.
+    Left out are a last line that a kill cut short, what a crash of the machine left behind, and
+    rows for which `is_sound` returns False.
     """
     return [row for row in readable_rows(path, whole=True) if is_sound(row)]
 
@@ -64,18 +64,18 @@ def readable_rows(
     """Yield the rows of a record, whatever their values; lines that are no rows are left out.
 
     Args:
-        path: a file, which need not be there.
-        last_bytes: look only at the end of the file.
-        whole: leave out a last line without an end, even if it can be read.
+        path: path of the file, which need not exist.
+        last_bytes: number of bytes at the end of the file to look at; None: the whole file.
+        whole: whether to leave out a last line without a line end, even if it can be read.
     """
     try:
         file = open_file(path)
-    except OSError:  # it is not there, or not a file
+    except OSError:  # there is nothing, or no file
         return
     with file:
         if last_bytes is not None and os.fstat(file.fileno()).st_size > last_bytes:
             file.seek(-last_bytes, 2)
-            file.readline(last_bytes)  # what is left of a row
+            file.readline(last_bytes)  # the rest of a row
         while line := file.readline(MOST_BYTES):
             if len(line) == MOST_BYTES:  # no row of ours is so long
                 _skip_line(file, line)
@@ -96,6 +96,6 @@ def is_count(value: Any) -> bool:
 
 
 def _skip_line(file: BinaryIO, part: bytes) -> None:
-    """Read on to the end of a line, of which `part` has been read."""
+    """Read to the end of a line of which `part` has been read already."""
     while part and not part.endswith(b"\n"):
         part = file.readline(MOST_BYTES)

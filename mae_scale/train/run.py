@@ -1,4 +1,4 @@
-"""A run from its start to its end: what is the same for every task that trains."""
+"""A run from its start to its end: the part that is the same for every task that trains."""
 
 from __future__ import annotations
 
@@ -53,32 +53,38 @@ log = logging.getLogger("mae_scale")
 
 @dataclass
 class TrainingSetup:
-    """The objects that a task makes for training; bad input is found while they are made."""
+    """Objects that a task makes for training; bad input is found while they are made."""
 
     task: str
     """Name of the task on the command line."""
     model: nn.Module
-    """Model on the meta device, filled in by `train`; has `set_activation_checkpointing`."""
+    """Model on the meta device, which `train` fills in; it has `set_activation_checkpointing`."""
     shards: ShardSet
     """Shards to train on."""
     loader: TrainLoader
+    """Loader of this rank's part of each batch."""
     loss_of: Callable[[DeepSpeedEngine, Batch, int, int], torch.Tensor]
-    """Loss of a micro-batch: engine, batch, steps done, number of the micro-batch in the step."""
+    """Function that returns the loss of a micro-batch, a scalar.
+
+    Its arguments are the engine, the batch, the number of steps done, and the number of the
+    micro-batch in the step."""
     flops_per_image: int
     """Floating-point operations of a training step for each image."""
     weights: Callable[[], dict[str, torch.Tensor]] | None = None
-    """Reads what to start from, on rank 0, where there is no checkpoint to go on from."""
+    """Function that reads, on rank 0, the weights to start from if there is no checkpoint."""
     validation: Validation | None = None
+    """Validation between steps; None: there is none."""
     pictures: Pictures | None = None
+    """Pictures between steps; None: there are none."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Files of the run folder that tell later readers what they need: content by name."""
+    """Files to write into the run folder for those who read it later: content by name."""
 
 
 def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """The filled-in DeepSpeed config of a run.
+    """Return the filled-in DeepSpeed config of a run.
 
     Raises:
-        UserError: the config does not fit the run, or the run's optimiser.
+        UserError: the config contradicts the recipe, or its stage does not suit the optimiser.
     """
     precision = resolve_precision(config.train.precision, world.device)
     fp32_weights = config.fp32_weights or config.train.autocast
@@ -92,10 +98,11 @@ def deepspeed_config(config: RunConfig, world: World) -> dict[str, Any]:
 def training_data(
     config: RunConfig, world: World, augment: Augment | None = None
 ) -> tuple[ShardSet, TrainLoader]:
-    """The training shards, and the stream of this rank.
+    """Open the training shards, and make the loader of this rank.
 
     Raises:
-        UserError: no shards, too few samples, or a batch that does not divide.
+        UserError: there are no shards or too few samples, the batch does not divide among the
+            ranks, or the augmentation does not suit the bands.
     """
     bands = Bands.of(config)
     for key in ("rand_augment", "color_jitter") if bands.count != 3 else ():
@@ -115,16 +122,17 @@ def train_loader(
     augment: Any = None,
     kind: type[TrainLoader] = TrainLoader,
 ) -> TrainLoader:
-    """The stream of this rank.
+    """Make the loader of this rank.
 
     Args:
-        config, world: of the run.
-        shards: to train on.
-        augment: what the loader takes as such.
-        kind: its class.
+        config: config of the run.
+        world: processes of the run.
+        shards: shards to train on.
+        augment: augmentation, in the form that the loader takes.
+        kind: class of the loader.
 
     Raises:
-        UserError: too few samples, or a batch that does not divide.
+        UserError: there are too few samples, or the batch does not divide among the ranks.
     """
     return kind(
         shards,
@@ -149,17 +157,23 @@ def train_loader(
 
 
 def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: TrainingSetup) -> int:
-    """Train until the end or a signal, from the newest checkpoint if there is one.
+    """Train to the end or until a signal, from the newest checkpoint if there is one.
+
+    Args:
+        config: config of the run.
+        world: processes of the run.
+        ds_config: filled-in DeepSpeed config.
+        parts: objects that the task has made.
 
     Returns:
-        The exit code: 0 finished, 85 stopped early.
+        The exit code: 0 if the run is finished, 85 if it was stopped early.
     """
     model, loader = parts.model, parts.loader
     if world.device.type == "cuda":
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         zero = fit_to_model(config.deepspeed, ds_config["zero_optimization"], trained)
         ds_config = {**ds_config, "zero_optimization": zero}
-    trace = profiled_steps(config.train)  # raises a UserError if they are wrong
+    trace = profiled_steps(config.train)  # raises a UserError for a wrong range
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
     )
@@ -172,7 +186,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
     schedule = Schedule(loader.steps_per_epoch, config.train.epochs, total)
 
     def lacks_validation(step: int) -> bool:
-        """Whether a signal came before the validation of this step."""
+        """Return whether the validation of this step is due but was not done before a signal."""
         due = parts.validation is not None and parts.validation.is_due(step, schedule)
         return due and all(row["step"] != step for row in read_metrics(run_dir / VALIDATION))
 
@@ -311,10 +325,14 @@ def _platform(world: World) -> dict[str, str]:
 def _initial_weights(
     parts: TrainingSetup, run_dir: Path, watchdog: Watchdog
 ) -> Iterator[tuple[dict[str, torch.Tensor], Callable[[], None]]]:
-    """Weights to start from, on rank 0, and a function that reads them there; all ranks call.
+    """Provide the weights to start from, on rank 0; all ranks call.
 
-    Where nothing has been saved yet they are read at once: what is wrong with them must be said
+    Where nothing has been saved yet the weights are read at once, so that an error in them is found
     before the run folder is made.
+
+    Yields:
+        The weights by name, empty unless they were read; and a function for rank 0 that reads them
+        into that dictionary if it is empty.
     """
     weights: dict[str, torch.Tensor] = {}
 
@@ -334,7 +352,9 @@ def _write(run_dir: Path, notes: dict[str, str]) -> None:
 
 
 def _resume_point(config: RunConfig, run_hash: str, data: str) -> Path | None:
-    """The checkpoint to go on from; damaged ones after it no longer count.
+    """Find the checkpoint to go on from, and withdraw the damaged ones after it.
+
+    A replay goes on from the newest one before its step, and withdraws nothing.
 
     Raises:
         UserError: the checkpoint was trained on other shards.

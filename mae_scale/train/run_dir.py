@@ -1,4 +1,4 @@
-"""The run folder: made once with one config, gone on with by the same command."""
+"""The run folder: the first start makes it, and the same command with the same config goes on."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from mae_scale.world import host
 log = logging.getLogger("mae_scale")
 
 LOCK_WAIT_S = 30
-IDLE_RESTARTS = 3  # restarts of a job by Slurm, one after the other, that may get nowhere
+IDLE_RESTARTS = 3  # most restarts by Slurm in a row without a new checkpoint
 
 
 def open_run(run_dir: Path, config: Any) -> IO[str]:
     """Make the folder, or check that it was made with the same config.
 
-    Gives the lock of the folder, held until it is closed or the process ends. Only rank 0 calls,
-    then `keep_config` or `abandon`.
+    Only rank 0 calls; it calls `keep_config` or `abandon` afterwards.
+
+    Returns:
+        The lock file of the folder. The lock is held until the file is closed or the process ends.
 
     Raises:
         UserError: another config made the folder (the message shows the difference), it is no run
@@ -92,7 +94,7 @@ def check_run(run_dir: Path, config: Any) -> None:
 
 
 def _wait_for(lock: IO[str], run_dir: Path) -> None:
-    """Take the lock; a run that was just asked to stop may still be saving."""
+    """Wait for the lock and take it: a run that was just asked to stop may still be saving."""
     waited = 0
     while True:
         try:
@@ -108,12 +110,12 @@ def _wait_for(lock: IO[str], run_dir: Path) -> None:
 
 
 def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
-    """Add a line to `RUN/history.jsonl`: each start, stop and end of the run.
+    """Add a line to `RUN/history.jsonl`, which records each start, stop and end of the run.
 
     Args:
         event: started, resumed, restarted (by Slurm, noted before resumed), stopped or finished.
-        step: optimiser steps done at that moment.
-        facts: what else is worth knowing, such as the world size.
+        step: number of optimiser steps done at that moment.
+        facts: further facts for the line, such as the world size.
     """
     row = {"event": event, "step": step, "time": time.time(), "host": host()}
     path = run_dir / HISTORY
@@ -126,17 +128,17 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
 
 
 def read_history(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The events in `RUN/history.jsonl`; lines that cannot be read are left out."""
+    """Return the events in `RUN/history.jsonl`, without lines that cannot be read."""
     return [row for row in read_metrics(Path(run_dir) / HISTORY) if "event" in row]
 
 
 def note_restart(run_dir: Path, step: int) -> None:
-    """Note that Slurm has restarted this job, and end one that gets nowhere. Only rank 0 calls.
+    """Note that Slurm has restarted this job, and end a job that gets nowhere; only rank 0 calls.
 
-    Progress is what is saved. A job that somebody submits again counts from the start.
+    Only saved steps are progress. A job that somebody submits again is counted anew.
 
     Args:
-        step: of the checkpoint to go on from, 0 if there is none.
+        step: step of the checkpoint to go on from; 0 if there is none.
 
     Raises:
         CommonError: the last `IDLE_RESTARTS` restarts of this job went on from the same step.

@@ -1,4 +1,4 @@
-"""The learning-rate rules: of MAE (paper Table 8), and of detection and segmentation."""
+"""Learning-rate rules: that of MAE (paper Table 8), and those of detection and segmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Curve = Literal["cosine", "linear", "steps"]
 
 
 def rate_of(optim: OptimizerConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a run for the step that follows so many steps."""
+    """Return the learning rate of a run for the step that follows `step` steps."""
     peak = optim.base_lr * train.global_batch_size / 256
     if optim.curve is None:
         return learning_rate(
@@ -39,14 +39,14 @@ def rate_of(optim: OptimizerConfig, train: TrainConfig, step: int, steps_per_epo
 def learning_rate(
     epoch: float, *, peak: float, floor: float, warmup: float, epochs: float
 ) -> float:
-    """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to `floor`.
+    """Return the rate at a fractional epoch: linear warm-up from 0, then half a cosine to `floor`.
 
     Args:
         epoch: optimiser steps done / steps per epoch.
         peak: base learning rate x global batch size / 256.
-        floor: value at the end of the last epoch.
-        warmup: epochs of warm-up.
-        epochs: epochs of the whole schedule.
+        floor: learning rate at the end of the last epoch.
+        warmup: number of epochs of warm-up.
+        epochs: number of epochs of the whole schedule, warm-up included.
     """
     if epoch < warmup:
         return peak * epoch / warmup
@@ -65,20 +65,20 @@ def curve_rate(
     warmup_factor: float,
     drops: Sequence[float] = (),
 ) -> float:
-    """Learning rate by a curve over the whole run, which the warm-up multiplies.
+    """Return the learning rate: a curve over the whole run, multiplied by a warm-up factor.
 
-    Detectron2 and MMSegmentation count this way: the curve begins at step 0, below the warm-up, and
-    not after it as in `learning_rate`.
+    Detectron2 and MMSegmentation do it this way: the curve begins at step 0, together with the
+    warm-up, and not after it as in `learning_rate`.
 
     Args:
-        step: optimiser steps done.
-        steps: of the whole schedule.
-        peak: where the curve begins.
-        floor: where "cosine" and "linear" end.
+        step: number of optimiser steps done.
+        steps: number of steps of the whole schedule.
+        peak: value at which the curve begins.
+        floor: value at which "cosine" and "linear" end; "steps" does not use it.
         curve: "cosine", half a period; "linear"; or "steps", a tenth from each of `drops` on.
-        warmup_steps: steps over which a factor of the curve rises linearly to 1.
-        warmup_factor: at step 0.
-        drops: shares of the run.
+        warmup_steps: number of steps over which the warm-up factor rises linearly to 1.
+        warmup_factor: warm-up factor at step 0.
+        drops: moments at which "steps" drops, as shares of the run from 0 to 1.
     """
     progress = min(1.0, step / steps)
     if curve == "steps":

@@ -21,7 +21,7 @@ from mae_scale.models.segmenter import sliding_logits, upsampled, window_starts
 from mae_scale.train.validation import Stopped, batches_in_step
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-_WINDOWS = 4  # that go through the model at a time
+_WINDOWS = 4  # number of windows that go through the model at a time
 
 
 @dataclass
@@ -29,11 +29,12 @@ class SegmentationScores:
     """Counts over all images and ranks."""
 
     confusion: torch.Tensor
-    """int64 [classes, classes], pixels by the label's class and the predicted one."""
+    """int64 [classes, classes], pixels by the label's class and the predicted class."""
     images: int
+    """Number of images."""
 
     def row(self) -> dict[str, Any]:
-        """Give images, and in percent mIoU, mean accuracy over classes, accuracy over pixels."""
+        """Return the number of images; mIoU, mean class accuracy and pixel accuracy in percent."""
         right = self.confusion.diagonal().double()
         ious, accuracies = self.per_class(), right / self.confusion.sum(dim=1)
         return {
@@ -44,7 +45,7 @@ class SegmentationScores:
         }
 
     def per_class(self) -> torch.Tensor:
-        """Return intersection over union of each class, float64; NaN where the class is nowhere."""
+        """Return each class's intersection over union, 0 to 1; NaN for a class without pixels."""
         right = self.confusion.diagonal().double()
         return right / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - right)
 
@@ -54,7 +55,7 @@ class Sliding:
     """The windows into which an image is cut, and the sizes at which it is segmented."""
 
     window: int
-    """Side of a window in pixels, which also is the short side of an image at scale 1."""
+    """Side of a window in pixels; also the short side of an image at scale 1."""
     stride: int
     """Pixels from one window to the next."""
     scales: Sequence[float] = (1.0,)
@@ -63,11 +64,11 @@ class Sliding:
     """Whether the mirror image is segmented as well."""
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """List height and width at each scale."""
+        """List the height and width of an image at each scale, in pixels."""
         return [scaled_size(height, width, self.window * max(1.0, scale)) for scale in self.scales]
 
     def calls(self, height: int, width: int) -> int:
-        """Count the calls of the model for an image."""
+        """Count the calls of the model for an image of this height and width in pixels."""
         each = 0
         for h, w in self.sizes(height, width):
             rows, columns = (len(window_starts(n, self.window, self.stride)) for n in (h, w))
@@ -81,8 +82,10 @@ def predict_classes(
     """Return the class of each pixel, int64 [H, W].
 
     Args:
-        logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes, S, S].
+        logits_of: function of normalised images float32 [b, 3, S, S] that returns logits float32
+            [b, classes, S, S].
         image: uint8 [3, H, W], on the model's device.
+        sliding: windows and scales.
     """
     height, width = image.shape[1:]
     total: torch.Tensor | None = None
@@ -112,23 +115,24 @@ def evaluate_segmentation(
     what: str = "evaluating",
     stop: Callable[[], bool] = lambda: False,
 ) -> SegmentationScores | None:
-    """Compare each pixel's predicted class with its label; all ranks call, and get the same.
+    """Compare each pixel's predicted class with its label; all ranks call, and get the same scores.
 
-    Images have different numbers of windows, and ranks different images. So that ranks stay
-    together under ZeRO-3 those with fewer calls call the model on zeros.
+    Images have different numbers of windows, and ranks have different images. Ranks with fewer
+    calls of the model call it on zeros, so that all ranks stay together under ZeRO-3.
 
     Args:
-        logits_of: float32 [b, 3, S, S], normalised -> float32 [b, classes, S, S].
-        loader: this rank's part of the data set.
+        logits_of: function of normalised images float32 [b, 3, S, S] that returns logits float32
+            [b, classes, S, S].
+        loader: loader of this rank's part of the data set.
         sliding: windows and scales.
-        classes: number of classes that logits are of.
-        device: of this rank.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
-        what: how the work is named there.
-        stop: asked before each image; where any rank says yes, all give up.
+        classes: number of classes in the logits.
+        device: device of this rank.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
+        what: name of the work in that description.
+        stop: asked before each image; if it returns True on any rank, all ranks give up.
 
     Returns:
-        The scores; None where it was stopped.
+        The scores; None if the evaluation was stopped.
 
     Raises:
         RunError: an image or its mask is damaged, or a shard cannot be read.

@@ -1,4 +1,4 @@
-"""Places to which rows of a record go. A run goes on when one of them cannot be written."""
+"""Files to which the rows of a record go. A run goes on when one of them cannot be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("mae_scale")
 
 
 class Rows:
-    """A file of rows, one JSON object a line, without a gap or a repeat after a resume.
+    """A file of rows, one JSON object per line, without a gap or a repeat after a resume.
 
     Rows that cannot be written (a full disk, a quota, no permission) stay in memory. They are
     tried again with each row and before each save, so that the record is whole once there is room.
@@ -28,8 +28,9 @@ class Rows:
     before there is room loses them, and says which.
 
     Args:
-        path: of the file.
-        step: optimiser steps done so far; rows of later steps, which will be done again, go.
+        path: path of the file.
+        step: number of optimiser steps done so far. Rows of later steps are removed, since those
+            steps will be done again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -46,7 +47,7 @@ class Rows:
         self._flush()
 
     def sync(self) -> None:
-        """Put all rows on disk, as far as it takes them."""
+        """Put all rows on disk; rows that cannot be written stay in memory."""
         self._flush()
         try:
             os.fsync(self._file.fileno())
@@ -54,7 +55,7 @@ class Rows:
             self._say(error)
 
     def close(self) -> None:
-        """Write what waits, and name the rows that are lost if that fails."""
+        """Write the waiting rows and close the file; if that fails, log which rows are lost."""
         self._flush()
         if self._waiting:
             first, last = self._waiting[0][0], self._waiting[-1][0]
@@ -74,7 +75,7 @@ class Rows:
                 while written < len(content):
                     written += os.write(self._file.fileno(), content[written:])
             except OSError:
-                os.ftruncate(self._file.fileno(), size)  # never half a row
+                os.ftruncate(self._file.fileno(), size)  # leaves no half row
                 raise
         except OSError as error:
             self._say(error)
@@ -92,12 +93,12 @@ class Rows:
 
 
 class TensorBoard:
-    """Curves for TensorBoard, as long as they can be written; then a warning, and no more of them.
+    """Curves for TensorBoard. Once they cannot be written, a warning says so, and no more follow.
 
     Args:
-        folder: of the event files.
-        step: optimiser steps done so far; curves beyond it are hidden.
-        group: of the curves.
+        folder: folder of the event files.
+        step: number of optimiser steps done so far; points of later steps are hidden.
+        group: name that groups the curves.
     """
 
     def __init__(self, folder: Path, step: int, group: str) -> None:
@@ -109,23 +110,23 @@ class TensorBoard:
             self._give_up(error)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a point to each curve."""
+        """Add a point to the curve of each value in a row."""
         for key, value in row.items():
             if value is not None and key not in ("step", "time"):
                 self._do("add_scalar", f"{self._group}/{key}", value, row["step"])
 
     def show(self, name: str, path: Path, step: int) -> None:
-        """Show a PNG."""
+        """Show a PNG under a name."""
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._do("add_image", name, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the points that wait in memory."""
         self._do("flush")
 
     def close(self) -> None:
-        """Write what waits, and close the files."""
+        """Write the points that wait in memory, and close the files."""
         self._do("close")
 
     def _do(self, method: str, *arguments: Any, **options: Any) -> None:
@@ -133,7 +134,7 @@ class TensorBoard:
             return
         try:
             getattr(self._writer, method)(*arguments, **options)
-        except Exception as error:  # its thread passes on whatever has struck it
+        except Exception as error:  # its thread passes on any error of its own
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:

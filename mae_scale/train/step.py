@@ -1,4 +1,4 @@
-"""One optimiser step of the global batch, and the numbers that it gives."""
+"""One optimiser step on the global batch, and the numbers that result from it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Wishes:
     """The wishes of one rank, or those that all ranks have agreed on."""
 
     stop: bool = False
-    """A rank was asked to stop."""
+    """Whether a rank was asked to stop."""
     save: bool = False
-    """The clock of rank 0 says that a checkpoint is due."""
+    """Whether a checkpoint is due by the clock of rank 0."""
     written: bool = False
-    """All ranks have written their part of the last checkpoint."""
+    """Whether all ranks have written their part of the last checkpoint."""
 
 
 @dataclass
@@ -42,37 +42,41 @@ class StepResult:
     step: int
     """Number of steps done, this one included."""
     lr: float
+    """Learning rate of the step, before layer-wise factors."""
     wait: float
     """Seconds for which the step waited for data."""
     at: float
     """Time at which the step was handed over, on the monotonic clock."""
     losses: torch.Tensor
-    """float64 [accumulation], of this rank, on the device."""
+    """float64 [accumulation], losses of this rank's micro-batches, on the device."""
     samples: list[torch.Tensor]
-    """Ids of the samples of each micro-batch."""
+    """Sample ids of each micro-batch of this rank, int64."""
     values: torch.Tensor
-    """float64 [5] on the host: loss, gradient norm, ranks that wish to stop, save, have written."""
+    """float64 [5] on the host.
+
+    The loss, the gradient norm, and the numbers of ranks that wish to stop, wish to save, and have
+    written their part of the last checkpoint."""
     ready: torch.cuda.Event | None
-    """Event after which the values are there; None means that they are there at once."""
+    """Event after which `values` can be read; None: they can be read at once."""
 
     def numbers(self) -> list[float]:
-        """Wait for the values."""
+        """Wait for the values, and return them in the order of `values`."""
         if self.ready is not None:
             self.ready.synchronize()
         return self.values.tolist()
 
     @property
     def loss(self) -> float:
-        """Mean over the global batch."""
+        """Mean loss over the global batch."""
         return self.numbers()[0]
 
     @property
     def grad_norm(self) -> float:
-        """L2 norm of the gradient."""
+        """L2 norm of the gradient over all ranks, before clipping."""
         return self.numbers()[1]
 
     def agreed(self, world_size: int) -> Wishes:
-        """Give the wishes that the ranks agreed on in this step."""
+        """Return the wishes that the ranks agreed on in this step."""
         _, _, stop, save, written = self.numbers()
         return Wishes(stop=stop > 0, save=save > 0, written=written == world_size)
 
@@ -84,13 +88,17 @@ class Stepper:
     from the schedule, and the device's generator is seeded from (seed, step, rank).
 
     Args:
-        engine: what is trained.
-        loss_of: loss, a scalar, of a micro-batch on this rank's device; it gets the engine, the
-            batch, the steps done and the number of the micro-batch in the step.
-        world, watchdog, stop: of this process.
-        seed, train, optim: of the run.
-        steps_per_epoch: for the learning rate.
-        accumulation: micro-batches of a step.
+        engine: engine that is trained.
+        loss_of: function that returns the loss of a micro-batch, a scalar on this rank's device; it
+            takes the engine, the batch, the steps done and the micro-batch's number in the step.
+        world: this rank.
+        watchdog: watchdog that is told what this rank does.
+        stop: request to stop this process.
+        seed: seed of the run.
+        train: section `train` of the recipe.
+        optim: section `optim` of the recipe.
+        steps_per_epoch: number of steps in an epoch, for the learning rate.
+        accumulation: number of micro-batches in a step.
     """
 
     def __init__(
@@ -117,9 +125,9 @@ class Stepper:
         """Hand one optimiser step over to the device, after `step` steps done.
 
         Args:
-            batches: on the device.
-            step: steps done.
-            wishes: of this rank.
+            batches: micro-batches of this rank, on the device.
+            step: number of steps done.
+            wishes: wishes of this rank; `stop` is filled in here.
 
         Raises:
             RunError: a sample is damaged, or a shard cannot be read.
@@ -174,7 +182,7 @@ class Stepper:
             raise RunError(str(error)) from error  # on this rank alone, in the middle of a run
 
     def _agree(self, loss: torch.Tensor, wishes: Wishes) -> torch.Tensor:
-        """Mean loss over the ranks, and how many want to stop, save, or have written; float64."""
+        """Return the mean loss over the ranks, and how many have each wish: float64 [4]."""
         values = [wishes.stop, wishes.save and self._world.rank == 0, wishes.written]
         own = torch.tensor(values, dtype=torch.float64, pin_memory=loss.is_cuda)
         shared = torch.cat([loss.view(1), own.to(loss.device, non_blocking=True)])
@@ -184,7 +192,7 @@ class Stepper:
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Copy to the host; gives the copy and the event after which it is there."""
+    """Copy to the host; return the copy and the event after which it can be read."""
     if values.device.type != "cuda":
         return values, None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

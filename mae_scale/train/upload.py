@@ -1,4 +1,4 @@
-"""Batches on their way to the GPU, one ahead of the step that needs them."""
+"""Copying batches to the GPU, each while the step before it is computed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def ahead(
     make: Callable[[Given], Made],
     begin: Callable[[], None] = lambda: None,
 ) -> Iterator[Iterator[Made]]:
-    """Give what `make` gives for each item of a stream; a thread makes the next one meanwhile.
+    """Apply `make` to each item of a stream; while one result is used, a thread makes the next one.
 
-    The first item is made by the caller's thread, which so starts the data workers. An error in the
-    stream is raised where its item would have come. At the end nothing is waited for.
+    The caller's thread makes the first one, and thereby starts the data workers. An error in the
+    stream is raised where its item would have come. Leaving the context does not wait for the
+    thread.
 
     Args:
-        items: the stream, which nobody else reads from then on.
-        make: called for each item, in the order of the stream.
-        begin: called once in the thread.
+        items: stream of items, which nothing else may read from then on.
+        make: function that is called for each item, in the order of the stream.
+        begin: function that is called once in the thread.
+
+    Yields:
+        The stream of results.
     """
     pool = ThreadPoolExecutor(1, "upload", initializer=begin)
 
@@ -55,12 +59,20 @@ def ahead(
 def uploads(
     batches: Iterator[Batch], device: torch.device, workers: int
 ) -> Iterator[Iterator[Batch]]:
-    """Give batches on the device of a run. Those on a CPU stay as they are.
+    """Copy batches to the device of a run; on a CPU they stay where they are.
 
-    On a GPU the next batch is received from the data workers, pinned and copied by a thread. The
-    copy goes beside what the GPU computes; only the step that uses the batch waits for it, and it
-    does so on the GPU. Without data workers no thread is used: decoding draws random numbers from
-    generators that the main thread seeds.
+    On a GPU a thread receives the next batch from the data workers, pins it and copies it. The GPU
+    copies while it computes; only the step that uses the batch waits for the copy, and it waits on
+    the GPU. Without data workers no thread is used: decoding draws random numbers from generators
+    that the main thread seeds.
+
+    Args:
+        batches: stream of batches in host memory.
+        device: device of this rank.
+        workers: number of data-loading processes of this rank.
+
+    Yields:
+        The stream of batches on the device.
     """
     if device.type != "cuda":
         yield batches
@@ -85,6 +97,6 @@ def uploads(
     if workers == 0:
         yield used(map(copy, batches))
         return
-    # A new thread would pin memory by way of the first GPU, and take room there.
+    # A new thread would pin memory through the first GPU, and take memory there.
     with ahead(batches, copy, partial(torch.cuda.set_device, device)) as stream:
         yield used(stream)

@@ -1,4 +1,4 @@
-"""Evaluation at any world size: batches in step; accuracy and loss of a classifier, exact."""
+"""Evaluation at any world size: ranks stay in step; a classifier's accuracy and loss are exact."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Stopped(Exception):
-    """An evaluation was asked to stop, on all ranks alike."""
+    """Exception that ends an evaluation on all ranks when one of them was asked to stop."""
 
 
 def batches_in_step(
@@ -32,18 +32,18 @@ def batches_in_step(
     what: str,
     stop: Callable[[], bool],
 ) -> Iterator[Batch | None]:
-    """Yield the batches of this rank's part of a data set; every rank gets as many.
+    """Yield the batches of this rank's part of a data set, the same number of them on every rank.
 
-    Ranks stay together, as ZeRO-3 needs it: one that has no batch left gets None.
+    Ranks stay together, which ZeRO-3 needs: a rank without a batch left gets None.
 
     Args:
-        loader: this rank's part of the data set.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
-        what: how the work is named there.
+        loader: loader of this rank's part of the data set.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
+        what: name of the work in that description.
         stop: asked before each batch.
 
     Raises:
-        Stopped: `stop` said yes on any rank.
+        Stopped: `stop` returned True on any rank.
         RunError: an image is damaged, or a shard cannot be read.
     """
     batches = iter(loader)
@@ -62,7 +62,7 @@ def batches_in_step(
 
 
 def filled(batch: Batch | None, loader: EvalLoader) -> torch.Tensor:
-    """Return the images of a whole batch, uint8 [batch_size, C, H, W]; black ones fill it up."""
+    """Return the images of a batch, uint8 [batch_size, C, H, W], filled up with black images."""
     if batch is None:
         shape = (loader.batch_size, loader.bands.count, *sides(loader.img_size))
         return torch.zeros(shape, dtype=torch.uint8)
@@ -70,7 +70,7 @@ def filled(batch: Batch | None, loader: EvalLoader) -> torch.Tensor:
     missing = loader.batch_size - len(image)
     if not missing:
         return image
-    # In the layout of the loader's images: another one rounds otherwise in the convolution.
+    # The layout is that of the loader's images: with another the convolution rounds differently.
     black = image.new_zeros(missing, *image.shape[1:]).to(memory_format=torch.channels_last)
     return torch.cat([image, black])
 
@@ -82,14 +82,14 @@ def whole_batches(
     what: str,
     stop: Callable[[], bool],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield as many batches on each rank, all of the same size, filled up with black images.
+    """Yield the same number of batches on each rank, all of one size, filled up with black images.
 
-    So what an image gets does not depend on how many there are. Arguments and errors are those of
-    `batches_in_step`.
+    So the result for an image does not depend on the number of images in its batch. Arguments and
+    errors are those of `batches_in_step`.
 
     Yields:
-        images uint8 [batch_size, C, H, W]; labels and sample ids, int64 [b], of those that are real
-        and come first.
+        Images uint8 [batch_size, C, H, W], the real ones first; labels and sample ids of the b real
+        ones, int64 [b].
     """
     none = torch.zeros(0, dtype=torch.int64)
     for batch in batches_in_step(loader, doing=doing, what=what, stop=stop):
@@ -102,7 +102,7 @@ class Scores:
     """Counts over all ranks, by the label's class."""
 
     images: torch.Tensor
-    """int64 [classes]."""
+    """int64 [classes], number of images."""
     top1: torch.Tensor
     """int64 [classes], images whose label has the highest logit."""
     top5: torch.Tensor
@@ -110,11 +110,11 @@ class Scores:
     loss: float
     """Mean cross-entropy over all images."""
     confusion: torch.Tensor | None = None
-    """int64 [classes, classes], images by their label and the class with the highest logit; only
-    where it was asked for."""
+    """int64 [classes, classes], images by their label and the class with the highest logit; None
+    unless it was asked for."""
 
     def row(self) -> dict[str, Any]:
-        """Images, top-1 and top-5 in percent, and loss."""
+        """Return the number of images, top-1 and top-5 in percent, and the loss."""
         images = int(self.images.sum())
         return {
             "images": images,
@@ -124,16 +124,16 @@ class Scores:
         }
 
     def per_class(self) -> list[float | None]:
-        """Top-1 in percent of each class; None where it has no image."""
+        """Return the top-1 of each class in percent; None for a class without images."""
         counts = zip(self.top1.tolist(), self.images.tolist(), strict=True)
         return [100 * right / images if images else None for right, images in counts]
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count the classes that come before the label's: int64 [B].
+    """Count, for each image, the classes whose logit comes before the label's: int64 [B].
 
-    Of equal logits the first class comes first, so that no device or sort decides. Where logits
-    are not finite the label comes last.
+    Of equal logits the lower class comes first, so that the result does not depend on the device or
+    a sort. If any logit of an image is not finite, its label comes last.
 
     Args:
         logits: float [B, classes].
@@ -158,21 +158,23 @@ def evaluate(
     label_of: torch.Tensor | None = None,
     confusion: bool = False,
 ) -> Scores | None:
-    """Run a classifier over each image once; all ranks call, and get the same.
+    """Run a classifier over each image once; all ranks call, and get the same scores.
 
     Args:
-        logits_of: float32 [b, C, H, W], normalised -> float32 [b, classes].
-        loader: this rank's part of the data set.
-        classes: number of classes that logits are of.
-        device: of this rank.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
-        what: how the work is named there.
-        stop: asked before each batch; where any rank says yes, all give up.
-        label_of: int64; the class of each label of the data set, if they differ.
-        confusion: also count which class is taken for which.
+        logits_of: function of normalised images float32 [b, C, H, W] that returns logits float32
+            [b, classes].
+        loader: loader of this rank's part of the data set.
+        classes: number of classes in the logits.
+        device: device of this rank.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
+        what: name of the work in that description.
+        stop: asked before each batch; if it returns True on any rank, all ranks give up.
+        label_of: int64 [labels], the model's class for each label of the data set; None: they are
+            the same.
+        confusion: whether to count, too, which class is taken for which.
 
     Returns:
-        The scores; None where it was stopped.
+        The scores; None if the evaluation was stopped.
 
     Raises:
         RunError: an image is damaged, or a shard cannot be read.
@@ -204,7 +206,7 @@ def evaluate(
 
 @contextmanager
 def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Put the moving average in the place of the trained weights for a while; all ranks call."""
+    """Replace the trained weights by their moving average inside the context; all ranks call."""
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     state, sharded = EngineState(engine), engine.zero_optimization_stage() > 0
     before = [] if sharded else [state.weight(p) for p in trained]
@@ -213,7 +215,7 @@ def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
     try:
         yield
     finally:
-        # Under ZeRO the weights come back from their masters, which saves a copy of all of them.
+        # Under ZeRO the weights are restored from their masters, so that no copy is needed.
         for number, parameter in enumerate(trained):
             value = state.weight(parameter) if sharded else before[number]
             state.set_weight(parameter, value)
