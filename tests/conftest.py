@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: real photographs, never drawn ones."""
+"""Fixtures that all tests share. They give real photographs, never drawn images."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """The number of workers that `-n auto` starts: one for each CPU that has 3 GB of memory."""
+    """Give the number of workers that `-n auto` starts: one for each CPU that has 3 GB of
+    memory."""
     memory = psutil.virtual_memory().total // (3 * 10**9)
     return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 
 @pytest.fixture(autouse=True)
 def launchers_variables() -> Iterator[None]:
-    """No test leaves variables behind by which a later one would think it has been launched."""
+    """Remove after each test the variables that launchers set, so that no later test sees them."""
 
     def set_now() -> dict[str, str]:
         return {k: v for k, v in os.environ.items() if re.search("RANK|SIZE$|^MASTER_", k)}
@@ -60,7 +61,8 @@ def launchers_variables() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageFolder tree `<wnid>/<name>.JPEG`: 250 photographs, 250 classes, a few in grey.
+    """Make an ImageFolder tree `<wnid>/<name>.JPEG` of 250 photographs in 250 classes, a few in
+    grey.
 
     ImageNet's own where the sample is at hand ($MAE_SCALE_TEST_DATA or ../shared/data); else
     pieces of the photographs that scikit-image, scikit-learn and matplotlib ship.
@@ -89,7 +91,7 @@ def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 250 photographs as shards of 40, at 128 pixels so that decoding takes little time."""
+    """Make shards of 40 out of the 250 photographs, at 128 pixels so that decoding is quick."""
     out = tmp_path_factory.mktemp("shards") / "with a space" / "train"
     script = REPOSITORY / "data_prep" / "shard_imagenet.py"
     options = "--split train --samples-per-shard 40 --resize-short 128 --workers 2"

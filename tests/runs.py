@@ -61,7 +61,7 @@ class Run:
     task: str = "pretrain"
 
     def arguments(self) -> list[str]:
-        """Those of the command, without what launches it."""
+        """Give the arguments of the command, without its launcher."""
         small = {
             key: value
             for key, value in SMALL.items()
@@ -71,7 +71,7 @@ class Run:
         return [f"--{key}={value}" for key, value in settings.items()]
 
     def command(self) -> list[str]:
-        """The command as a user types it."""
+        """Give the command as a user types it."""
         n = self.processes
         port = free_port()
         # The `deepspeed` script itself does not start from a virtual environment whose path has a
@@ -85,7 +85,7 @@ class Run:
         return [sys.executable, *launch.split(), self.task, *self.arguments()]
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        """Start it in a process group of its own, as a shell does."""
+        """Start the run in a process group of its own, as a shell does."""
         return subprocess.Popen(
             self.command(),
             stdout=subprocess.PIPE,
@@ -97,14 +97,14 @@ class Run:
         )
 
     def finish(self, code: int = 0) -> str:
-        """Run it to its end, check the exit code, and give its output."""
+        """Run the command to its end, check the exit code, and give its output."""
         process = self.start()
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
         return output
 
     def stop(self, at_step: int, how: Callable[[subprocess.Popen[str]], None], code: int) -> str:
-        """Start it, call `how` once the metrics have `at_step`, and wait for its end."""
+        """Start the run, call `how` once the metrics have `at_step`, and wait for its end."""
         process = self.start()
         family = psutil.Process(process.pid)
         while process.poll() is None and len(self.rows()) < at_step:
@@ -118,7 +118,7 @@ class Run:
         return output
 
     def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """Rows of a record without what depends on the clock and the machine."""
+        """Give the rows of a record without the values that depend on the clock and the machine."""
         clock = ("images_per_second", "data_wait", "memory_gb", "time")
         rows = read_metrics(self.run_dir / file)
         return [{k: v for k, v in row.items() if k not in clock} for row in rows]
@@ -145,7 +145,7 @@ def in_one_process(runs: list[tuple[Run, str]], **environment: str) -> subproces
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes of a run, without launchers and data workers."""
+    """Give the training processes of a run, without launchers and data workers."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     found = {}
     for member in family:
@@ -157,18 +157,18 @@ def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def handles_sigterm(pid: int) -> bool:
-    """Whether a process has taken over SIGTERM."""
+    """Return whether a process handles SIGTERM itself."""
     caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def send(number: signal.Signals) -> Callable[[subprocess.Popen[str]], None]:
-    """Send a signal to the process that was started."""
+    """Make a function that sends a signal to the process that was started."""
     return lambda process: process.send_signal(number)

@@ -50,7 +50,7 @@ prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class Server:
-    """What this process knows of its server."""
+    """The server of this process, once it has been started."""
 
     connection: socket.socket | None = None
     pid: int | None = None

@@ -1,4 +1,4 @@
-"""Go on from every (processes, ZeRO config) in every other; prints what does not carry over.
+"""Resume each (processes, ZeRO config) as every other one, and print what does not carry over.
 
 One program for all: it imports everything once and forks the ranks of each world size. First each
 (world size, config) takes two steps, saves, and takes two more. Then each reads the checkpoints of
@@ -35,7 +35,8 @@ State = dict[str, torch.Tensor]
 
 
 class Odd(nn.Module):
-    """Parameters whose sizes divide by nothing, frozen ones, a buffer; two groups of AdamW."""
+    """A model with parameters of odd sizes, frozen parameters and a buffer, for two AdamW
+    groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Odd(nn.Module):
         self.register_buffer("scale", torch.rand(1) + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Loss of x [n, 3, 7]."""
+        """Give the loss of x [n, 3, 7]."""
         x = (x.to(self.token.dtype) + self.token + self.pos) * self.scale.to(self.token.dtype)
         return self.last(self.block(x)).float().square().mean()
 
@@ -84,7 +85,7 @@ def in_ranks(size: int, function: Callable[[World], None]) -> None:
 
 
 def make_engine(world: World, config: str, precision: str, seed: int):  # type: ignore[no-untyped-def]
-    """An engine with initial weights of its own, and its optimiser's order."""
+    """Make an engine with initial weights of its own; give its optimiser's order, too."""
     train = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH // world.size)
     optim = FinetuneOptimConfig(ema_decay=0.7)  # a state more than AdamW's own
     torch.manual_seed(seed)
@@ -95,7 +96,7 @@ def make_engine(world: World, config: str, precision: str, seed: int):  # type: 
 
 
 def steps(engine, world: World, first: int, count: int) -> list[float]:  # type: ignore[no-untyped-def]
-    """Losses of the global batch in so many steps."""
+    """Take so many steps, and give the losses of the global batch."""
     losses = []
     for step in range(first, first + count):
         x = torch.randn(BATCH, 3, 7, generator=torch.Generator().manual_seed(step))
@@ -111,7 +112,8 @@ def steps(engine, world: World, first: int, count: int) -> list[float]:  # type:
 
 
 def state_of(engine) -> State:  # type: ignore[no-untyped-def]
-    """Master weights, moments, frozen weights and buffers, whole, by DeepSpeed's own means."""
+    """Give whole master weights, moments, frozen weights and buffers by DeepSpeed's own
+    functions."""
     state = {f"buffer {k}": v.clone() for k, v in engine.module.named_buffers()}
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     inner = getattr(wrapper, "optimizer", wrapper)
@@ -192,7 +194,7 @@ def compare(folder: Path, world: World, precision: str, tolerance: float) -> Non
 
 
 def main(folder: Path, precision: str, sizes: list[int]) -> None:
-    """All pairs of these numbers of processes in one precision."""
+    """Try all pairs of these numbers of processes in one precision."""
     for size in sizes:
         in_ranks(size, lambda world: make(folder, world, precision))
     tolerance = 1e-4 if precision == "fp32" else 2e-2

@@ -28,7 +28,7 @@ def loss_of(model: nn.Module, images: torch.Tensor, factor: float) -> torch.Tens
 
 
 def plain(model: nn.Module, images: torch.Tensor, clip: float | None) -> tuple[list, list[float]]:
-    """Weights and gradient norms of PyTorch alone, on the whole batch."""
+    """Give the weights and gradient norms of PyTorch alone, on the whole batch."""
     model, optim = copy.deepcopy(model), OptimConfig()
     optimizer, norms = make_optimizer(model, optim), []
     for group in optimizer.param_groups:

@@ -14,7 +14,7 @@ from runs import Run
 
 @pytest.fixture(scope="session")
 def val_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 241 of them, a prime number, with the same list of classes."""
+    """Make shards of the first 241 photographs, a prime number, with the same list of classes."""
     out = tmp_path_factory.mktemp("shards") / "val"
     shutil.copytree(shards, out)
     for name in ("index.npy", "checksums.npy"):
@@ -28,5 +28,5 @@ def val_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, shards: Path) -> Iterator[Run]:
-    """A run in a folder of its own."""
+    """Give a run in a folder of its own."""
     yield Run(tmp_path / "run dir", shards)

@@ -1,4 +1,4 @@
-"""A rank of test_descriptors.py: builds a small engine and counts its open files."""
+"""A rank of test_descriptors.py, which builds a small engine and counts its open files."""
 
 from __future__ import annotations
 

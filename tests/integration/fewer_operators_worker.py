@@ -30,7 +30,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def tensors(value: object) -> list[torch.Tensor]:
-    """All tensors in nested dicts and lists."""
+    """List all tensors in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return [value.detach()]
     if isinstance(value, dict):
@@ -39,7 +39,7 @@ def tensors(value: object) -> list[torch.Tensor]:
 
 
 def digest(world: World, name: str, accumulation: int, zero: dict[str, Any]) -> str:
-    """A hash of what three steps give: weights, masters, moments, norms."""
+    """Hash the weights, master weights, moments and norms after three steps."""
     batch = 2 * accumulation * world.size
     train = TrainConfig(global_batch_size=batch, micro_batch_size=2)
     config = fill_deepspeed_config(name, train, world, "bf16")

@@ -18,7 +18,7 @@ OPTIM = OptimConfig(base_lr=1e-3)
 
 
 def tensors(value: object) -> list[torch.Tensor]:
-    """All tensors in nested dicts and lists, copied."""
+    """Copy all tensors in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return [value.detach().clone()]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Counts how often the host waits for the device in one optimiser step; prints a line per case.
+"""Count how often the host waits for the device in one optimiser step; print a line per case.
 
 DeepSpeed's accelerator is the CPU that says it is asynchronous, as a GPU is: DeepSpeed then makes
 streams and events and waits where it would wait on a GPU. Each wait is counted. A read by the host
@@ -49,7 +49,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """An event on such a stream."""
+    """An event on a `FakeStream`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -63,7 +63,7 @@ class FakeEvent:
 
 
 def act_like_a_gpu() -> None:
-    """Let DeepSpeed's CPU accelerator be asynchronous, with streams that count waits."""
+    """Make DeepSpeed's CPU accelerator asynchronous, with streams that count waits."""
     accelerator, stream = deepspeed.accelerator.get_accelerator(), FakeStream()
     kind = type(accelerator)
     kind.is_synchronized_device = lambda self: False
@@ -74,7 +74,7 @@ def act_like_a_gpu() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators."""
+    """Counter of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def cases() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any, Loss]]]]:
 
 
 def count(world: World, watchdog: Watchdog, name: str, task: Callable[..., Any]) -> dict[str, Any]:
-    """Waits and reads of the third step, of two micro-batches in bf16."""
+    """Count the waits and reads of the third step, which has two micro-batches in bf16."""
     train = TrainConfig(global_batch_size=4, micro_batch_size=2)
     model, optim, loss_of = task()
     engine = build_engine(model, optim, fill_deepspeed_config(name, train, world, "bf16"))

@@ -1,4 +1,5 @@
-"""Ranks 0 and 511 of 512 in turn, in one process, over PyTorch's group that sends nothing."""
+"""Be rank 0 and then rank 511 of 512 in one process, in PyTorch's process group that sends
+nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ TRAIN = TrainConfig(global_batch_size=2 * RANKS, micro_batch_size=2)
 
 
 def take_a_step(stage: int, rank: int) -> dict[str, Any]:
-    """Build, step, and take the optimiser's state dict."""
+    """Build an engine, take a step, and read the optimiser's state dict."""
     world = World(rank=rank, size=RANKS, local_rank=rank % 8, local_size=8)
     config = fill_deepspeed_config(f"zero{stage}", TRAIN, world, "bf16")
     with torch.device("meta"):

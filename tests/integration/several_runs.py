@@ -1,4 +1,4 @@
-"""Trains several runs in one process, one after the other, as a notebook does.
+"""Train several runs in one process, one after the other, as a notebook does.
 
     python several_runs.py JSON
 

@@ -1,4 +1,4 @@
-"""Pre-training with each switch of Table 1, stopped and gone on with; and tables of such runs."""
+"""Pre-training with each switch of Table 1, stopped and resumed; and tables of such runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAW = {"model.norm_pix_loss": False, "model.depth": 2}
 
 
 class Ids(nn.Module):
-    """TorchScript tokenizer: 16 shades of green, one for 4 x 4 pixels."""
+    """A TorchScript tokenizer whose ids are 16 shades of green, one id for 4 x 4 pixels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (F.avg_pool2d(x[:, 1], 4) * 15.999).long()
@@ -54,7 +54,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 def test_stopped_it_equals_an_undisturbed_run(
     run: Run, tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
-    """Under ZeRO-3 on two processes; then on one, whose loss differs by rounding only."""
+    """A run under ZeRO-3 on two processes goes on exactly; on one process its loss differs by
+    rounding."""
     settings = {**RAW, **SWITCHES[name], "deepspeed": "zero3"}
     if name == "tokens":
         settings["model.tokenizer"] = tokenizer
@@ -141,7 +142,8 @@ def sweep(file: Path, shards: Path, val: Path, out: Path, *options: str) -> list
 
 
 def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path, shards: Path, val_shards: Path) -> None:
-    """By one signal to it; runs with the same settings are done once; the table is of the end."""
+    """One signal stops it; runs with equal settings are trained once; the table shows final
+    accuracies."""
     file, out = write_sweep(tmp_path / "my sweep.yaml"), tmp_path / "all runs"
     command = sweep(file, shards, val_shards, out)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)

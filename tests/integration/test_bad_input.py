@@ -1,4 +1,4 @@
-"""Bad input: one clear line, exit code 2, nothing left behind."""
+"""Bad input gets one clear line and exit code 2, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mae_scale.cli import main
 
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in this process here; they must not take over its signals."""
+    """Keep commands that run in this process from taking over its signals."""
     monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
 
 
@@ -110,7 +110,7 @@ def test_reconstruct(
 
 
 def test_installed_without_the_checkout(tmp_path: Path) -> None:
-    """`pip install .` brings the recipes and DeepSpeed configs along."""
+    """`pip install .` installs the recipes and DeepSpeed configs, too."""
     repository = Path(__file__).parents[2]
     site = tmp_path / "site packages"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]

@@ -24,7 +24,7 @@ WHITE = 10_000  # the value of a band that counts as white
 
 
 def as_bands(photograph: Path) -> np.ndarray:
-    """Reflectances of five bands, uint16 [H, W, 5], from a photograph."""
+    """Make reflectances of five bands, uint16 [H, W, 5], out of a photograph."""
     with Image.open(photograph) as image:
         colours = np.asarray(image.convert("RGB").resize((80, 60))).astype(np.float64) / 255
     more = [colours.mean(axis=-1), colours[..., 0] * colours[..., 2]]
@@ -33,7 +33,7 @@ def as_bands(photograph: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def place(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of arrays in two classes, shards of it, and its statistics."""
+    """Make a folder of arrays in two classes, shards of it, and its statistics."""
     place = tmp_path_factory.mktemp("bands")
     for number, photograph in enumerate(sorted(imagenet_tree.rglob("*.JPEG"))[:32]):
         folder = place / "arrays" / ("field", "water")[number % 2]

@@ -1,4 +1,4 @@
-"""`optim.clip_grad` at every ZeRO stage is `clip_grad_norm_` of PyTorch."""
+"""`optim.clip_grad` does at every ZeRO stage what `clip_grad_norm_` of PyTorch does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ CASES = [f"zero{stage},fp32" for stage in range(4)] + ["zero3_offload,fp32", "ze
 
 
 def test_clipped_steps_are_those_of_pytorch() -> None:
-    """On two ranks, whose norms are those of the mean over both."""
+    """Clipped steps of two ranks equal PyTorch's; the norms are those of the mean over both
+    ranks."""
     worker = Path(__file__).with_name("clip_worker.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Compiled blocks: how many graphs there are, and that drop path stays what it is."""
+"""Compiled blocks: the number of graphs, and drop path that stays what it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs that `compile_blocks` leads to; they are run as they were traced."""
+    """Collect the graphs that `compile_blocks` leads to; they run as they were traced."""
     found: list[Any] = []
     compile_ = torch.compile
 
@@ -35,7 +35,7 @@ def classifier(**kwargs: Any) -> Classifier:
 
 
 def test_a_deep_classifier_with_drop_path_has_two_graphs(graphs: list[Any]) -> None:
-    """One for training and one for evaluation, not one for each of its 24 rates."""
+    """There is one graph for training and one for evaluation, not one for each of the 24 rates."""
     model = classifier(depth=24, drop_path=0.3)
     keys = set(model.state_dict())
     model.eval()
@@ -81,7 +81,7 @@ def test_paths_are_dropped_at_their_rate_and_scaled() -> None:
 
 
 def test_compiled_blocks_take_one_graph_for_the_encoder_and_one_for_the_decoder() -> None:
-    """However deep they are, and whatever is recomputed."""
+    """The depth and the recomputed blocks do not change the number of graphs."""
     torch._dynamo.reset()
     small = {"img_size": 32, "patch_size": 8, "depth": 4, "decoder_depth": 3}
     model = build_mae("mae_vit_tiny_patch16", **small)

@@ -1,4 +1,4 @@
-"""File descriptors of the ranks: they start under a low limit, and take few each."""
+"""File descriptors of the ranks: ranks start under a low limit, and each needs few."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("descriptors_worker.py")
 
 
 def open_files(folder: Path, ranks: int) -> list[int]:
-    """Of each of so many ranks that have trained a step, having begun with 64 at the most."""
+    """Count the open files of each rank after a step; ranks begin under a limit of 64 files."""
     out, store = folder / f"{ranks}.json", 29_500 + os.getpid() % 1000 + ranks
     processes = []
     for rank in range(ranks):

@@ -64,7 +64,7 @@ LI_2021 = {
 
 
 def make_coco(root: Path, photographs: list[Path], images: int) -> None:
-    """A folder in COCO's layout: rectangles on photographs, every tenth image without one."""
+    """Make a folder in COCO's layout: rectangles on photographs, every tenth image without one."""
     generator = np.random.default_rng(0)
     folder = root / "train2017"
     folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def make_coco(root: Path, photographs: list[Path], images: int) -> None:
 
 @pytest.fixture(scope="module")
 def coco_shards(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 19 images, two of them without an object."""
+    """Make shards of 19 images, two of them without an object."""
     root = tmp_path_factory.mktemp("coco for detect")
     make_coco(root / "coco", sorted(imagenet_tree.rglob("*.JPEG"))[:6], images=19)
     assert shard(root / "coco", root / "shards", Options("train", samples_per_shard=7)) == 0
@@ -111,7 +111,7 @@ def detecting(coco_shards: Path, tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(coco_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing has interrupted, which began with the encoder of pre-training."""
+    """Train a run without interruption, from the encoder of a pre-trained model."""
     folder = tmp_path_factory.mktemp("detect")
     torch.manual_seed(0)
     mae = build_mae(
@@ -129,7 +129,8 @@ def whole(coco_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def stop_and_go_on(whole: Run, folder: Path, code: int) -> None:
-    """Losses and validations are those of the whole run, bit for bit."""
+    """Stop a run and resume it; its losses and validations equal those of the whole run, bit for
+    bit."""
     run = replace(whole, run_dir=folder)
 
     def terminate_one_rank(process: subprocess.Popen[str]) -> None:
@@ -146,13 +147,13 @@ def stop_and_go_on(whole: Run, folder: Path, code: int) -> None:
 
 
 def test_vitdet_stops_and_goes_on_bit_for_bit(whole: Run, tmp_path: Path) -> None:
-    """Recomputed blocks, dropped paths and drawn proposals among it."""
+    """Recomputed blocks, dropped paths and drawn proposals are the same after the stop."""
     stop_and_go_on(whole, tmp_path / "run", STOPPED)
     assert "ema_box_ap" in whole.rows("validation.jsonl")[0]
 
 
 def test_li2021_stops_and_goes_on_bit_for_bit(detecting: Run, tmp_path: Path) -> None:
-    """On two processes, whose batch norm counts both, under ZeRO-3 and in bf16."""
+    """The run has two processes that share batch-norm statistics, ZeRO-3 and bf16."""
     detecting.settings |= {
         **LI_2021, "deepspeed": "zero3", "data.val": detecting.shards, "model.drop_path": 0.2,
         "train.precision": "bf16",
@@ -207,7 +208,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, whose signals they must not take over."""
+    """The commands run in this process and must not take over its signals."""
     monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     values = {k: shards if v == "classification" else v for k, v in settings.items()}
     bad = replace(detecting, settings={**detecting.settings, **values})

@@ -1,4 +1,4 @@
-"""Going on at any world size and ZeRO stage from any other, also after interruptions."""
+"""Resuming at any world size and ZeRO stage from any other, also after interruptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mae_scale.train import elastic
 
 @pytest.mark.parametrize(("precision", "sizes"), [("fp32", "1234"), ("bf16", "13")])
 def test_all_pairs_of_world_sizes_and_stages(tmp_path: Path, precision: str, sizes: str) -> None:
-    """Every weight and moment is the same to the bit; the losses go on within 1e-4 in fp32."""
+    """Every weight and moment is the same bit for bit; the losses agree within 1e-4 in fp32."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("all_pairs.py"), tmp_path, precision, *sizes],
         capture_output=True,
@@ -62,7 +62,7 @@ elastic.convert(Path(folder), 2, order)
 
 
 def convert_and_die(folder: Path, order: list[str], writes: int) -> int:
-    """Convert in a process that is killed after so many files; gives its exit code."""
+    """Convert in a process that is killed after so many files, and give its exit code."""
     command = [sys.executable, "-c", CONVERT_AND_DIE, folder, str(writes), *order]
     return subprocess.run(command).returncode
 

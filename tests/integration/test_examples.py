@@ -1,4 +1,4 @@
-"""The demo, shortened, on photographs of one's own."""
+"""The demo, shortened, on the user's own photographs."""
 
 from __future__ import annotations
 

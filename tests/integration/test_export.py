@@ -1,4 +1,4 @@
-"""`mae-scale export`: timm and transformers load what it writes and compute what ours computes."""
+"""`mae-scale export`: timm and transformers load its files and compute what our models compute."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRETRAINED, CLASSIFIERS = list(RUNS)[:2], list(RUNS)[2:]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Path]:
-    """Runs of three steps, two processes where weights are sharded."""
+    """Train runs of three steps, with two processes where weights are sharded."""
     folder = tmp_path_factory.mktemp("trained runs")
     for name, (task, processes, settings) in RUNS.items():
         launcher = "torchrun" if processes > 1 else ""
@@ -62,7 +62,7 @@ def export(run: Path, to: str, out: Path, *options: str) -> Path:
 
 
 def ours(run: Path, ema: bool = False) -> nn.Module:
-    """The model of a run, by the checkpoint itself."""
+    """Read the model of a run directly from its checkpoint."""
     trained = TrainedRun.read(checkpoint.find_checkpoint(run))
     model = trained.model()
     model.load_state_dict(trained.weights(ema))
@@ -71,7 +71,8 @@ def ours(run: Path, ema: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def encoded(model: nn.Module) -> torch.Tensor:
-    """[2, 17, 192]: what the encoder of a masked autoencoder makes of all patches."""
+    """Give the features [2, 17, 192] that a masked autoencoder's encoder computes from all
+    patches."""
     x = model.prepend_cls_token(model.embed_patches(IMAGES))
     return model.norm(model.run_blocks(model.blocks, x))
 
@@ -237,7 +238,8 @@ def test_evaluate_and_reconstruct_take_every_form(
 def test_pretraining_starts_from_an_export(
     trained: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
-    """With the decoder; and from an encoder only, with a warning, at another resolution."""
+    """An export with the decoder works, and one of an encoder only, with a warning, at another
+    resolution."""
     source = ours(trained["pretrain zero3"]).state_dict()
     whole = export(trained["pretrain zero3"], "huggingface", tmp_path / "whole")
     encoder = export(trained["pretrain zero3"], "timm", tmp_path / "encoder.safetensors")
@@ -331,7 +333,7 @@ def check_error(capsys: pytest.CaptureFixture[str], command: list[str], message:
 def test_a_full_disk_leaves_nothing(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    """As a limit of the size of files looks like; what was there stays."""
+    """A limit on the size of files stands for a full disk; the files that were there stay."""
     out = export(trained["token"], "timm", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()

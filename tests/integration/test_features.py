@@ -38,14 +38,14 @@ from mae_scale.world import World
 
 @pytest.fixture(scope="module")
 def labelled(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """41 photographs in two shards, four or five of each of ten classes."""
+    """Make two shards of 41 photographs, four or five of each of ten classes."""
     images = [path.read_bytes() for path in sorted(imagenet_tree.glob("*/*"))[:41]]
     return make_shards(tmp_path_factory.mktemp("labelled") / "val", images, [11, 30])
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory, shards: Path, labelled: Path) -> Run:
-    """A run of two ranks under ZeRO-3, probed every two of its five steps."""
+    """Train a run of two ranks under ZeRO-3 for five steps, with a probe every two steps."""
     settings = {
         "data.val": labelled,
         "train.probe_every": 2,

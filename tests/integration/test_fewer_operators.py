@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def test_states_are_those_of_deepspeeds_own_steps() -> None:
-    """On two ranks; accumulation, layer-wise decay, small and double buckets, small sub-groups."""
+    """Two ranks, with accumulation, layer-wise decay, small and double buckets, and small
+    sub-groups."""
     worker = Path(__file__).with_name("fewer_operators_worker.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(

@@ -27,7 +27,7 @@ CLASSIFIER = {"model.depth": 3, "train.precision": "fp32"}
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights in the authors' form, at half the resolution."""
+    """Write weights in the authors' form, at half the resolution."""
     torch.manual_seed(0)
     mae = build_mae("mae_vit_tiny_patch16", img_size=16, patch_size=8, depth=3, decoder_depth=1)
     path = tmp_path_factory.mktemp("weights") / "mae pretrain.pth"
@@ -37,14 +37,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tuning(run: Run, pretrained: Path, val_shards: Path) -> Run:
-    """A fine-tuning with everything on, one epoch of which is ten steps."""
+    """Give a fine-tuning run that uses every feature; an epoch is ten steps."""
     settings = {**CLASSIFIER, "weights": pretrained, "data.val": val_shards,
                 "model.drop_path": 0.2, "optim.layer_decay": 0.65}  # fmt: skip
     return replace(run, task="finetune", settings=settings)
 
 
 def evaluate(run: Run, out: Path, *options: Any, processes: int = 1) -> dict[str, Any]:
-    """What `mae-scale evaluate` writes."""
+    """Run `mae-scale evaluate` and give what it writes."""
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes} -m mae_scale"
     command = [sys.executable, *(launch.split() if processes > 1 else ["-m", "mae_scale"])]
     command += ["evaluate", str(run.run_dir), *map(str, options), "--out", str(out)]
@@ -60,7 +60,8 @@ def evaluate(run: Run, out: Path, *options: Any, processes: int = 1) -> dict[str
 def test_an_interrupted_run_equals_an_undisturbed_one(
     tuning: Run, tmp_path: Path, processes: int, stage: int, ema: bool
 ) -> None:
-    """Losses, validations and the moving average, bit for bit; recomputed blocks, dropped paths."""
+    """Losses, validations and the average are equal bit for bit, with recomputing and dropped
+    paths."""
     tuning.settings |= {"deepspeed": f"zero{stage}", "optim.ema_decay": 0.9 if ema else "null",
                         "train.activation_checkpointing": "full"}  # fmt: skip
     if processes > 1:
@@ -90,7 +91,8 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
 
 
 def test_at_448_pixels_it_stops_and_goes_on(run: Run, tmp_path: Path) -> None:
-    """The recipe of ViT-H on a narrow encoder: 32 x 32 patches, from weights of 16 x 16."""
+    """A narrow encoder stands for ViT-H: it has 32 x 32 patches and starts from weights for 16 x
+    16."""
     torch.manual_seed(0)
     mae = build_mae("mae_vit_tiny_patch16", img_size=224, patch_size=14, depth=2, decoder_depth=1)
     weights = tmp_path / "at 224.pth"
@@ -114,7 +116,7 @@ def test_at_448_pixels_it_stops_and_goes_on(run: Run, tmp_path: Path) -> None:
 
 
 def test_validation_and_averaging_do_not_touch_the_training(tuning: Run, tmp_path: Path) -> None:
-    """Under ZeRO-3, whose weights are put in and taken out in pieces."""
+    """The run uses ZeRO-3, under which the average's weights are put in and taken out in pieces."""
     tuning = replace(tuning, launcher="torchrun", processes=2)
     tuning.settings |= {"deepspeed": "zero3", "train.max_steps": 14}
     plain = replace(tuning, run_dir=tmp_path / "plain", settings=dict(tuning.settings))
@@ -144,7 +146,8 @@ def test_a_signal_during_validation_loses_nothing(tuning: Run, tmp_path: Path) -
 def test_the_best_checkpoint_is_kept_and_evaluated_exactly(
     tuning: Run, shards: Path, val_shards: Path, tmp_path: Path
 ) -> None:
-    """On a set whose size divides by none of the world sizes; the counts are the same."""
+    """The size of the set divides by none of the world sizes, and the counts are the same at
+    each."""
     tuning.settings |= {"checkpoint.keep": 1, "train.epochs": 4, "optim.base_lr": 0.05,
                         "optim.warmup_epochs": 0}  # fmt: skip
     tuning.finish()
@@ -174,7 +177,8 @@ def test_the_best_checkpoint_is_kept_and_evaluated_exactly(
 def test_training_learns_and_scratch_keeps_an_average_over_world_sizes(
     run: Run, shards: Path, tmp_path: Path
 ) -> None:
-    """The moving average goes from 2 ranks under ZeRO-3 to 1 under ZeRO-1 and is evaluated."""
+    """The moving average goes from 2 ranks under ZeRO-3 to 1 rank under ZeRO-1, and is
+    evaluated."""
     settings = {**CLASSIFIER, "data.val": shards, "optim.ema_decay": 0.5, "train.epochs": 15,
                 "optim.base_lr": 0.02, "deepspeed": "zero3", "train.max_steps": 70,
                 "augment.rand_augment": "null", "augment.mixup": 0, "augment.cutmix": 0,
@@ -202,7 +206,7 @@ def test_training_learns_and_scratch_keeps_an_average_over_world_sizes(
 def test_linear_probing_trains_the_head_only(
     run: Run, tmp_path: Path, pretrained: Path, val_shards: Path
 ) -> None:
-    """Interrupted, in bf16, on another number of ranks; then evaluated."""
+    """A bf16 probe is interrupted, goes on with another number of ranks, and is evaluated."""
     settings = {"model.depth": 3, "weights": pretrained, "data.val": val_shards,
                 "train.precision": "bf16", "train.micro_batch_size": 12,
                 "train.max_steps": 14}  # fmt: skip
@@ -232,7 +236,7 @@ def test_linear_probing_trains_the_head_only(
 
 
 def test_from_a_run_of_pretraining_under_zero_3(run: Run, tmp_path: Path) -> None:
-    """And from what that gives, at another resolution, half a block of it."""
+    """The result is fine-tuned again, at another resolution, with half a block tuned."""
     run.settings = {"deepspeed": "zero3", "model.depth": 3, "train.max_steps": 2}
     run = replace(run, launcher="torchrun", processes=2)
     run.finish()
@@ -280,7 +284,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
     settings: dict,
     message: str,
 ) -> None:
-    """In this process, whose signals they must not take over."""
+    """The commands run in this process and must not take over its signals."""
     monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     run = replace(run, task=task, settings={"model.depth": 3, **settings})
     command = run.command()
@@ -300,7 +304,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(
 def test_bad_weights_get_one_line_and_leave_nothing(
     run: Run, pretrained: Path, settings: dict, message: str
 ) -> None:
-    """Which rank 0 alone has read."""
+    """Rank 0 alone reads the weights, and the error still comes once."""
     run = replace(run, task="finetune", launcher="deepspeed", processes=2)
     run.settings = {"model.depth": 3, "weights": pretrained, **settings}
     output = run.finish(2)

@@ -18,7 +18,7 @@ EXAMPLES = 6
 
 @pytest.fixture(scope="module")
 def material(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """Good files; the runs among them are made when they are first asked for."""
+    """Give good files to spoil; runs among them are made when they are first needed."""
     return Material(shards, tmp_path_factory.mktemp("material"))
 
 

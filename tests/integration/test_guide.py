@@ -39,12 +39,12 @@ WRITTEN = (
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """What stands in the fences of a page."""
+    """Give the code blocks of a language on a page."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def workplace(folder: Path) -> Path:
-    """A folder with what a checkout has, and a space in its path."""
+    """Make a folder that holds what a checkout holds and has a space in its path."""
     folder.mkdir()
     for name in ("data_prep", "examples", "slurm", "benchmarks"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -53,7 +53,7 @@ def workplace(folder: Path) -> Path:
 
 @pytest.mark.timeout(1200)
 def test_the_guide_word_by_word(tmp_path: Path) -> None:
-    """Every command of docs/guide.md, in order, in an empty folder."""
+    """Every command of docs/guide.md works, in order, in an empty folder."""
     place = workplace(tmp_path / "empty folder")
     for block in blocks(REPOSITORY / "docs" / "guide.md", "bash"):
         done = subprocess.run(
@@ -72,7 +72,7 @@ def test_the_guide_word_by_word(tmp_path: Path) -> None:
 
 
 def test_the_python_of_the_pages(shards: Path, tmp_path: Path) -> None:
-    """Each piece alone, in a process of its own, without DeepSpeed being imported."""
+    """Each code block works in a process of its own and does not import DeepSpeed."""
     found = 0
     for page in PAGES:
         for code in blocks(page, "python"):
@@ -89,7 +89,7 @@ def test_the_python_of_the_pages(shards: Path, tmp_path: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command of a page; what is optional or left out (…) is dropped."""
+    """Yield the words of each command of a page, without brackets and ellipses."""
     for block in blocks(page, "bash"):
         for line in re.sub(r"\\\n", " ", block).splitlines():
             if line.startswith((" ", "\t")) or "| " in line:
@@ -102,7 +102,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def own_command(words: list[str]) -> list[str] | None:
-    """The arguments of `mae-scale`, whatever launches it; None: it is something else."""
+    """Give the arguments of `mae-scale`, whatever launches it, or None for another command."""
     if "mae_scale" in words[1:]:
         return words[words.index("mae_scale", 1) + 1 :]
     if "mae-scale" in words and words[0] in ("mae-scale", "srun"):
@@ -138,7 +138,7 @@ WORKED = {  # tasks of a page that must have done their work
 
 
 def train(task: str, *arguments: str) -> tuple[int, str]:
-    """Shrunk, in a process of its own; gives its exit code and what it said."""
+    """Train a shrunk model in a process of its own; give the exit code and the output on stderr."""
     shrunk = SHRUNK | (DECODER if task == "pretrain" else {})
     words = [*arguments, *(f"--{key}={value}" for key, value in shrunk.items())]
     command = [sys.executable, "-m", "mae_scale", task, *words]
@@ -147,7 +147,7 @@ def train(task: str, *arguments: str) -> tuple[int, str]:
 
 
 def option(words: list[str], name: str) -> Path | None:
-    """The path after an option."""
+    """Give the path after an option, or None where the option is not there."""
     return Path(words[words.index(name) + 1]) if name in words else None
 
 
@@ -159,7 +159,7 @@ def test_the_commands_of_all_pages(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Each works, or ends at a path that is not there, not at a word.
+    """Each command works, or its error is a missing path and not an option that is wrong.
 
     Each page has a folder of its own with what its commands begin with. What trains is shrunk and
     runs on one process, without the launcher.
@@ -210,7 +210,7 @@ def test_the_commands_of_all_pages(
 
 
 def make_room(arguments: list[str], given: dict[str, Path]) -> None:
-    """Put what a command starts from where it looks for it, and clear what it is to make."""
+    """Put the inputs of a command where it looks for them, and remove what it is to write."""
     made = option(arguments, "--run_dir")
     if made is not None and made.is_symlink():
         made.unlink()
@@ -225,7 +225,8 @@ def make_room(arguments: list[str], given: dict[str, Path]) -> None:
 
 
 def check_other(words: list[str]) -> None:
-    """Scripts of the repository are there and know their options; targets of make are there."""
+    """Check that scripts of the repository exist and know their options, and that make targets
+    exist."""
     scripts = [
         word for word in words if re.fullmatch(r"(data_prep|examples|benchmarks)/\S+\.py", word)
     ]
@@ -244,13 +245,13 @@ def check_other(words: list[str]) -> None:
 
 
 def bash_block(page: str, containing: str) -> str:
-    """The block of shell commands of a page in docs/ that contains a text."""
+    """Give the block of shell commands on a page of docs/ that contains a text."""
     (block,) = [b for b in blocks(REPOSITORY / "docs" / page, "bash") if containing in b]
     return block
 
 
 def test_pets_become_shards(imagenet_tree: Path, tmp_path: Path) -> None:
-    """From images and lists laid out as those of Oxford-IIIT Pets."""
+    """The commands of the page work on images and lists in the layout of Oxford-IIIT Pets."""
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
     (tmp_path / "data_prep").symlink_to(REPOSITORY / "data_prep")

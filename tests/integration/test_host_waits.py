@@ -14,7 +14,8 @@ from pathlib import Path
 
 
 def test_waits_and_reads_of_a_step() -> None:
-    """Pre-training, fine-tuning with layer-wise decay, clipping and an average, and probing."""
+    """Pre-training, probing, and fine-tuning with layer-wise decay, clipping and an average are
+    counted."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("host_waits_worker.py")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A run goes on where the optimiser's groups are laid out in another way than before."""
+"""A run goes on when the layout of the optimiser's groups has changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from runs import REPOSITORY, Run, in_one_process
 
 
 def test_smaller_sub_groups_convert_the_checkpoint(run: Run) -> None:
-    """`sub_group_size` says nowhere else in a checkpoint how ZeRO-3 has cut it."""
+    """Only the stored layout tells that another `sub_group_size` has cut the states under
+    ZeRO-3."""
     config = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text())
     config["zero_optimization"]["sub_group_size"] = 20_000
     small = run.run_dir.parent / "small_sub_groups.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_ranks_0_and_511_of_512() -> None:
-    """At ZeRO 1 to 3 with layer-wise decay, where most groups have fewer values than ranks."""
+    """ZeRO 1 to 3 work with layer-wise decay, where most groups have fewer values than ranks."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("many_ranks_worker.py")],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},

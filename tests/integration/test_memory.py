@@ -1,4 +1,4 @@
-"""Memory: what is recomputed, offloaded, compiled or sharded leaves the losses what they were."""
+"""Recomputing, offloading, compiling and sharding do not change the losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Run:
-    """ZeRO-3 on two processes, nothing recomputed."""
+    """Train under ZeRO-3 on two processes, with nothing recomputed."""
     settings = {"deepspeed": "zero3", "train.max_steps": STEPS, "data.workers": 0}
     folder = tmp_path_factory.mktemp("plain") / "run"
     run = Run(folder, shards, settings, "torchrun", 2)
@@ -36,7 +36,7 @@ def test_sharding_changes_no_initial_weight(plain: Run, tmp_path: Path) -> None:
 
 
 def test_an_offloaded_optimiser_in_many_pieces_carries_over(plain: Run, tmp_path: Path) -> None:
-    """Sub-groups, as zero3_offload has them, on two processes, then ZeRO-2 on one."""
+    """A run with sub-groups, as in zero3_offload, on two processes goes on under ZeRO-2 on one."""
     file = tmp_path / "small sub-groups.json"
     zero = {"stage": 3, "sub_group_size": 200_000, "stage3_param_persistence_threshold": 0}
     zero["offload_optimizer"] = {"device": "cpu"}  # type: ignore[assignment]
@@ -137,7 +137,7 @@ with process_group(world, 600):
 
 
 def test_the_precision_of_the_gradient_reduction_is_a_setting(tmp_path: Path) -> None:
-    """Over bf16 weights; under stage 0 the sum of two ranks becomes bf16 either way."""
+    """Weights are bf16; under stage 0 the sum of two ranks is rounded to bf16 either way."""
     norms = {(f["stage"], f["reduce"]): f["norm"] for f in on_ranks(2, REDUCE, tmp_path)}
     exact = norms[1, "fp32"]
     for stage in range(4):
@@ -171,14 +171,15 @@ with process_group(world, 600):
 
 
 def test_micro_batches_are_summed_in_fp32(tmp_path: Path) -> None:
-    """Gradients of 1 and 255 times 2 ** -9, each of which a sum in bf16 would lose."""
+    """A gradient of 1 and 255 of 2 ** -9 are summed; a sum in bf16 would lose each of the small
+    ones."""
     for found in on_ranks(1, ACCUMULATE, tmp_path):
         rounded = 2**-7 if found["stage"] == 0 else 1e-6
         assert found["norm"] == pytest.approx(1 + 255 / 512, rel=rounded), found
 
 
 def on_ranks(processes: int, script: str, tmp_path: Path) -> list[dict[str, float]]:
-    """Run a script on so many ranks; the JSON lines that it prints."""
+    """Run a script on so many ranks, and give the JSON lines that it prints."""
     file = tmp_path / "script.py"
     file.write_text(script)
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"

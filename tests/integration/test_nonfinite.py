@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: not applied, counted, the run ended, replayed."""
+"""Steps that are not finite are not applied, are counted, end the run, and can be replayed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = [
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
-    """On two ranks, of which only one sees the NaN."""
+    """Only one of two ranks sees the NaN, and neither applies the step."""
     worker = Path(__file__).with_name("guard_worker.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     cases = [f"{name},{precision},{accumulation}" for name, precision, accumulation in CASES]

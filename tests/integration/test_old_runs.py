@@ -1,4 +1,4 @@
-"""Runs that an earlier version has begun go on, bit for bit.
+"""Runs that an earlier version began go on bit for bit.
 
 tests/data/old_runs.tar.xz holds run folders of commit be6488a, stopped after 3 steps, with the rows
 of metrics.jsonl that this commit gave for the next 2. The shards are pieces of photographs of
@@ -17,10 +17,10 @@ from runs import REPOSITORY, Run, free_port, in_one_process
 
 
 class OldRun(Run):
-    """A run of the archive, whose settings are all its own."""
+    """A run of the archive, all of whose settings are in its own folder."""
 
     def arguments(self) -> list[str]:
-        """Those of the command, without what launches it."""
+        """Give the arguments of the command, without its launcher."""
         settings = {**self.settings, "run_dir": self.run_dir, "data.train": self.shards}
         values = {k: self.shards if v == "SHARDS" else v for k, v in settings.items()}
         return [f"--{key}={value}" for key, value in values.items()]

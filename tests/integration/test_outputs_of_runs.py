@@ -1,4 +1,4 @@
-"""A log that can't be written stops no run, no save and no exit code: real runs."""
+"""Outputs that can't be written stop no real run and no save, and change no exit code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wait_for_step(run: Run, process: subprocess.Popen[bytes], step: int) -> None
 
 @pytest.mark.parametrize("launcher", ["", "torchrun"])
 def test_ctrl_c_in_a_pipeline(run: Run, tmp_path: Path, launcher: str) -> None:
-    """`mae-scale pretrain ... 2>&1 | tee run.log`, then Ctrl-C, which meets all of them."""
+    """Ctrl-C during `mae-scale pretrain ... 2>&1 | tee run.log` signals both programs."""
     run.settings = LONG
     run.launcher, run.processes = launcher, 2 if launcher else 1
     command = f"{shlex.join(map(str, run.command()))} 2>&1 | tee '{tmp_path}/run.log'"
@@ -59,7 +59,7 @@ def test_ctrl_c_in_a_pipeline(run: Run, tmp_path: Path, launcher: str) -> None:
 
 
 def test_the_terminal_closes(run: Run) -> None:
-    """What is printed then meets EIO; the kernel sends SIGHUP to what it runs in front."""
+    """Writes then fail with EIO, and the kernel sends SIGHUP to the foreground processes."""
     run.settings = LONG
     pid, master = pty.fork()
     if pid == 0:

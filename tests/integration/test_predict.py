@@ -1,4 +1,4 @@
-"""docs/my_images.md: from a folder of pictures to `mae-scale predict`, as users go there."""
+"""The commands of docs/my_images.md, from a folder of pictures to `mae-scale predict`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 
 @pytest.fixture
 def photographs(imagenet_tree: Path, tmp_path: Path) -> Path:
-    """A folder with JPEGs, one of them in a folder of its own, a PNG with alpha, and no image."""
+    """Make a folder with JPEGs, one in a subfolder, a PNG with alpha, and a file that is no
+    image."""
     folder = tmp_path / "my photographs"
     (folder / "holidays").mkdir(parents=True)
     first, second, third, *_ = sorted(imagenet_tree.rglob("*.JPEG"))
@@ -37,7 +38,8 @@ def photographs(imagenet_tree: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tuned(imagenet_tree: Path, tmp_path: Path) -> Path:
-    """A run of the page's recipe, shrunk, on 20 pictures in two folders, of which 4 are kept."""
+    """Train the page's recipe, shrunk, on 20 pictures of two classes, 4 of them kept for
+    validation."""
     for number, photograph in enumerate(sorted(imagenet_tree.rglob("*.JPEG"))[:20]):
         folder = tmp_path / "pictures" / ("cat", "dog")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)

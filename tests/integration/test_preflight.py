@@ -1,4 +1,4 @@
-"""Before the first step: two ranks that cannot work together say why, once, and leave nothing."""
+"""Two ranks that cannot work together say why once, before the first step, and leave nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mae_scale.train.run_dir import note_restart
 
 
 def start_two(run: Run, second: Run, **environment: str) -> list[str]:
-    """Start rank 0 of `run` and rank 1 of `second`; gives their outputs when both end with 2."""
+    """Start rank 0 of `run` and rank 1 of `second`; give their outputs when both have ended with
+    2."""
     port = str(free_port())
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     first = run.start(RANK="0", LOCAL_RANK="0", SLURMD_NODENAME="n1", **where)
@@ -75,7 +76,7 @@ def test_no_room(tmp_path: Path) -> None:
 
 
 def test_a_restart_too_many_ends_the_job(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After three that did not get to a checkpoint."""
+    """Three restarts got to no checkpoint, so the fourth ends with an error."""
     run.settings = {"train.epochs": 1000}
     run.stop(1, send(signal.SIGKILL), -signal.SIGKILL)
     monkeypatch.setenv("SLURM_JOB_ID", "12")

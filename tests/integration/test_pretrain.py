@@ -24,7 +24,7 @@ TOTAL = 20  # steps of two epochs of 250 // 24
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Run:
-    """A run on one process that nothing happens to."""
+    """Train a run on one process without interruption."""
     run = Run(tmp_path_factory.mktemp("undisturbed") / "run", shards)
     run.finish()
     return run
@@ -78,7 +78,8 @@ def test_repeats_go_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> N
 def test_the_stream_does_not_depend_on_the_world_size(
     run: Run, undisturbed: Run, processes: int
 ) -> None:
-    """With another micro-batch and no data workers, too: only the order of sums differs."""
+    """Another micro-batch and no data workers change nothing either: only the order of sums
+    differs."""
     settings = {"data.workers": 0, "train.micro_batch_size": 24 // processes, "train.max_steps": 5}
     run = replace(run, launcher="torchrun", processes=processes, settings=settings)
     run.finish()
@@ -123,7 +124,7 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
 def test_a_signal_to_the_whole_group_saves_and_goes_on(
     run: Run, undisturbed: Run, number: signal.Signals
 ) -> None:
-    """As Ctrl-C does: data workers get the signal, too, and it comes twice."""
+    """As with Ctrl-C, data workers get the signal, too, and it comes twice."""
 
     def twice(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, number)
@@ -230,7 +231,7 @@ def test_other_shards_under_an_old_run_are_refused(
 
 @pytest.mark.timeout(900)
 def test_a_finished_run_exits_0_every_time(run: Run) -> None:
-    """Ranks must leave together: one that leaves early used to make the other abort."""
+    """Ranks must end together: one that ended early used to make the other abort."""
     for attempt in range(6):
         again = replace(
             run,
@@ -243,7 +244,7 @@ def test_a_finished_run_exits_0_every_time(run: Run) -> None:
 
 
 def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undisturbed: Run) -> None:
-    """From each stage into the next, growing and shrinking; the stream and the state carry over."""
+    """Each stage goes on as the next one, growing and shrinking; samples and states carry over."""
     legs = [(2, 0), (1, 1), (3, 2), (2, 3), (1, 0)]
     for number, (processes, stage) in enumerate(legs):
         settings = {
@@ -274,14 +275,14 @@ cli.entry()
 
 
 def test_a_bug_leaves_its_traceback_and_exit_code_1(run: Run) -> None:
-    """Not the abort of an interpreter that ends under gloo's threads."""
+    """The process does not abort as an interpreter does that ends while gloo's threads run."""
     command = [sys.executable, "-c", BUG, run.task, *run.arguments()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "ZeroDivisionError: a bug" in done.stderr
 
 
 def test_a_damaged_file_of_a_checkpoint_gets_one_line(run: Run) -> None:
-    """Its checksum fits, as that of a file which somebody has made."""
+    """The checksum fits the damaged file, as if somebody had made the file so."""
     run.settings = {"train.max_steps": 3}
     run.finish()
     step = run.run_dir / "checkpoints" / "step-00000003"

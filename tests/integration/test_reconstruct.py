@@ -17,7 +17,7 @@ from mae_scale.train.checkpoint import find_checkpoint
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
-    """One step under ZeRO 1 and 3 on two processes: the same weights, sharded otherwise."""
+    """Train one step under ZeRO 1 and 3 on two processes: equal weights, sharded differently."""
     folder = tmp_path_factory.mktemp("trained")
     runs = {}
     for stage in (1, 3):

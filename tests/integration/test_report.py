@@ -1,4 +1,4 @@
-"""`mae-scale status` and `mae-scale report` on the folders of real runs, whole and not."""
+"""`mae-scale status` and `mae-scale report` on folders of real runs, whole and damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOID = {"meta", "img", "br", "input", "link"}
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """Six steps of pre-training, gone on with after the third, with two pictures."""
+    """Pre-train six steps, with a stop after the third and with two pictures."""
     run = Run(tmp_path_factory.mktemp("runs") / STRANGE, shards)
     for steps in (3, 6):
         run.settings = {"train.max_steps": steps, "train.reconstruct_every": 1000,
@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, shards: Path, val_shards: Path) -> Path:
-    """An epoch of fine-tuning with a validation of weights and moving average."""
+    """Fine-tune one epoch, with a validation of the weights and of the moving average."""
     settings = {"data.val": val_shards, "optim.ema_decay": 0.9, "train.epochs": 1,
                 "optim.warmup_epochs": 0, "model.depth": 2}  # fmt: skip
     run = Run(tmp_path_factory.mktemp("runs") / "tuned", shards, settings, task="finetune")
@@ -50,12 +50,12 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, shards: Path, val_shards: Pa
 
 @pytest.fixture
 def copy(pretrained: Path, tmp_path: Path) -> Path:
-    """The pre-training, to be changed."""
+    """Copy the pre-training run, so that a test may change it."""
     return Path(shutil.copytree(pretrained, tmp_path / "copy"))
 
 
 class Page(HTMLParser):
-    """What stands in a page, and whether it is well-formed."""
+    """Parser of a page that collects its content and checks that it is well-formed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
     def check_nothing_is_fetched(self) -> None:
-        """By any tag, attribute or style that could."""
+        """Check that no tag, attribute or style makes a browser fetch anything."""
         assert not {tag for tag, _ in self.tags} & {"script", "link", "iframe", "object", "base"}
         for _, attributes in self.tags:
             for name, value in attributes.items():
@@ -122,7 +122,8 @@ def test_a_report_of_two_runs_holds_everything_in_one_file(
 
 
 def test_a_report_of_what_is_there(copy: Path, tmp_path: Path) -> None:
-    """Half a row, no history, no checkpoints, a picture that is none; then no rows at all."""
+    """The folder has half a row, no history, no checkpoints, a broken picture, and then no rows at
+    all."""
     out = tmp_path / "report.html"
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
@@ -216,7 +217,7 @@ def test_status_needs_no_torch_and_changes_nothing(pretrained: Path, tuned: Path
 
 
 def rewrite(run: Path, count: int, now: float, **changes: Any) -> None:
-    """Rows of a run that goes on: one every ten seconds, the last of them ten seconds old."""
+    """Write rows as of a running run: one every ten seconds, the last one ten seconds old."""
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     rows = []
     for step in range(1, count + 1):
@@ -227,7 +228,7 @@ def rewrite(run: Path, count: int, now: float, **changes: Any) -> None:
 
 
 def begin(run: Path, now: float, **facts: Any) -> None:
-    """Let the history end with a start."""
+    """Make the history end with a start."""
     row = {"event": "resumed", "step": 3, "time": now - 5000, "host": RunView(run).facts["host"]}
     length = {"total_steps": 200, "steps_per_epoch": 10, "task": "pretrain"}
     with (run / "history.jsonl").open("a") as file:
@@ -355,7 +356,7 @@ document.title = JSON.stringify({
 def test_a_browser_shows_it_whole(
     pretrained: Path, tuned: Path, tmp_path: Path, width: int
 ) -> None:
-    """Nothing is cut off or written over, no picture is missing, and the browser complains not."""
+    """Nothing is cut off or overlaps, no picture is missing, and the browser reports no error."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed (apt: chromium)")
@@ -387,7 +388,7 @@ def test_a_browser_shows_it_whole(
 
 
 def title_of(dom: str) -> str:
-    """The title of a page."""
+    """Give the title of a page."""
     match = re.search("<title>(.*?)</title>", dom, re.DOTALL)
     assert match is not None
     return unescape(match[1])

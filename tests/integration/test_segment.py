@@ -45,7 +45,7 @@ TOTAL = 16  # steps of four epochs of 17 // 4
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Shards of 17 scenes to train on and of 5 others."""
+    """Make shards of 17 scenes for training and of 5 others for validation."""
     root = tmp_path_factory.mktemp("scenes")
     write_ade(root / "ade", 17, 5, 48)
     folders = {split: root / split for split in ("train", "val")}
@@ -56,7 +56,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def whole(scenes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing has interrupted, which began with the encoder of pre-training."""
+    """Train a run without interruption, from the encoder of a pre-trained model."""
     folder = tmp_path_factory.mktemp("segment")
     torch.manual_seed(0)
     mae = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8, embed_dim=48, depth=6)
@@ -96,7 +96,7 @@ def test_it_goes_on_at_another_world_size_and_stage(whole: Run, tmp_path: Path) 
 def test_evaluate_gives_what_validation_gave(
     whole: Run, scenes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On one process and on two; and several scales with mirror images give other numbers."""
+    """One process and two give the same; several scales with mirror images give other numbers."""
     last = json.loads((whole.run_dir / "validation.jsonl").read_text().splitlines()[-1])
     step = whole.run_dir / "checkpoints" / f"step-{TOTAL:08d}"
     out = tmp_path / "found.json"
@@ -147,7 +147,7 @@ def test_other_shards_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, whose signals they must not take over."""
+    """The commands run in this process and must not take over its signals."""
     monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     run = replace(whole, run_dir=tmp_path / "run", shards=shards)
     assert main(["segment", *run.arguments()]) == 2

@@ -1,4 +1,5 @@
-"""Two runs in one process, as in a notebook: each has a process group, a watchdog and signals."""
+"""Several runs in one process, as in a notebook; each has its process group, watchdog and
+signals."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def short(run: Run) -> Run:
 
 
 def test_a_stop_of_the_first_run_does_not_stop_the_second(short: Run, tmp_path: Path) -> None:
-    """The second goes on from the first, under another ZeRO stage; a third is undisturbed."""
+    """The second run resumes the first under another ZeRO stage, and a third run is undisturbed."""
     endless = replace(short, settings={**short.settings, "train.max_steps": 10_000})
     again = replace(short, settings={**short.settings, "train.max_steps": 40, "deepspeed": "zero3"})
     other = replace(short, run_dir=tmp_path / "other")

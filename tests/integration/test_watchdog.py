@@ -18,12 +18,13 @@ from runs import Run, free_port, handles_sigterm, ranks
 pytestmark = pytest.mark.alone
 
 BOUND_S = 60
-"""In which the others must have ended: some 7 s after a kill, `HANG_S` + 3 after a stop."""
+"""Seconds within which the others must end; some 7 are usual after a kill, `HANG_S` + 3 after a
+stop."""
 HANG_S = 20
 
 
 class Ranks:
-    """The processes of a run that nobody but the test watches over."""
+    """The processes of a run that has no launcher: only the test watches over them."""
 
     def __init__(self, run: Run, size: int) -> None:
         run.launcher = ""
@@ -43,7 +44,7 @@ class Ranks:
         self.family += [child for member in self.family for child in member.children(True)]
 
     def others_end(self, victim: int) -> list[str]:
-        """What the ranks but one say when they have ended with exit code 1."""
+        """Wait until the other ranks have ended with exit code 1, and give their outputs."""
         outputs = []
         for rank, process in enumerate(self.processes):
             if rank != victim:
@@ -54,7 +55,7 @@ class Ranks:
         return outputs
 
     def end(self) -> None:
-        """Nothing may be left but a victim that was stopped."""
+        """End the processes; only a victim that was stopped may still be there."""
         for process in self.processes:
             process.kill()
             process.communicate()
@@ -112,7 +113,7 @@ def test_a_frozen_rank_is_named(two: Ranks, victim: int) -> None:
 
 
 def test_a_rank_that_hangs_is_named(two: Ranks) -> None:
-    """Its threads live and its heart beats, but it waits for a data worker for ever."""
+    """The rank's threads and heartbeat go on, but it waits for a data worker for ever."""
     for worker in psutil.Process(two.processes[1].pid).children():
         worker.suspend()
     outputs = two.others_end(-1)
@@ -134,7 +135,7 @@ def test_the_error_of_a_rank_is_known_to_the_others(two: Ranks) -> None:
 def test_under_a_launcher_a_killed_rank_is_named(
     long_run: Run, launcher: str, victim: int, code: int
 ) -> None:
-    """The store is torchrun's, there, and that of rank 0 under deepspeed."""
+    """The store belongs to torchrun under torchrun, and to rank 0 under deepspeed."""
     long_run.launcher, long_run.processes = launcher, 2
 
     def kill(process: subprocess.Popen[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run draws and traces while it trains, and that it trains as it would have without."""
+"""Pictures and traces that a run makes while it trains do not change its training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAWS = {"train.reconstruct_every": 2, "train.max_steps": 5, "train.profile": "3
 
 
 def trace(run: Run, rank: int) -> list[str]:
-    """Names of the events of a rank's trace that this program has labelled."""
+    """Give the names of those events in a rank's trace that this program labels."""
     path = run.run_dir / "profile" / f"steps-3-4-rank-{rank}.json.gz"
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     own = [e for e in events if e.get("cat") == "user_annotation"]
@@ -39,7 +39,7 @@ def trace(run: Run, rank: int) -> list[str]:
 def test_pictures_and_traces_do_not_touch_the_training(
     run: Run, tmp_path: Path, stage: int
 ) -> None:
-    """Stopped and gone on with, too."""
+    """This holds for a run that is stopped and resumed, too."""
     settings = {"deepspeed": f"zero{stage}", "train.max_steps": 5}
     run = replace(run, launcher="torchrun", processes=2, settings=settings)
     run.finish()
@@ -61,7 +61,7 @@ def test_pictures_and_traces_do_not_touch_the_training(
 
 
 def test_a_picture_shows_what_the_weights_of_its_step_make(run: Run) -> None:
-    """Under ZeRO-3 in bf16, whose weights are gathered for it."""
+    """The run uses ZeRO-3 in bf16, so its weights are gathered for the picture."""
     settings = DRAWS | {"deepspeed": "zero3", "train.precision": "bf16"}
     run = replace(run, launcher="torchrun", processes=2, settings=settings)
     run.finish()
@@ -132,7 +132,7 @@ def test_shards_that_cannot_be_read_cost_the_pictures_and_not_the_run(
 
 
 def test_images_of_remote_shards_lie_in_the_first_one(shards: Path, tmp_path: Path) -> None:
-    """So that one is fetched."""
+    """Therefore only one remote shard is fetched for them."""
     link = tmp_path / "remote"
     link.symlink_to(shards)
     remote = open_shards(f"pipe:cat {link}/{{}}", tmp_path / "cache")

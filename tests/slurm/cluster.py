@@ -68,7 +68,7 @@ PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm and munge that are not installed."""
+    """List the programs of Slurm and munge that are not installed."""
     return [name for name in PROGRAMS if _which(name) is None]
 
 
@@ -77,7 +77,7 @@ def _which(name: str) -> str | None:
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition to become true; what a test waits for always has an end."""
+    """Wait until a condition is true, or fail after a time limit."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
@@ -98,16 +98,16 @@ class Job:
     log: Path
 
     def record(self) -> dict[str, str]:
-        """What `scontrol show job` knows of it."""
+        """Give what `scontrol show job` says about the job."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """Give what the job has printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-        """Wait for something to become true."""
+        """Wait until a condition on the job is true."""
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -116,11 +116,11 @@ class Job:
             time.sleep(0.1)
 
     def wait_for_text(self, text: str, times: int = 1, seconds: float = 120) -> None:
-        """Wait until it has printed something."""
+        """Wait until the job has printed a text."""
         self.wait_for(lambda: self.output().count(text) >= times, text, seconds)
 
     def finish(self, state: str = "COMPLETED", code: int = 0, seconds: float = 180) -> str:
-        """Wait for its end, check how it ended, and give what it has printed."""
+        """Wait for the end of the job, check how it ended, and give what it has printed."""
         self.wait_for(lambda: self.record()["JobState"] in ENDS, "the end", seconds)
         record = self.record()
         ended = (record["JobState"], record["ExitCode"])
@@ -129,7 +129,8 @@ class Job:
 
 
 class Cluster:
-    """Starts munged, slurmctld and a slurmd per node; `close` ends them and all they started."""
+    """A cluster of munged, slurmctld and a slurmd per node; `close` ends them and all they
+    started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +141,7 @@ class Cluster:
         self._stack = ExitStack()
 
     def start(self) -> None:
-        """Start everything; it is there when this returns."""
+        """Start all daemons; they work when this returns."""
         folder = self.folder
         (folder / "state").mkdir()
         key = folder / "munge.key"
@@ -181,11 +182,11 @@ class Cluster:
             )
 
     def start_node(self, node: str) -> None:
-        """Start its slurmd."""
+        """Start the slurmd of a node."""
         self._keep(node, ["-D", "-N", node], "slurmd")
 
     def kill_node(self, node: str) -> None:
-        """Kill its slurmd and all that it started, as pulling the plug does."""
+        """Kill the slurmd of a node and all that it started, as pulling the plug does."""
         self._end(node)
 
     def _end(self, name: str) -> None:
@@ -195,18 +196,18 @@ class Cluster:
         keeper.wait()
 
     def close(self) -> None:
-        """Kill everything: nodes first, so that none reports what is happening."""
+        """Kill all daemons; nodes first, so that none reports the end of the others."""
         for name in reversed(list(self._keepers)):
             self._end(name)
 
     def run(self, *command: str | Path, check: bool = True) -> str:
-        """Run one of Slurm's commands; gives what it prints."""
+        """Run one of Slurm's commands, and give what it prints."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 or not check, (command, done.stdout, done.stderr)
         return done.stdout
 
     def idle(self) -> set[str]:
-        """Nodes that wait for work."""
+        """List the nodes that wait for work."""
         return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
     def submit(
@@ -217,7 +218,7 @@ class Cluster:
         options: str = "",
         site: Path | None = None,
     ) -> Job:
-        """`sbatch OPTIONS TEMPLATE ARGUMENTS` in the folder `cwd`, which gets the log.
+        """Call `sbatch OPTIONS TEMPLATE ARGUMENTS` in the folder `cwd`, which gets the log.
 
         With `site`, that file has been sourced before.
         """
@@ -232,7 +233,7 @@ class Cluster:
         return Job(self, done.stdout.strip(), log)
 
     def logs(self) -> str:
-        """The end of the daemons' logs."""
+        """Give the ends of the daemons' logs."""
         ends = [
             f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}"
             for path in sorted(self.folder.glob("*.log"))
@@ -241,7 +242,7 @@ class Cluster:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Find ports that nobody listens on."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:

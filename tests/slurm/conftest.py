@@ -14,7 +14,7 @@ from runs import REPOSITORY
 
 @pytest.fixture(scope="module")  # so that none of it runs beside the tests of other folders
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, n1 and n2, of four CPUs each; jobs use this Python and this checkout."""
+    """Start two nodes, n1 and n2, of four CPUs each; jobs use this Python and this checkout."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (apt: slurm-wlm, munge)")
@@ -30,7 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder `slurm/` of a checkout with a space in its name."""
+    """Give the folder `slurm/` of a checkout with a space in its name."""
     checkout = tmp_path_factory.mktemp("templates") / "check out"
     checkout.symlink_to(REPOSITORY)
     return checkout / "slurm"

@@ -1,4 +1,4 @@
-"""Runs a daemon so that nothing of it outlives whoever started this process.
+"""Run a daemon so that none of its processes outlives the program that started this one.
 
 `python keeper.py COMMAND …` adopts all that COMMAND starts, daemons of its own included, and kills
 them when its standard input closes, which happens however its starter ends.
@@ -20,7 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def reap() -> None:
-    """Take note of the children that have ended."""
+    """Collect the children that have ended."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

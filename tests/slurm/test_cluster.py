@@ -1,4 +1,4 @@
-"""The cluster of these tests itself: it must leave nothing behind."""
+"""The cluster of these tests itself, which must leave nothing behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
 
 
 def _names(folder: Path) -> set[str]:
-    """Processes that belong to the cluster in this folder."""
+    """Name the processes that belong to the cluster in this folder."""
     config = str(folder / "slurm.conf")
     found = set()
     for process in psutil.process_iter():

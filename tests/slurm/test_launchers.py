@@ -1,4 +1,4 @@
-"""Other ways to start inside an allocation than the templates: as docs/slurm.md shows them."""
+"""Ways to start inside an allocation without the templates, as docs/slurm.md shows them."""
 
 from __future__ import annotations
 

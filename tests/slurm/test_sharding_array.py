@@ -49,7 +49,7 @@ def test_an_array_with_a_task_killed(
 
 
 def _find(task: Job, number: int) -> psutil.Process:
-    """The program of a task of the array."""
+    """Find the program of a task of the array."""
     found: list[psutil.Process] = []
 
     def look() -> bool:

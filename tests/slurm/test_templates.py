@@ -36,11 +36,11 @@ class Training:
 
     @property
     def run(self) -> Run:
-        """To look at its metrics."""
+        """Give the run, so that a test can look at its metrics."""
         return Run(self.folder / "run dir", self.shards)
 
     def arguments(self) -> list[str]:
-        """What comes after the template's name."""
+        """Give the arguments that follow the template's name."""
         settings = {
             **SMALL,
             "run_dir": "run dir",
@@ -54,18 +54,18 @@ class Training:
         return [f"--{key}={value}" for key, value in settings.items()]
 
     def submit(self, options: str, site: Path | None = None) -> Job:
-        """Submit it from its folder, with a run_dir relative to that."""
+        """Submit the job from its folder, with a run_dir relative to that folder."""
         template = self.templates / "pretrain.sbatch"
         return self.cluster.submit(
             template, *self.arguments(), cwd=self.folder, options=options, site=site
         )
 
     def wait_for_step(self, job: Job, step: int) -> None:
-        """Wait until the metrics have this step, past what a restart has taken back."""
+        """Wait until the metrics have this step; a restart may remove some rows before."""
         job.wait_for(lambda: (self.run.rows() or [{"step": 0}])[-1]["step"] >= step, f"step {step}")
 
     def events(self) -> list[str]:
-        """What has happened to it."""
+        """Give the events in the history of the run."""
         return [row["event"] for row in read_history(self.run.run_dir)]
 
 
@@ -80,7 +80,7 @@ def preempt(cluster: Cluster) -> None:
 
 @pytest.fixture
 def training(cluster: Cluster, templates: Path, shards: Path, tmp_path: Path) -> Training:
-    """A run in a folder of its own."""
+    """Give a run in a folder of its own."""
     return Training(cluster, templates, shards, tmp_path)
 
 
@@ -88,7 +88,7 @@ def training(cluster: Cluster, templates: Path, shards: Path, tmp_path: Path) ->
 def undisturbed(
     cluster: Cluster, templates: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Training:
-    """Two nodes, four tasks, and nothing happens."""
+    """Train a run on two nodes with four tasks, without interruption."""
     training = Training(cluster, templates, shards, tmp_path_factory.mktemp("undisturbed"))
     output = training.submit(FOUR).finish()
     assert "preflight: 4 ranks on n1 (2), n2 (2); CPU; mae-scale" in output
@@ -115,7 +115,7 @@ def test_two_nodes_with_four_tasks_finish(undisturbed: Training) -> None:
 
 
 def test_finetune_linprobe_and_evaluate(undisturbed: Training, tmp_path: Path) -> None:
-    """On two nodes, from what was pre-trained; the moving average is evaluated."""
+    """They run on two nodes from a pre-trained run, and the moving average is evaluated."""
     shards = undisturbed.shards
     settings = {"weights": undisturbed.run.run_dir, "data.val": shards, "train.epochs": 1,
                 "train.micro_batch_size": 2, "optim.warmup_epochs": 0}  # fmt: skip
@@ -139,7 +139,7 @@ def test_finetune_linprobe_and_evaluate(undisturbed: Training, tmp_path: Path) -
 
 
 def test_preempted_and_then_a_node_is_lost(training: Training, undisturbed: Training) -> None:
-    """Requeued each time, with the loss curve of a run to which nothing has happened."""
+    """The job is requeued each time, and its loss curve is that of an undisturbed run."""
     cluster = training.cluster
     job = training.submit(f"{FOUR} --partition=low")
     training.wait_for_step(job, 12)
@@ -174,7 +174,8 @@ def test_preemption_without_grace(training: Training) -> None:
 
 
 def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> None:
-    """The limit is crossed twice without a hand; then the run is stopped, and shrunk."""
+    """The job goes on after two time limits by itself; then it is stopped, and goes on with one
+    node."""
     training.settings = {"train.max_steps": 100_000}
     job = training.submit(f"{FOUR} --time=1 --signal=USR1@5")
     job.wait_for_text("slurm: saved; requeueing job", 2, seconds=240)
@@ -205,7 +206,7 @@ def test_a_wrong_config_fails_once(training: Training) -> None:
 
 
 def test_one_task_per_gpu(training: Training) -> None:
-    """As site settings ask for them; here of a kind that PyTorch does not see."""
+    """Site settings ask for GPUs, which exist only for Slurm: PyTorch sees none."""
     training.settings = {"train.max_steps": 2}
     site = training.folder / "my site.sh"
     text = (training.templates / "site.sh").read_text()
