@@ -1,4 +1,4 @@
-"""Scores of an invented segmenter and detector, by one of the processes of test_dense_scores.py."""
+"""One of the processes of test_dense_scores.py, which scores an invented segmenter and detector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mae_scale.train.segmentation_scores import Sliding, evaluate_segmentation
 
 
 def invented(truth: dict[str, Any], sample: int, height: int, width: int) -> dict[str, Any]:
-    """Detections that follow from an image's number: its own objects moved, and wrong ones."""
+    """Invent detections that follow from an image's number: its objects moved, and wrong ones."""
     generator = np.random.default_rng(sample)
     ids = sorted(category["id"] for category in truth["categories"])
     number = truth["images"][sample]["id"]
@@ -45,7 +45,7 @@ def invented(truth: dict[str, Any], sample: int, height: int, width: int) -> dic
 
 
 def pointwise_logits(images: torch.Tensor) -> torch.Tensor:
-    """A segmenter without weights: five colours decide."""
+    """Give the logits of a segmenter without weights, which goes by five colours."""
     weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     return torch.einsum("bchw,kc->bkhw", images, weights)
 

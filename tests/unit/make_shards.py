@@ -1,4 +1,4 @@
-"""Shards for tests of what reads them, written plainly."""
+"""Shards for tests of readers, written with plain Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mae_scale.data.shards import INDEX_DTYPE, Shard, write_shard_set
 
 
 def make_shards(folder: Path, images: Sequence[bytes], samples: Sequence[int]) -> Path:
-    """Shards of `samples[i]` images each; image i has the key k{i} and the label i mod 10."""
+    """Write shards of `samples[i]` images each; image i has the key k{i} and the label i mod 10."""
     folder.mkdir(parents=True, exist_ok=True)
     index: list[tuple[int, int, int]] = []
     shards = []

@@ -1,4 +1,4 @@
-"""Small folders and tars of images, as tests of sharding need them."""
+"""Small folders and tars of images for tests of sharding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mae_scale.sharding.sources import Source
 
 
 def jpg(i: int) -> bytes:
-    """Return a JPEG of one colour, another for each of 256 numbers."""
+    """Return a JPEG of one colour; each of 256 numbers gives another colour."""
     stream = io.BytesIO()
     Image.new("RGB", (32, 32), (i * 7 % 256, 9, 9)).save(stream, "JPEG")
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Shards with annotations: written, verified, read back, and what is refused."""
+"""Shards with annotations are written, verified and read back; bad sources are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from mae_scale.sharding.verify import verify
 
 @pytest.fixture(scope="session")
 def coco(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in COCO's layout: 12 photographs; polygons, run lengths, a crowd, an empty image."""
+    """Make COCO's layout of 12 photographs with polygons, run lengths, a crowd and an empty
+    image."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     (root / "train2017").mkdir()
@@ -78,7 +79,7 @@ def coco(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ade(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in ADE20K's layout: 6 photographs, values 0 to 5."""
+    """Make a folder in ADE20K's layout: 6 photographs, masks with the values 0 to 5."""
     root = tmp_path_factory.mktemp("ade")
     for kind in ("images", "annotations"):
         (root / kind / "training").mkdir(parents=True)
@@ -180,7 +181,7 @@ def test_training_replaces_a_damaged_annotation(coco_shards: Path, tmp_path: Pat
 
 
 def _streams(shards: Any, world_size: int, workers: int, size: int, **kwargs: Any) -> list[Any]:
-    """The batches of the first three steps, rank after rank joined by sample."""
+    """Give the batches of the first three steps, with those of the ranks joined by sample."""
     found: list[Any] = []
     for rank in range(world_size):
         loader = AnnotatedTrainLoader(
@@ -324,7 +325,7 @@ def test_coco_that_cannot_be_is_refused(coco: Path, tmp_path: Path, what: str) -
 
 
 def test_without_names_both_splits_have_the_same_classes(ade: Path, tmp_path: Path) -> None:
-    """Each split lacks some numbers, but training must fit validation."""
+    """Each split lacks some classes, but both must have the same numbering."""
     for folder, largest in (("training", 2), ("validation", 4)):
         for kind in ("images", "annotations"):
             (tmp_path / kind / folder).mkdir(parents=True)

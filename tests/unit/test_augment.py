@@ -1,4 +1,4 @@
-"""Augmentation: a function of (seed, epoch, sample) alone, with timm's operations."""
+"""Augmentation, which is a function of (seed, epoch, sample) alone, with timm's operations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def photographs(imagenet_tree: Path) -> list[bytearray]:
 
 
 def test_follows_from_the_keys_alone(photographs: list[bytearray]) -> None:
-    """Whatever the global generators are at, in whatever order images come."""
+    """Neither the state of global generators nor the order of images matters."""
     first, second = Augment(**RECIPE), Augment(**RECIPE)
     expected = [first(d, 32, [uniforms(i)], [(0, 0, i)])[0] for i, d in enumerate(photographs)]
     random.seed(5)

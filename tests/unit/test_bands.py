@@ -114,7 +114,7 @@ def test_arrays_that_are_no_images(data: bytes, message: str) -> None:
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """A PNG of 16 bits and three bands, which PIL cannot write."""
+    """Make a PNG of 16 bits and three bands, which PIL cannot write."""
     height, width, _ = values.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -1,4 +1,5 @@
-"""Progressive JPEGs made baseline while sharding: equal pixels, counted; all else untouched."""
+"""Progressive JPEGs become baseline in sharding, with equal pixels; other images stay as they
+are."""
 
 from __future__ import annotations
 

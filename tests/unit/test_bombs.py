@@ -33,7 +33,7 @@ EMPTY = bytearray(json.dumps({"annotations": []}).encode())
 
 @pytest.fixture(autouse=True)
 def takes_no_memory() -> Iterator[None]:
-    """The pixels would take 0.6 to 1.7 GB."""
+    """Check that memory does not grow; the pixels would take 0.6 to 1.7 GB."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _highest()
     yield

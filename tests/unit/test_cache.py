@@ -1,4 +1,4 @@
-"""Remote shards, against a server on loopback that fails, stalls and cuts off."""
+"""Remote shards from a server on loopback that fails, stalls and cuts off."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAMPLES = [20, 20, 20, 20]
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. `trouble[name]` lists what happens to the next requests for a file."""
+    """Server of a folder. `trouble[name]` lists what happens to the next requests for a file."""
 
     daemon_threads = True
 
@@ -103,7 +103,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of seconds, not minutes. (curl itself also waits 2 s after each error 500.)"""
+    """Wait seconds, not minutes, for a transfer. (curl waits 2 s more after each error 500.)"""
     monkeypatch.setattr(cache_module, "_WAIT_S", 0.01)
     monkeypatch.setattr(cache_module, "_STALL_S", 1.0)
 
@@ -253,7 +253,7 @@ def test_pipes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_s3_goes_through_the_aws_command_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the command that is not installed here; its arguments are the real one's."""
+    """A script with the arguments of `aws` stands for that command, which is not installed here."""
     aws = tmp_path / "bin" / "aws"
     aws.parent.mkdir()
     aws.write_text(

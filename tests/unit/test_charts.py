@@ -1,4 +1,4 @@
-"""What becomes of a run's rows on their way to a curve."""
+"""The way from a run's rows to a curve."""
 
 from __future__ import annotations
 

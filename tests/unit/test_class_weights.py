@@ -17,7 +17,7 @@ from mae_scale.tasks.finetune import class_weights
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShardSet:
-    """12 samples of ten classes: two each of 0 and 1, one each of the others."""
+    """Make 12 samples of ten classes: two each of classes 0 and 1, one each of the others."""
     return open_shards(make_shards(tmp_path / "train", [b"x"] * 12, [12]))
 
 

@@ -1,4 +1,4 @@
-"""The classifier: keys and output of the authors' and timm's, initialisation, what is trained."""
+"""The classifier: keys and outputs as the authors' and timm's, initial weights, what is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def small(**overrides: object) -> Classifier:
 
 @pytest.mark.parametrize("pool", ["mean", "token"])
 def test_is_timms_vision_transformer(pool: str) -> None:
-    """The same keys and, given the same weights, the same logits."""
+    """The keys are timm's and, with the same weights, so are the logits."""
     ours = small(pool=pool).eval()
     theirs = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=7,
@@ -113,7 +113,7 @@ def test_partial_tuning_of_another_number(blocks: float) -> None:
 
 @pytest.mark.parametrize("name", ["base_patch16", "huge_patch14"])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
-    """On the meta device attention is written out, so the counter sees its products, too."""
+    """On the meta device attention consists of single products, so that the counter sees them."""
     for blocks, tolerance in ((None, 0), (2, 0.03), (0, 0)):
         with torch.device("meta"):
             model = build_classifier(f"mae_vit_{name}", 1000, depth=4)
@@ -130,7 +130,8 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
 
 
 def test_bf16_stands_activations_that_fp16_does_not() -> None:
-    """A guard against NaN at 448 pixels: activations of 1e5, 28x28 patches, loss in fp32."""
+    """Activations of 1e5 with 28 x 28 patches, as at 448 pixels, give no NaN; the loss is in
+    fp32."""
     torch.manual_seed(0)
     outputs = {}
     for dtype in (torch.float16, torch.bfloat16):

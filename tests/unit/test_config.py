@@ -1,4 +1,4 @@
-"""Config files, recipes, the command line, and what they say to mistakes."""
+"""Config files, recipes, the command line, and the messages about mistakes in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converting a checkpoint of many ranks: files are read and written once each."""
+"""Converting a checkpoint of many ranks reads and writes each file once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = {"blocks.0.weight": (7, 30), "blocks.0.bias": (7,), "head.weight": (5, 
 
 
 def make_stage_3_files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Write what 64 ranks save under ZeRO-3, in two groups; gives the whole states by name."""
+    """Write what 64 ranks save under ZeRO-3, in two groups; return the whole states by name."""
     generator = torch.Generator().manual_seed(0)
     kinds = ("fp32", "exp_avg", "exp_avg_sq")
     whole = {
@@ -62,7 +62,7 @@ def make_stage_3_files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_files_of_64_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written grows with the parameters, not with ranks times parameters."""
+    """The bytes written grow with the parameters, not with ranks times parameters."""
     whole = make_stage_3_files(tmp_path)
     read: Counter[str] = Counter()
     written: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The table «what I have, what I type» of docs/data.md: each row, on a small set of that kind."""
+"""Each row of the table «what I have, what I type» of docs/data.md, on a small set of that kind."""
 
 from __future__ import annotations
 

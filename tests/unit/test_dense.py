@@ -1,4 +1,4 @@
-"""The encoder for dense tasks against transformers' ViTDet and BEiT, and its switches."""
+"""The encoder for dense tasks, compared with transformers' ViTDet and BEiT, and its switches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Give every parameter a value that matters."""
+    """Give every parameter a value that changes the output."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -21,7 +21,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def from_vitdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of transformers' ViTDet under our keys."""
+    """Give the weights of transformers' ViTDet under our keys."""
     names = {
         "embeddings.position_embeddings": "pos_embed",
         "embeddings.projection.": "patch_embed.proj.",

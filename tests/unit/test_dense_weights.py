@@ -23,7 +23,8 @@ IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def encoder(**more: Any) -> DenseEncoder:
-    """Without windows and relative positions it computes what pre-training's encoder does."""
+    """Make an encoder without windows and relative positions, which computes what pre-training's
+    does."""
     return DenseEncoder(**{**SIZES, "img_size": 64, "out_blocks": (3,), **more}).eval()
 
 

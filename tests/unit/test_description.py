@@ -1,4 +1,4 @@
-"""What weights say of themselves: exports of ours, folders of timm and of Hugging Face."""
+"""The descriptions that weights hold: our exports, folders of timm and of Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN: against torchvision's own parts, the published sizes, and what Detectron2 does."""
+"""Mask R-CNN, compared with torchvision's own parts, the published sizes, and Detectron2."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SMALL_VITDET = {**SMALL, "window": 3, "pos_grid": 4}
 
 
 def targets() -> list[dict[str, torch.Tensor]]:
-    """One image with two objects, one with none."""
+    """Give the targets of an image with two objects and of an image with none."""
     boxes = torch.tensor([[10.0, 20.0, 60.0, 90.0], [50.5, 40.0, 120.0, 100.0]])
     masks = torch.zeros(2, 128, 128, dtype=torch.bool)
     masks[0, 20:90, 10:60] = True
@@ -78,7 +78,7 @@ def test_sizes_are_the_published_ones() -> None:
 
 
 def randomised(module: torch.nn.Module) -> None:
-    """Weights under which there is something to detect."""
+    """Give the model weights with which it detects something."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
@@ -262,7 +262,7 @@ def test_what_cannot_be_is_said(wrong: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["vitdet", "li2021"])
 def test_padding_is_shown_as_in_training(recipe: Literal["vitdet", "li2021"]) -> None:
-    """li2021 shows grey as a part of the image, vitdet the mean colour outside of it."""
+    """li2021 pads with grey as a part of the image, vitdet with the mean colour outside of it."""
     seen: dict[str, torch.Tensor] = {}
 
     def model(images: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""A process group that does not come to its end keeps nobody."""
+"""A process group whose end hangs does not keep the process from ending."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What evaluation counts: ranks of labels, outputs of other sets' classes, corruption errors."""
+"""The numbers of evaluation: ranks of labels, outputs for other sets' classes, corruption
+errors."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_classes_are_matched_by_name(ten) -> None:  # type: ignore[no-untyped-de
 
 
 def test_classes_that_are_numbers_mean_outputs(ten) -> None:  # type: ignore[no-untyped-def]
-    """As in ImageNet-V2, whose folders 0 to 999 sort as strings: 0, 1, 10, 100, ..."""
+    """ImageNet-V2's folders 0 to 999 sort as strings (0, 1, 10, 100, ...) and still mean those
+    outputs."""
     numbers = sorted(str(number) for number in range(12))
     v2 = replace(ten, classes=numbers)
     columns, label_of = outputs_of(v2, [f"n{number:03d}" for number in range(12)])

@@ -1,4 +1,4 @@
-"""FLOPs by formula beside PyTorch's own counter, and MFU from them."""
+"""FLOPs by formula compared with PyTorch's own counter, and MFU from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mae_scale.planning.gpus import mfu, peak_flops
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.4])
 @pytest.mark.parametrize("name", MODELS)
 def test_formula_equals_pytorchs_counter(name: str, mask_ratio: float) -> None:
-    """On the meta device attention is written out, so the counter sees its products, too."""
+    """On the meta device attention consists of single products, so that the counter sees them."""
     with torch.device("meta"):
         model = build_mae(name, mask_ratio=mask_ratio)
         images, noise = torch.empty(1, 3, 224, 224), torch.empty(1, model.num_patches)
@@ -47,7 +47,7 @@ def test_formula_of_the_switches(switches: dict) -> None:
 
 
 def test_mask_tokens_in_the_encoder_cost_what_the_paper_says() -> None:
-    """3.3 times the operations, of ViT-L (Table 1c); by our count 3.23."""
+    """ViT-L takes 3.3 times the operations by the paper (Table 1c), and 3.23 times by our count."""
     with torch.device("meta"):
         without, with_tokens = (
             build_mae("mae_vit_large_patch16", mask_tokens_in_encoder=switch)
@@ -66,7 +66,7 @@ def test_fused_attention_counts_the_same() -> None:
 
 
 def test_huge_takes_the_published_multiple_of_large() -> None:
-    """97.1 against 41.5 GFLOP, as the recipes say."""
+    """ViT-H takes 97.1 GFLOP and ViT-L 41.5, as the recipes say."""
     with torch.device("meta"):
         large, huge = (build_mae(f"mae_vit_{n}") for n in ("large_patch16", "huge_patch14"))
     assert forward_flops(large) == pytest.approx(41.5e9, rel=1e-3)
@@ -99,7 +99,8 @@ def test_peak_of_a_gpu_by_its_name(name: str, tflops: float | None) -> None:
 
 
 def test_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PaLM appendix B: observed images per second over those that the peak would allow."""
+    """MFU is the observed images per second over those that the peak would allow (PaLM, appendix
+    B)."""
     assert mfu(1e9, 100, torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert mfu(124.2e9, 4000, torch.device("cuda", 0)) == pytest.approx(0.502, abs=1e-3)

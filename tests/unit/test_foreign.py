@@ -1,4 +1,4 @@
-"""Indexing the tars of others: nothing is lost in silence, and nothing of others is replaced."""
+"""Indexing foreign tars loses nothing silently and replaces no files of others."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_classes_of_another_split(tmp_path: Path) -> None:
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    """Hugging Face's cache: names are links into a folder of contents that all splits share."""
+    """In Hugging Face's cache names are links into a folder of contents that all splits share."""
     for split in ("train", "val"):
         blob = write(tmp_path / "blobs" / split, samples(3))
         (tmp_path / "snapshots" / split).mkdir(parents=True)
@@ -330,7 +330,7 @@ def test_secrets_are_not_written_down(tmp_path: Path) -> None:
 def test_tars_that_are_sorted_by_class_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, lanes: int, warns: bool
 ) -> None:
-    """Twenty classes in four tars; a batch of 32 from two lanes would hold a few."""
+    """With twenty classes in four tars, a batch of 32 from two lanes would hold few classes."""
     image = jpg(0)
     for tar in range(4):
         files = [

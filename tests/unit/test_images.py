@@ -1,4 +1,4 @@
-"""What counts as damaged: what PIL cannot decode, found without decoding sound JPEGs."""
+"""Damaged images are those that PIL cannot decode; sound JPEGs are recognised without decoding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_other_files_are_damaged() -> None:
 
 
 def spoiled(data: bytes, dice: random.Random) -> bytes:
-    """An image after a fault of a disk or a transfer, half of the time in its headers."""
+    """Damage an image as a disk or a transfer may, half of the time in its headers."""
     spoilt = bytearray(data)
     start = dice.randrange(dice.choice([700, len(data)]))
     length = dice.choice([1, 1, 10, 512, 4096])
@@ -109,7 +109,7 @@ def test_shrinking(photos: list[bytes]) -> None:
 
 
 def bomb(kind: str) -> bytes:
-    """A small file that says that it has 24,000 x 24,000 pixels."""
+    """Make a small file whose header claims 24,000 x 24,000 pixels."""
     stream = io.BytesIO()
     Image.new("L", (64, 64)).save(stream, kind)
     data = bytearray(stream.getvalue())

@@ -1,4 +1,4 @@
-"""Which parameters the published recipes decay."""
+"""The parameters that the published recipes decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders as people have them: each lands right, or is refused in one line."""
+"""Folders as people have them: each is understood, or refused in one line."""
 
 from __future__ import annotations
 
@@ -358,7 +358,8 @@ def test_classes_depth_and_a_share(tmp_path: Path) -> None:
 
 
 def test_splits_stay_splits(tmp_path: Path) -> None:
-    """A depth counts below them, and a share is refused beside them."""
+    """`--class-depth` counts below the folders of splits, and `--val-share` is refused where they
+    are."""
     folds = [f"{s}/{g}/{c}/{s}.jpg" for s in ("train", "val") for g in "xy" for c in "ab"]
     src = tree(tmp_path, *folds)
     for depth, expected in (

@@ -37,7 +37,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def photographs(imagenet_tree: Path) -> list[bytes]:
-    """97 real photographs, shrunk so that tests are quick."""
+    """Give 97 real photographs, shrunk so that tests are quick."""
     small = []
     for path in sorted(imagenet_tree.glob("*/*.JPEG"))[: sum(SAMPLES)]:
         with Image.open(path) as image:
@@ -68,7 +68,7 @@ def train_loader(shards: ShardSet, **changes: object) -> TrainLoader:
 
 
 def stream(loader: TrainLoader, batches: int, start_step: int = 0) -> dict[str, torch.Tensor]:
-    """The first micro-batches, one after the other."""
+    """Give the first micro-batches, one after the other."""
     got = list(islice(loader.batches(start_step), batches))
     loader.close()
     return {key: torch.cat([batch[key] for batch in got]) for key in got[0]}
@@ -76,7 +76,7 @@ def stream(loader: TrainLoader, batches: int, start_step: int = 0) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def alone(shards: ShardSet) -> dict[str, torch.Tensor]:
-    """Nine steps of one rank without workers: four an epoch, so two epochs and one step."""
+    """Give nine steps of one rank without workers: two epochs of four steps, and one step."""
     return stream(train_loader(shards), 9)
 
 
@@ -99,7 +99,8 @@ def test_a_batch_is_what_the_order_and_the_hash_say(
 def test_repeats_are_other_views_of_the_samples_of_a_step(
     shards: ShardSet, alone: dict[str, torch.Tensor], photographs: list[bytes]
 ) -> None:
-    """Three views of each sample, next to each other; the first has the draws it always had."""
+    """A step has three views of each sample, next to each other; the first is that without
+    repeats."""
     loader = train_loader(shards, repeats=3)
     assert loader.steps_per_epoch == 97 // 8
     got = stream(loader, 13)
@@ -132,7 +133,8 @@ def test_repeats_are_other_views_of_the_samples_of_a_step(
 
 @pytest.mark.parametrize(("start", "workers", "micro"), [(5, 0, 24), (11, 2, 6), (14, 1, 12)])
 def test_repeats_go_on_at_any_step(shards: ShardSet, start: int, workers: int, micro: int) -> None:
-    """Twelve steps an epoch: within one, at its end, and in the second; with other workers, too."""
+    """A run resumes within an epoch of twelve steps, at its end, in the next, and with other
+    workers."""
     whole = stream(train_loader(shards, repeats=3), 17)
     rest = stream(
         train_loader(shards, repeats=3, workers=workers, micro_batch_size=micro),
@@ -147,7 +149,7 @@ def test_repeats_go_on_at_any_step(shards: ShardSet, start: int, workers: int, m
 def test_repeats_have_masks_of_their_own(
     shards: ShardSet, alone: dict[str, torch.Tensor], sampling: str
 ) -> None:
-    """The first view of a sample is masked as it is without repeats, the others each otherwise."""
+    """The first view of a sample is masked as without repeats; each other view has another mask."""
     got = stream(train_loader(shards, repeats=3), 4)
     views = mask_noise(SEED, got["epoch"], got["sample"], 64, sampling).view(32, 3, 64)
     first = mask_noise(SEED, alone["epoch"][:32], alone["sample"][:32], 64, sampling)
@@ -383,7 +385,7 @@ def test_a_shard_that_changed_is_an_error(
 def test_a_read_that_fails_at_first_is_tried_again(
     shards: ShardSet, photographs: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system that answers "stale file handle" once: the descriptor is closed under it."""
+    """Closing the descriptor stands for a file system that answers "stale file handle" once."""
     monkeypatch.setattr("mae_scale.data.reader._READ_WAIT_S", 0.01)
     reader = ShardReader(shards)
     assert reader.read(3).data == photographs[3]
@@ -446,7 +448,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_workers_die_with_a_killed_parent(folder: Path) -> None:
-    """Also while they wait for a parent that takes nothing: their queue is full."""
+    """They die also while their queue is full and the parent takes nothing from it."""
     process = start(folder, "time.sleep(600)")
     workers = workers_of(process)
     process.kill()
@@ -457,7 +459,7 @@ def test_workers_die_with_a_killed_parent(folder: Path) -> None:
 
 
 def test_signals_to_the_whole_group_leave_the_workers_at_work(folder: Path) -> None:
-    """What Slurm and a terminal do. The parent takes note, goes on for a while, and ends well."""
+    """Slurm and a terminal signal the whole group; the parent still gets batches and ends well."""
     process = start(
         folder,
         "import signal\n"
@@ -480,7 +482,7 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(folder: Path) -> N
 
 
 def test_signals_meet_no_worker_before_it_ignores_them(folder: Path) -> None:
-    """A storm of signals to each worker from the moment that it exists."""
+    """Each worker gets many signals from the moment that it exists."""
     process = start(
         folder,
         """
@@ -522,7 +524,7 @@ def test_a_process_ends_by_itself_and_leaves_nothing(folder: Path, ending: str) 
 
 
 def test_workers_that_hang_do_not_keep_close_waiting(folder: Path, tmp_path: Path) -> None:
-    """As in a file system that does not answer: opening a FIFO waits for a writer."""
+    """Opening a FIFO, which waits for a writer, stands for a file system that does not answer."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shards = open_shards(copy)
@@ -555,7 +557,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(folder: Path) -> None:
 def test_a_batch_is_announced_before_its_first_read(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel learns all the places at once; a read of each follows."""
+    """The kernel is told all places of a batch at once; the reads follow."""
     seen: list[tuple[str, int, int]] = []
     advise, read = os.posix_fadvise, os.preadv
 

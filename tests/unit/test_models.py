@@ -1,4 +1,4 @@
-"""The model against REFERENCE.md, against sums done by hand, and against transformers' ViTMAE."""
+"""The model, compared with the paper, with sums done by hand, and with transformers' ViTMAE."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = {
 
 
 def photographs(tree: Path, count: int, size: int) -> torch.Tensor:
-    """[count, 3, size, size], normalised; photographs spread over the tree."""
+    """Give normalised photographs [count, 3, size, size], spread over the tree."""
     files = sorted(tree.rglob("*.JPEG"))
     images = [
         np.asarray(Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
@@ -241,7 +241,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def to_transformers(model: MaskedAutoencoderViT) -> dict[str, torch.Tensor]:
-    """Our weights under transformers' names."""
+    """Give our weights under transformers' names."""
     names = {
         "attn.proj": "attention.o_proj",
         "norm1": "layernorm_before",
@@ -421,7 +421,8 @@ def test_activation_checkpointing_changes_no_bit(imagenet_tree: Path, every: str
 def bytes_left_on_the_device(
     model: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor
 ) -> int:
-    """Bytes that autograd saves in the forward pass, where no inner hook takes them elsewhere."""
+    """Count the bytes that autograd saves in the forward pass and that no inner hook moves
+    elsewhere."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(images, noise)
@@ -517,7 +518,7 @@ def test_reconstruction_of_a_perfect_prediction_is_the_photograph(
 
 
 def test_a_few_steps_learn(imagenet_tree: Path):
-    """Sixteen photographs under fixed masks are soon known by heart."""
+    """The model soon memorises sixteen photographs under fixed masks."""
     torch.manual_seed(0)
     model = build_mae("mae_vit_tiny_patch16", img_size=32, patch_size=8, **SMALL)
     images = photographs(imagenet_tree, 16, 32)

@@ -1,4 +1,4 @@
-"""A named pipe, a socket, a device or a folder in the place of a file: one line, and no waiting."""
+"""A pipe, a socket, a device or a folder in the place of a file gives one line, without waiting."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(autouse=True)
 def no_waiting() -> Iterator[None]:
-    """Opening a named pipe would wait for ever."""
+    """Fail a test that waits, as opening a named pipe would do for ever."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise AssertionError("it waits")

@@ -1,4 +1,4 @@
-"""Parameter groups by the paper's formula, LARS by its own, schedule times layer decay."""
+"""Parameter groups by the paper's formula, LARS by its paper's, and schedule times layer decay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from mae_scale.train.optimizers import (
 
 @pytest.mark.parametrize(("size", "decay"), [("base_patch16", 0.65), ("huge_patch14", 0.75)])
 def test_layer_decay_is_table_9s(size: str, decay: float) -> None:
-    """scale = decay ** (depth + 1 - id); id 0 embeds, block k is k + 1, all else depth + 1."""
+    """scale = decay ** (depth + 1 - id); the embedding has id 0, block k id k + 1, the rest depth +
+    1."""
     with torch.device("meta"):
         model = build_classifier(f"mae_vit_{size}", 1000)
     depth = len(model.blocks)
@@ -53,7 +54,8 @@ def test_without_layer_decay_there_are_two_groups() -> None:
 
 
 def test_pretrainings_groups_are_as_they_were() -> None:
-    """First what has no decay, then the rest with the class token: checkpoints rely on it."""
+    """The group without decay comes first, then the rest with the class token: checkpoints rely on
+    it."""
     mae = build_mae("mae_vit_tiny_patch16", img_size=32, patch_size=8, depth=2)
     first, second = optimizer_groups(mae, OptimConfig())
     assert (first["weight_decay"], second["weight_decay"]) == (0.0, 0.05)
@@ -62,7 +64,8 @@ def test_pretrainings_groups_are_as_they_were() -> None:
 
 
 def lars_step(p: torch.Tensor, g: torch.Tensor, buffer: torch.Tensor, lr: float) -> torch.Tensor:
-    """You et al., arXiv 1708.03888, with trust coefficient 0.001 and momentum 0.9."""
+    """Take a step of You et al., arXiv 1708.03888, with trust coefficient 0.001 and momentum
+    0.9."""
     if p.ndim > 1:
         g = g * 0.001 * p.norm() / g.norm()
     buffer.mul_(0.9).add_(g)

@@ -1,4 +1,4 @@
-"""The sample order: every sample once, whoever reads and from wherever."""
+"""The sample order: each sample once, for any ranks, workers and first step."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_steps_of_an_epoch_read_each_sample_once_at_world_size(world_size: i
 
 
 def test_the_order_is_the_one_that_design_describes() -> None:
-    """The rule, written out sample by sample."""
+    """The order equals the rule of docs/design.md, written out sample by sample."""
     from mae_scale.randomness import Purpose, permutation
 
     sizes, seed, lanes, window, epoch = [3, 1, 10, 6, 8], 11, 4, 3, 2
@@ -137,7 +137,8 @@ def test_a_rank_that_divides_the_lanes_reads_few_shards() -> None:
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
-    """A billion samples in a million shards: some arrays of the shards, nothing of the samples."""
+    """A billion samples in a million shards need arrays of the shards' length, none of the
+    samples'."""
     shards = np.full(1_000_000, 1_000, np.int64)
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""What cannot be written is dropped: each kind of output, in processes of their own."""
+"""Outputs that cannot be written are dropped; each kind is tried in processes of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ sys.exit(85)
 
 
 def run(tmp_path: Path, redirection: str = "", **options: object) -> str:
-    """Run it in a shell; gives what it printed, if that can be read."""
+    """Run a command in a shell, and give what it printed, if that can be read."""
     end = tmp_path / "end"
     with subprocess.Popen(
         ["bash", "-c", f'exec "$0" -c "$1" "$2" {redirection}', sys.executable, PROGRAM, end],

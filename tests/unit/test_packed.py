@@ -1,4 +1,4 @@
-"""Images in tars and in parquet files: each form lands right, or is refused in one line."""
+"""Images in tars and in parquet files: each form is understood, or refused in one line."""
 
 from __future__ import annotations
 
@@ -195,7 +195,8 @@ def test_parquet(tmp_path: Path, named: bool) -> None:
 
 
 def test_parquet_as_others_write_it(tmp_path: Path) -> None:
-    """Bytes instead of records, dictionaries, nulls, lists, partitions; names that say no split."""
+    """Columns of bytes, dictionaries, nulls, lists, partitions, and names without a split are
+    read."""
     import pyarrow
     from pyarrow import parquet
 

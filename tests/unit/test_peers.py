@@ -1,4 +1,4 @@
-"""Others read the same shards and find the same samples and labels."""
+"""Other programs read the same shards and find the same samples and labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mae_scale.sharding.run import shard
 
 @pytest.fixture(scope="module")
 def source(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six classes of four photographs, shrunk to be decoded often; one PNG named .JPEG."""
+    """Make six classes of four shrunk photographs, one of them a PNG that is named .JPEG."""
     src = tmp_path_factory.mktemp("peers")
     for i, path in enumerate(sorted(imagenet_tree.glob("*/*"))[:24]):
         target = src / f"class {i % 6}" / f"{path.stem}.JPEG"
@@ -43,7 +43,7 @@ def digest(pixels: Image.Image | np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def expected(source: Path) -> list[tuple[bytes, int]]:
-    """(digest of RGB pixels, label), sorted."""
+    """Give (digest of RGB pixels, label) of each image, sorted."""
     return sorted(
         (digest(Image.open(path).convert("RGB")), int(path.parent.name[-1]))
         for path in source.glob("*/*")
@@ -72,7 +72,7 @@ def test_timm(folder: Path, expected: list[tuple[bytes, int]]) -> None:
 
 
 def test_open_clip_conventions(folder: Path, expected: list[tuple[bytes, int]]) -> None:
-    """As open_clip's get_dataset_size and its pipeline read them."""
+    """The files are read as open_clip's get_dataset_size and its pipeline read them."""
     files = webdataset.shardlists.expand_urls(f"{folder}/train-{{000000..000002}}.tar")
     sizes = json.loads((folder / "sizes.json").read_text())
     assert sum(int(sizes[Path(file).name]) for file in files) == len(expected)

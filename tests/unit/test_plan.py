@@ -1,4 +1,4 @@
-"""The plan's formulas beside what is measured, its table, its choice, and bad input."""
+"""The plan's formulas compared with measurements, its table, its choice, and bad input."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_saved_activations_of_a_classifier(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("way", [("none", False), ("full", False), ("full", True)])
 def test_peak_of_a_step(way: tuple[Any, bool], precision: str) -> None:
-    """Forward and backward, temporary tensors and one weight's gradient included."""
+    """The peak of forward and backward pass includes temporary tensors and one weight's
+    gradient."""
     shape = {"name": "mae_vit_small_patch16", "precision": precision, "way": way, "batch": 8,
              "img_size": 80, "patch_size": 8, "depth": 4}  # fmt: skip
     saved, planned, peak, planned_peak = activations(shape)  # on a CPU with what is on the host
@@ -157,7 +158,7 @@ def test_statistics_are_fp32_on_a_gpu() -> None:
     ],
 )
 def test_model_states(stage: int, precision: str, bytes_each: float) -> None:
-    """The table of docs/training.md, and the ZeRO paper's section 5."""
+    """The formulas give the table of docs/training.md and section 5 of the ZeRO paper."""
     zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
     states = model_states(ParameterStates(10**9, 10**9, precision), zero, 4)
     bucket = {1: 4 * 50_000_000, 3: 4 * 100_000_000}.get(stage, 0)
@@ -180,7 +181,7 @@ def test_offload_takes_the_optimiser_to_the_host() -> None:
 
 
 def test_messages() -> None:
-    """Of 4 ranks, with 8 micro-batches: 3/4 of a tensor to gather or scatter it."""
+    """Each of 4 ranks sends 3/4 of a tensor to gather or scatter it; a step has 8 micro-batches."""
     run = ParameterStates(10**9, 10**9, "bf16")
     zeros = [load_deepspeed_config(f"zero{n}")["zero_optimization"] for n in range(4)]
     sent = [traffic(run, zero, 4, accumulation=8) for zero in zeros]
@@ -193,7 +194,7 @@ def test_messages() -> None:
 
 
 def test_buckets_follow_the_size_of_the_model() -> None:
-    """So that all but the last bucket is sent while the backward pass computes."""
+    """All buckets but the last are then sent while the backward pass computes."""
     for params, expected in ((30 * 10**6, 10**7), (112 * 10**6, 14 * 10**6), (10**9, 5 * 10**7)):
         zero = load_deepspeed_config("zero1")["zero_optimization"]
         fitting = fit_to_model("zero1", zero, params)
@@ -246,7 +247,7 @@ def found_weights(recipe: str) -> str | None:
 
 @pytest.mark.parametrize("recipe", sorted({*recipe_names()} - {*NOT_PLANNED}))
 def test_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Its table, the choice that fits, the command to submit, and all numbers as JSON."""
+    """The plan has a table, a choice that fits, the command to submit, and all numbers as JSON."""
     file = tmp_path / "with a space.json"
     code, out, err = plan(capsys, "--config", recipe, "--gpus", "8", "--json", str(file))
     assert (code, err) == (0, "")

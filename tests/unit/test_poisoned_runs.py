@@ -1,4 +1,4 @@
-"""A run folder with a pickle that runs a command is refused by all that reads run folders."""
+"""Every command that reads run folders refuses one with a pickle that would run a command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL, STATES = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_s
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""Position embeddings against formulas of their own."""
+"""Position embeddings, compared with formulas written out here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_model_holds_the_tables_and_does_not_train_them():
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
-    """[new, old] weights of cubic convolution, a = -0.75, pixel centres aligned, edges repeated."""
+    """Give weights [new, old] of cubic convolution: a = -0.75, aligned pixel centres, repeated
+    edges."""
 
     def kernel(x: float, a: float = -0.75) -> float:
         x = abs(x)

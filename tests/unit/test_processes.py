@@ -1,4 +1,4 @@
-"""Worker processes: results, errors, and an end at once whenever it comes."""
+"""Worker processes: results, errors, and an end without delay at any moment."""
 
 import os
 import random
@@ -94,6 +94,6 @@ except KeyboardInterrupt:
 
 
 def test_an_interrupt_while_a_process_is_started_leaves_none_behind() -> None:
-    """Python would wait at its end for a process that nobody gives work or kills."""
+    """Otherwise Python would wait at exit for a process that nobody gives work or kills."""
     run = subprocess.run([sys.executable, "-c", AT_THE_START], capture_output=True, timeout=60)
     assert (run.returncode, run.stdout) == (0, b"stopped\n"), run.stderr

@@ -1,4 +1,5 @@
-"""What a person sees of a run: the bar, a loss that grows, and runs of a folder on a line each."""
+"""The view of a run for a person: the bar, a loss that grows, and a line for each run of a
+folder."""
 
 from __future__ import annotations
 

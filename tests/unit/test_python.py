@@ -1,4 +1,4 @@
-"""The names of `mae_scale` in Python: what a notebook reaches for."""
+"""The names that `mae_scale` offers in Python, such as in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders are data: whatever their files hold, no code of theirs runs."""
+"""Run folders are data: no code runs that their files hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mae_scale.train.records import is_sound, read_metrics, readable_rows
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -38,7 +38,7 @@ class Bomb:
 
 
 def committed(folder: Path, content: object, zipped: bool = True) -> Path:
-    """A checkpoint with a file of this content, and the right checksum."""
+    """Make a checkpoint with a file of this content, and the right checksum."""
     step = folder / "step-00000003"
     step.mkdir(parents=True)
     path = step / "mp_rank_00_model_states.pt"

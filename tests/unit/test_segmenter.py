@@ -1,4 +1,4 @@
-"""UperNet beside the oracles of transformers, its loss, its windows, its layers."""
+"""UperNet, compared with modules of transformers; its loss, windows and layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mae_scale.models.segmenter import (
 
 
 def _copy(own: nn.Module, oracle: nn.Module, names: dict[str, str]) -> None:
-    """Random weights for the oracle, and the same for our module; `names` maps starts of keys."""
+    """Give the oracle and our module the same random weights; `names` maps prefixes of keys."""
     state = oracle.state_dict()
     mapped = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""Sharding: the same bytes however it is run, interrupted, or told where the images are."""
+"""Sharding gives the same bytes for any workers, interruptions and layouts of the images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = Options("train", seed=3, samples_per_shard=20)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, hidden ones and those in subfolders too."""
+    """Give the SHA-256 of every file in a folder, including hidden files and subfolders."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -168,7 +168,8 @@ def test_two_runs_at_once_do_not_disturb_each_other(
 
 
 def send(process: int, number: int) -> None:
-    """SIGKILL hits the parent only; terminals and Slurm signal its workers as well."""
+    """Send SIGKILL to the parent only, other signals also to its workers, as terminals and Slurm
+    do."""
     with suppress(ProcessLookupError):
         if number != signal.SIGKILL:
             os.killpg(process, number)

@@ -109,7 +109,7 @@ def test_a_bad_index(folder: Path, tmp_path: Path) -> None:
 
 
 def spoil(folder: Path, copy: Path, change: dict, entry: dict) -> Path:
-    """A copy of the shards whose manifest, and first shard in it, say something else."""
+    """Copy the shards, with other values in the manifest and in the entry of its first shard."""
     shutil.copytree(folder, copy)
     manifest = {**json.loads((copy / "manifest.json").read_bytes()), **change}
     manifest["shards"][0] |= entry

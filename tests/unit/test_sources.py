@@ -1,4 +1,4 @@
-"""Finding images: the same ones in whatever form people have them."""
+"""Finding the same images in every form in which people have them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PER_CLASS = 4
 
 @pytest.fixture(scope="module")
 def photos(imagenet_tree: Path) -> dict[str, dict[str, bytes]]:
-    """{wnid: {file name: JPEG}} of the train split."""
+    """Give {wnid: {file name: JPEG}} of the train split."""
     files = iter(sorted(imagenet_tree.glob("*/*")))
     wnids = sorted(path.name for path in imagenet_tree.iterdir())[::50]
     return {
@@ -33,7 +33,7 @@ def photos(imagenet_tree: Path) -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def val(photos: dict[str, dict[str, bytes]]) -> dict[str, tuple[str, bytes]]:
-    """{file name: (wnid, JPEG)} of the val split, classes mixed."""
+    """Give {file name: (wnid, JPEG)} of the val split, with mixed classes."""
     pairs = [(wnid, data) for wnid, images in photos.items() for data in images.values()]
     pairs = pairs[::3] + pairs[1::3] + pairs[2::3]
     return {f"ILSVRC2012_val_{n:08d}.JPEG": pair for n, pair in enumerate(pairs, 1)}
@@ -57,7 +57,8 @@ def train_archive(folder: Path, photos: dict[str, dict[str, bytes]]) -> Path:
 
 
 def devkit(folder: Path, val: dict[str, tuple[str, bytes]], packed: bool = True) -> None:
-    """meta.mat lists classes in another order than wnids sort, and synsets above them."""
+    """Write a devkit: its meta.mat lists classes in another order than wnids sort, and synsets
+    above."""
     wnids = sorted({wnid for wnid, _ in val.values()})
     ids = {wnid: i for i, wnid in enumerate([*wnids[2:], *wnids[:2]], 1)}
     rows: list[tuple] = [

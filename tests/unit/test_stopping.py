@@ -79,7 +79,7 @@ def test_other_signals_get_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_data_tools_answer_while_they_start(words: list[str], tmp_path: Path) -> None:
-    """The signal comes while numpy is imported, which none of them does before it can answer."""
+    """The signal comes while numpy is imported; each tool can answer before it imports numpy."""
     (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
         [sys.executable, REPOSITORY / words[0], *words[1:]],

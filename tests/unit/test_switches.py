@@ -28,14 +28,14 @@ def mae(**switches: object) -> MaskedAutoencoderViT:
 
 
 def masks(sampling: str, ratio: float, grid: int = 14, count: int = 200) -> torch.Tensor:
-    """[count, grid, grid], 1 on removed patches."""
+    """Give masks [count, grid, grid], 1 for removed patches."""
     sample = torch.arange(count)
     noise = mask_noise(3, torch.zeros_like(sample), sample, grid**2, sampling, ratio)
     return random_masking(noise, ratio)[1].view(count, grid, grid)
 
 
 def edges(mask: torch.Tensor) -> float:
-    """Share of neighbouring patches of which one is removed and one is not."""
+    """Give the share of neighbouring pairs of patches of which exactly one is removed."""
     pairs = (
         (mask[:, 1:] != mask[:, :-1]).float().mean(),
         (mask[:, :, 1:] != mask[:, :, :-1]).float().mean(),
@@ -45,7 +45,7 @@ def edges(mask: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_fewer_passes_give_the_same_numbers(norm_pix_loss: bool) -> None:
-    """Loss, prediction and every gradient, but for rounding; the weights have the same keys."""
+    """Loss, prediction and gradients are equal up to rounding; the weights have the same keys."""
     found = []
     for fewer in (False, True):
         model = mae(fewer_passes=fewer, norm_pix_loss=norm_pix_loss).double()
@@ -66,7 +66,8 @@ def test_fewer_passes_give_the_same_numbers(norm_pix_loss: bool) -> None:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_blocks_are_few_and_the_share_is_exact(ratio: float) -> None:
-    """About half as many edges as random patches have, at the most; every place has its turn."""
+    """Masks have at most about half the edges of random ones; each patch is removed at some
+    time."""
     block, random = masks("block", ratio), masks("random", ratio)
     assert (block.flatten(1).sum(dim=1) == 196 - int(196 * (1 - ratio))).all()
     assert edges(random) == pytest.approx(2 * ratio * (1 - ratio), abs=0.02)
@@ -77,7 +78,7 @@ def test_blocks_are_few_and_the_share_is_exact(ratio: float) -> None:
 
 
 def test_the_first_block_is_a_rectangle_of_beits_shape() -> None:
-    """Its patches have the largest noise; area and aspect as in the paper that it is of."""
+    """The patches of the first block have the largest noise; its area and aspect are BEiT's."""
     sample = torch.arange(500)
     noise = mask_noise(0, sample, sample, 196, "block", 0.75).view(-1, 14, 14)
     for first in noise >= 32:
@@ -107,7 +108,8 @@ def test_the_grid_keeps_one_of_every_two_by_two() -> None:
 
 
 def test_mask_tokens_in_the_encoder() -> None:
-    """It sees them in the place of what is removed: pixels there matter for the loss only."""
+    """The encoder sees tokens in the place of removed patches, whose pixels matter for the loss
+    only."""
     model = mae(mask_tokens_in_encoder=True)
     assert model.mask_token.shape == (1, 1, 192) and model.encoder_tokens == 17
     sample = torch.arange(4)
@@ -160,7 +162,7 @@ def test_pca_as_target() -> None:
 
 
 def test_weights_of_the_switches_go_into_others() -> None:
-    """A classifier takes the encoder; another masked autoencoder its own PCA components."""
+    """A classifier takes the encoder; another masked autoencoder keeps its own PCA components."""
     state = mae(target="pca", pca_components=20).state_dict()
     classifier = build_classifier("mae_vit_tiny_patch16", 5, img_size=32, patch_size=8, depth=2)
     assert not any(key.startswith("pca.") for key in fit_to_classifier(state, classifier))
@@ -203,7 +205,7 @@ def test_switches_that_do_not_fit(switches: dict, message: str) -> None:
 
 
 class Logits(nn.Module):
-    """Of 7 tokens, one for 4 x 4 pixels; by the mean of red."""
+    """A tokenizer of 7 tokens, one for 4 x 4 pixels, chosen by the mean of red."""
 
     def __init__(self, as_ids: bool = False) -> None:
         super().__init__()
@@ -223,7 +225,8 @@ def save_script(module: nn.Module, path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_a_torchscript_tokenizer(tmp_path: Path, as_ids: bool) -> None:
-    """It sees the images at half their size: one token for each patch of 8."""
+    """The tokenizer sees the images at half their size, so that each patch of 8 pixels has one
+    token."""
     tokenizer = Tokenizer(save_script(Logits(as_ids), tmp_path / "t.pt"), 32, 16, 7)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[0, 0, 8:16, 16:24] = 255
@@ -252,7 +255,8 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_dalles_encoder_out_of_its_own_keys(tmp_path: Path) -> None:
-    """Sizes follow from the weights; 224 pixels with 14 x 14 patches are seen at 112."""
+    """Sizes follow from the weights; images of 224 pixels with 14 x 14 patches are resized to
+    112."""
     encoder = DalleEncoder(width=8, blocks=2, vocabulary_size=30)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -279,7 +283,8 @@ def test_dalles_encoder_out_of_its_own_keys(tmp_path: Path) -> None:
 
 
 def test_targets_are_computed_in_full_fp32() -> None:
-    """Not in TF32, which training allows, nor under autocast; afterwards it is as it was."""
+    """Neither TF32, which training allows, nor autocast is used; both settings are restored
+    after."""
     cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
     seen = []
 

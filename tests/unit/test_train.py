@@ -149,7 +149,7 @@ def test_a_deepspeed_config_that_contradicts_the_recipe(
 
 
 def test_a_deepspeed_config_of_the_users(tmp_path: Path) -> None:
-    """Comments, other spellings, sections that ask for nothing; the user's own values stay."""
+    """Comments, other spellings and empty sections are accepted; the user's own values stay."""
     file = tmp_path / "mine.json"
     file.write_text("""{
         // as DeepSpeed's documentation writes it
@@ -223,7 +223,7 @@ def test_slow_data_is_said_once(share: float, lines: int, monkeypatch: pytest.Mo
 
 
 def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
-    """A step folder as `save` leaves it."""
+    """Make a step folder as `save` leaves it."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Pixels: those that PIL decodes, and crops distributed as torchvision's."""
+"""Pixels equal those that PIL decodes, and crops are distributed as torchvision's."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "16-bit PNG"])
 def test_odd_files_decode_as_pil_does(kind: str, photographs: list[bytes]) -> None:
-    """16 bits are scaled, which PIL does not (see test_images)."""
+    """Images of 16 bits are scaled, other than by PIL (see test_images)."""
     data = ODD[kind](Image.open(io.BytesIO(photographs[3])))
     assert np.array_equal(as_hwc(decode_image(data)), pil_pixels(data))
 
@@ -121,7 +121,7 @@ def test_photographs_decoded_in_part_have_the_pixels_of_the_whole(
 
 
 def test_the_last_row_of_a_crop_is_decoded_with_its_colours(photographs: list[bytes]) -> None:
-    """Whole rows, resized to nothing: every bottom edge, at each chroma subsampling."""
+    """Every bottom edge is tried at each chroma subsampling, with crops of whole rows."""
     image = Image.open(io.BytesIO(photographs[6])).convert("RGB").resize((48, 64))
     for subsampling in ("444", "422", "420", "411", "440"):
         data = encode_jpeg(np.array(image), colorsubsampling=subsampling)
@@ -181,7 +181,7 @@ def test_boxes_are_distributed_as_torchvisions(
 
 
 def test_boxes_do_not_depend_on_each_other() -> None:
-    """Where a box lies is independent of its size, and of the next sample's."""
+    """The place of a box is independent of its size and of the next sample's box."""
     boxes = np.array([crop_box(400, 400, uniforms(i)) for i in range(5000)], float)
     place = boxes[:, 0] / np.maximum(400 - boxes[:, 2], 1)
     assert abs(np.corrcoef(place, boxes[:, 2])[0, 1]) < 0.05
@@ -247,7 +247,7 @@ def test_normalize_is_the_official_one_and_turns_back(photographs: list[bytes]) 
 
 
 def test_clipped_boxes_are_those_of_the_authors_probe() -> None:
-    """One draw, its sides cut to the image: 0.518 of a 500 x 375 image on average, not 0.432."""
+    """The first draw is clipped to the image: 0.518 of a 500 x 375 image on average, not 0.432."""
     generator = np.random.default_rng(0)
     draws = generator.random((20000, TRAIN_UNIFORMS))
     boxes = [crop_box(375, 500, u, (0.08, 1.0), clips=True) for u in draws]

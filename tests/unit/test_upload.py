@@ -13,7 +13,7 @@ from mae_scale.train.upload import ahead, uploads
 
 
 def test_one_item_is_made_ahead_by_a_thread() -> None:
-    """The first one is made by the caller, who so starts the data workers."""
+    """The caller makes the first item, so that the data workers are started by it."""
     made: dict[int, str] = {}
     second_is_made, begun = threading.Event(), []
 
@@ -46,7 +46,7 @@ def test_the_end_and_errors_come_in_their_places() -> None:
 
 
 def test_the_end_waits_for_nothing() -> None:
-    """A data worker may hang."""
+    """The end does not wait for a data worker that hangs."""
     goes_on = threading.Event()
 
     def make(item: int) -> int:

@@ -1,4 +1,4 @@
-"""Verifying shards, and indexing those of others."""
+"""Verifying shards, and indexing foreign tars."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def encode(photo: bytes, kind: str) -> bytes:
 
 
 def write_foreign(folder: Path, imagenet_tree: Path) -> list[tuple[bytes, int]]:
-    """Tars as webdataset's own writer makes them, of all kinds; the samples they hold."""
+    """Write tars with webdataset's own writer, of all kinds; give the samples that they hold."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     data = photos(imagenet_tree, 12)

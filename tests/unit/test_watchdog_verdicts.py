@@ -1,4 +1,4 @@
-"""Who is to blame, out of the records of all ranks."""
+"""Finding the rank that is to blame by the records of all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def peers(size: int) -> list[Peer]:
 
 
 def second(group: list[Peer], beat: int, silent: tuple[int, ...] = (), **what: list) -> None:
-    """One second passes; `what` gives a value for each rank."""
+    """Let one second pass; `what` gives a value for each rank."""
     for peer in group:
         record = {"beat": beat, "host": f"n{peer.rank // 2}", "moves": beat, "doing": "a step",
                   "waits": False}  # fmt: skip

@@ -40,7 +40,7 @@ def classifier(**overrides: object) -> Classifier:
 
 
 def features(model: Classifier) -> torch.Tensor:
-    """[2, 17, 192]: of all tokens after the blocks."""
+    """Give the features [2, 17, 192] of all tokens after the blocks."""
     x = model.prepend_cls_token(model.embed_patches(IMAGES))
     return model.run_blocks(model.blocks, x)
 
@@ -104,7 +104,7 @@ def mae(**overrides: object) -> MaskedAutoencoderViT:
 
 
 def test_hugging_faces_mae_with_its_decoder(tmp_path: Path) -> None:
-    """As transformers 5 saves it, and with the layers' names of the published files."""
+    """Weights are read as transformers 5 saves them and under the names of the published files."""
     config = ViTMAEConfig(
         **HF,
         decoder_hidden_size=128,
@@ -203,7 +203,7 @@ def test_hugging_faces_classifier(tmp_path: Path) -> None:
 
 
 def test_another_resolution_interpolates_the_positions() -> None:
-    """224 to 448 as the official code: against bicubic interpolation written out."""
+    """From 224 to 448 pixels positions equal bicubic interpolation as the official code does it."""
     model = build_classifier("mae_vit_tiny_patch16", 5, img_size=448, depth=1)
     state = build_classifier("mae_vit_tiny_patch16", 5, img_size=224, depth=1).state_dict()
     state["pos_embed"] = torch.randn(1, 197, 192)

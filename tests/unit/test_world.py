@@ -1,4 +1,4 @@
-"""Who a process is, from what torchrun, deepspeed and srun set."""
+"""The place of a process in its run, from the variables of torchrun, deepspeed and srun."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TASK = {
 
 @pytest.fixture(autouse=True)
 def only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment without a launcher's variables."""
+    """Give an environment without a launcher's variables."""
     for name in list(os.environ):
         if (
             name.startswith(("SLURM", "CUDA_VISIBLE", "MAE_SCALE_DEVICE"))
@@ -85,7 +85,7 @@ def test_cpus_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cpus_of_a_rank_of_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks share the CPUs of the task: not every one has them all."""
+    """The ranks share the CPUs of the task: none has all of them."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
     ranks = {"RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
     set_all(monkeypatch, {**TASK, "SLURM_CPUS_PER_TASK": "64", **ranks})
@@ -152,7 +152,8 @@ def test_the_drivers_version_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_the_gpu_of_a_rank(
     monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int
 ) -> None:
-    """A rank that sees one has that one, as under --gpus-per-task; else by its number."""
+    """A rank that sees one GPU takes it, as under --gpus-per-task; otherwise its local rank
+    chooses."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert World(local_rank, 8, local_rank, 8).device == torch.device("cuda", index)
