@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Bytes that the forward pass keeps for the backward pass, and the time of both.
+"""Measure the bytes that a forward pass keeps for the backward pass, and the time of both.
 
 Counted are the tensors that autograd saves on the device, each storage once, weights left out;
 with offload the inputs of the recomputed blocks are in host memory instead. Beside it what they
@@ -37,14 +37,15 @@ WAYS: tuple[tuple[str | int, bool], ...] = (
 
 
 class _Saved:
-    """A saved tensor; dies with the graph that holds it."""
+    """A saved tensor, which is freed with the graph that holds it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def saved_bytes(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the distinct storages that autograd has saved when the loss is there."""
+    """Count the bytes of the distinct storages that autograd has saved once the loss is
+    computed."""
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> _Saved:
@@ -68,7 +69,7 @@ def loss_of(model: MaskedAutoencoderViT, images: torch.Tensor, noise: torch.Tens
 def seconds(
     model: MaskedAutoencoderViT, images: torch.Tensor, noise: torch.Tensor, steps: int
 ) -> float:
-    """Median time of a forward and backward pass."""
+    """Measure the median time of a forward and backward pass, in seconds."""
     times = []
     for _ in range(steps + 1):
         synchronize()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `mae-scale shard --baseline` gains and costs on progressive JPEGs.
+"""Measure what `mae-scale shard --baseline` gains and costs on progressive JPEGs.
 
 The photographs are encoded as progressive JPEGs with their own tables (Pillow, quality "keep"), and
 these made baseline. Both are decoded by turns as the loader decodes them; the pixels must be equal.
@@ -25,7 +25,7 @@ from mae_scale.sharding.baseline import make_baseline
 
 
 def progressive(path: Path) -> bytes | None:
-    """The photograph as a progressive JPEG; None where it is no JPEG in colour."""
+    """Encode a photograph as a progressive JPEG; return None where it is no JPEG in colour."""
     with Image.open(path) as image:
         if image.format != "JPEG" or image.mode != "RGB":
             return None
@@ -35,7 +35,7 @@ def progressive(path: Path) -> bytes | None:
 
 
 def cpu_ms(data: bytes) -> float:
-    """CPU milliseconds for decoding it."""
+    """Measure the CPU milliseconds for decoding an image."""
     start = time.process_time()
     simplejpeg.decode_jpeg(data, strict=False)
     return (time.process_time() - start) * 1e3

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does bf16 training stay with fp32? 300 steps of a small MAE on real photographs, both ways.
+"""Compare the losses of bf16 and fp32 over 300 steps of a small MAE on real photographs.
 
 Both runs are the real command on the same shards with the same seed: the same photographs, crops
 and masks at each step. bf16 means bf16 weights and activations with fp32 master weights, loss,
@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 def losses(run_dir: Path, shards: Path, precision: str) -> np.ndarray:
-    """Loss of each step of a run."""
+    """Read the loss of each step of a run."""
     settings = {**SETTINGS, "run_dir": run_dir, "data.train": shards, "train.precision": precision}
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     subprocess.run([sys.executable, "-m", "mae_scale", "pretrain", *arguments], check=True)
@@ -62,12 +62,12 @@ def losses(run_dir: Path, shards: Path, precision: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Moving mean over `SMOOTH` steps, [STEPS - SMOOTH + 1]."""
+    """Give the moving mean over `SMOOTH` steps, [STEPS - SMOOTH + 1]."""
     return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
 
 
 def draw(path: Path, curves: dict[str, np.ndarray], difference: np.ndarray) -> None:
-    """Both curves above, their relative difference below."""
+    """Draw both curves above, and their relative difference below."""
     figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

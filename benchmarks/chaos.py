@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Faults at random moments: after each the same command goes on, and nothing is lost.
+"""Strike runs with faults at random moments; after each, the same command must lose nothing.
 
 A chain is one run that is killed, stopped, or has its files, outputs, clock, memory or workers
 spoilt, again and again, in a seeded order. After each fault: exit codes are those of the

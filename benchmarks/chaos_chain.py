@@ -1,4 +1,4 @@
-"""A run that is struck by one fault after the other, and what must hold after each."""
+"""A run that is struck by one fault after the other, and the checks after each."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ DECODER = {"model.decoder_embed_dim": 64, "model.decoder_depth": 1}
 
 
 class Broken(AssertionError):
-    """Something that must hold after a fault does not; the message holds the run's output."""
+    """A check after a fault that fails; the message holds the run's output."""
 
 
 @dataclass
@@ -77,11 +77,11 @@ class Row:
     moment: str
     codes: str
     found: str
-    """What the fault left in the newest step folder."""
+    """State of the newest step folder after the fault."""
     step: int
-    """Steps done when it struck."""
+    """Number of steps done when the fault struck."""
     redone: int = 0
-    """Of them, those that were done again."""
+    """Number of these steps that were done again."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Chain:
     # Starting, and looking at what runs
 
     def launches(self) -> tuple[str, ...]:
-        """Return the ways in which it can be started."""
+        """Return the ways in which the run can be started."""
         if self.elastic:
             return (ALONE, SRUN)
         return (ALONE,) if self.processes == 1 else (SRUN, TORCHRUN, DEEPSPEED)
@@ -323,7 +323,7 @@ class Chain:
     def strike(
         self, launch: str, started: list[subprocess.Popen[bytes]], fault: str
     ) -> Callable[[], None]:
-        """Let a fault strike, and return what undoes it."""
+        """Let a fault strike, and return a function that undoes it."""
         ranks = self.ranks(launch, started)
         victim = self.random.choice(ranks)
         if fault == "SIGKILL a rank":
@@ -367,7 +367,7 @@ class Chain:
         fault: str,
         undo: Callable[[], None],
     ) -> None:
-        """See that the run does some more steps in spite of a fault, and stop it."""
+        """Check that the run does some more steps in spite of a fault, and stop it."""
         done = len(self.metrics())
         if fault == "no room for records":
             time.sleep(3)  # its rows wait
@@ -400,7 +400,7 @@ class Chain:
         return codes
 
     def what_is_left(self) -> str:
-        """Say how far the newest save came."""
+        """Return how far the newest save came."""
         folders = self.folders()
         if not folders:
             return "no save"
@@ -411,13 +411,14 @@ class Chain:
         return f"uncommitted, {len(list(folders[0].iterdir()))} files"
 
     def output(self) -> str:
-        """Return what the run has said."""
+        """Return the output of the run."""
         return (self.folder / "log").read_text(errors="replace")
 
     # What must hold after it
 
     def check(self, row: Row, codes: list[int], before: Path | None, starts: list[int]) -> None:
-        """Check exit codes, output, and where the run went on; raise what is wrong."""
+        """Check exit codes, output, and where the run went on; raise `Broken` where one is
+        wrong."""
 
         def must(holds: object, what: str) -> None:
             if not holds:

@@ -92,7 +92,7 @@ class Output:
             os.close(2)
 
     def close(self) -> None:
-        """Let go of the files, and wait for the reader."""
+        """Close the files, and wait for the reader."""
         if self.descriptor != self._log.fileno():
             os.close(self.descriptor)
         if self.reader is not None:
@@ -104,7 +104,7 @@ class Output:
 def lasting(
     chain: Chain, victim: psutil.Process, ranks: list[psutil.Process], fault: str
 ) -> Callable[[], None]:
-    """Let a fault strike that a run survives, and return what undoes it."""
+    """Let a fault strike that a run survives, and return a function that undoes it."""
     reader = chain.output_of_leg.reader if chain.output_of_leg is not None else None
     if fault in ("reader gone", "terminal gone"):
         assert reader is not None
@@ -167,7 +167,7 @@ def clock_library(folder: Path) -> Path:
 
 
 def expected_codes(launch: str, fault: str) -> set[int]:
-    """Exit codes of what was started, see docs/training.md."""
+    """Return the exit codes of what was started, see docs/training.md."""
     if "launcher" in fault:
         if launch == TORCHRUN and fault == "SIGTERM launcher":
             return {1}
@@ -186,7 +186,7 @@ def obey_permissions() -> None:
 
 
 def handles_signals(process: psutil.Process) -> bool:
-    """Whether it has taken over SIGTERM."""
+    """Return whether a process handles SIGTERM itself."""
     with contextlib.suppress(FileNotFoundError):
         caught = Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0]
         return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long a save stalls training, beside DeepSpeed's plain save, which neither syncs nor hashes.
+"""Measure how long a save stalls training, beside DeepSpeed's save, which neither syncs nor hashes.
 
 One process trains a model on random pixels under ZeRO-1 and saves in turns: DeepSpeed's own
 `save_checkpoint`; ours in the foreground; ours in the background, where the stall is the copy of

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast images are loaded, beside the official pipeline, webdataset, and JPEG decoding alone.
+"""Measure how fast images are loaded, beside the official pipeline, webdataset and plain decoding.
 
 All give batches of 64 crops of 224 pixels out of the same full-size photographs, in turns, with
 the workers bound to as many cores as there are workers (and the process that takes the batches to
@@ -107,7 +107,7 @@ def mae_scale(shards: Path, workers: int, **more: Any) -> Iterator[Iterator[Any]
 
 
 def variants(tree: Path, scratch: Path, cores: int) -> dict[str, tuple[Any, Path]]:
-    """Other ways to start our loader, and the shards of each."""
+    """Give other settings of our loader, and the shards of each."""
     found: dict[str, tuple[Any, Path]] = {
         f"repeats {k}": (partial(mae_scale, repeats=k), scratch / "shards") for k in (2, 4)
     }
@@ -125,7 +125,8 @@ def variants(tree: Path, scratch: Path, cores: int) -> dict[str, tuple[Any, Path
 
 
 def first_batch(shards: Path, workers: int, share: float) -> float:
-    """Seconds from opening the shards to the first batch at a share of the first epoch."""
+    """Measure the seconds from opening the shards to the first batch, at a share of the first
+    epoch."""
     began = time.perf_counter()
     with closing(train_loader(shards, workers)) as loader:
         next(loader.batches(int(share * loader.steps_per_epoch)))
@@ -144,7 +145,7 @@ def decode_pil(data: bytes) -> None:
 def loading_rate(
     start: Callable[[Path, int], Any], source: Path, workers: int, images: int
 ) -> tuple[float, float]:
-    """Images per second of the clock, and per second of the workers' CPU time."""
+    """Measure images per second of the clock, and per second of the workers' CPU time."""
     cores = sorted(os.sched_getaffinity(0))
     try:
         os.sched_setaffinity(0, cores[:workers])
@@ -165,7 +166,7 @@ def loading_rate(
 
 
 def decoding_rate(decode: Callable[[bytes], None], files: list[bytes]) -> tuple[float, float]:
-    """The same for decoding alone."""
+    """Measure the same two rates for decoding alone."""
     cores = sorted(os.sched_getaffinity(0))
     try:
         os.sched_setaffinity(0, cores[:1])

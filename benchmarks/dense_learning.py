@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether small detectors and segmenters learn; every model starts from scratch.
+"""Check that small detectors and segmenters learn; every model starts from scratch.
 
 segment and detect: shapes pasted on photographs, scored on scenes and photographs that they have
 not seen. overfit: a detector on the photographs of a folder in COCO's layout, scored on the same
@@ -42,15 +42,15 @@ BOTH = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_
 
 @dataclass(frozen=True)
 class Part:
-    """What is trained, for how long, and what it must reach."""
+    """A training: its settings, its length, and the scores that it must reach."""
 
     command: str
     settings: dict[str, Any]
     steps: int
-    """Rounded up to whole epochs."""
+    """Number of steps, rounded up to whole epochs."""
     scores: dict[str, str]
     goals: dict[str, float]
-    """In percent."""
+    """Scores to reach, by name, in percent."""
 
 
 PARTS = {
@@ -141,7 +141,7 @@ def learn(name: str, options: argparse.Namespace, root: Path) -> bool:
 
 
 def processor_seconds() -> float:
-    """Processor time of all programs that were started and have ended."""
+    """Give the processor time, in seconds, of all programs that were started and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

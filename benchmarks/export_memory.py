@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Peak memory of `mae-scale export`, beside the sizes of the weights and of the checkpoint.
+"""Measure the peak memory of `mae-scale export`, beside the sizes of weights and checkpoint.
 
 The real command makes one step under ZeRO-3 on two processes, on real photographs, and saves. Then
 each form is exported in a process of its own. Memory is the kernel's VmHWM, which counts pages of
@@ -35,7 +35,7 @@ torch.save({"model": state}, sys.argv[3])
 
 
 def peak(code: str, *arguments: str | Path) -> int:
-    """Bytes of the largest resident memory of a process that runs these lines."""
+    """Measure the largest resident memory, in bytes, of a process that runs these lines."""
     command = [sys.executable, "-c", f"{IMPORTS}\n{code}{PEAK}", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1])

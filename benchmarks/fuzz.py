@@ -39,7 +39,7 @@ MOST_LETTERS = 2000  # of a message
 
 
 class Finding(AssertionError):
-    """What came of a file must not come of any."""
+    """A result of reading a file that no file may have."""
 
 
 def check(target: Target, material: Material, files: Files, counts: Counter[str]) -> None:
@@ -78,7 +78,7 @@ def check(target: Target, material: Material, files: Files, counts: Counter[str]
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise a `Finding` in what takes more CPU time, or waits much longer."""
+    """Raise a `Finding` in a block that takes more CPU time, or waits much longer."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Finding("it hangs")
@@ -157,7 +157,7 @@ def fuzz(
 
 
 class Hidden:
-    """Files that hypothesis does not print: they may have megabytes."""
+    """Files that hypothesis does not print, since they may have megabytes."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -226,7 +226,7 @@ def main() -> int:
 
 
 def quietly(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function with what it prints thrown away."""
+    """Call a function and drop what it prints."""
     with (
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),

@@ -21,7 +21,7 @@ STRANGE = [
 
 
 def plain() -> st.SearchStrategy[Any]:
-    """Values as JSON has them."""
+    """Make a strategy of values as JSON has them."""
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     return st.recursive(
         leaves,
@@ -48,7 +48,7 @@ def _places(document: Any) -> list[tuple[Any, Any]]:
 
 @st.composite
 def changed(draw: st.DrawFn, document: Any) -> Any:
-    """Make a document of which a few values are others, gone or new."""
+    """Make a document in which a few values are changed, removed or added."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         places = _places(document)
@@ -73,7 +73,7 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
 
 @st.composite
 def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
-    """Make bytes of which a few are others, gone, or there twice."""
+    """Make bytes of which a few are changed, removed or doubled."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -98,12 +98,12 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def dumped(value: Any) -> bytes:
-    """Encode a value as JSON, also where it is none of JSON's."""
+    """Encode a value as JSON, also where JSON has no such value."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 def json_files(document: Any) -> st.SearchStrategy[bytes]:
-    """Files like this JSON document."""
+    """Make a strategy of files that resemble this JSON document."""
     deep = b"[" * 100_000, b'{"a":' * 100_000, b"[" * 5000 + b"]" * 5000
     return st.one_of(
         changed(document).map(dumped),
@@ -116,7 +116,7 @@ def json_files(document: Any) -> st.SearchStrategy[bytes]:
 
 
 def json_lines(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
-    """Files like these rows, a JSON object a line."""
+    """Make a strategy of files that resemble these rows, with a JSON object a line."""
     whole = b"".join(dumped(row) + b"\n" for row in rows)
     mixed = st.lists(
         st.sampled_from(rows).flatmap(changed).map(dumped) | st.sampled_from(rows).map(dumped),
@@ -127,7 +127,7 @@ def json_lines(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
 
 
 def yaml_files(text: bytes, document: Any) -> st.SearchStrategy[bytes]:
-    """Files like this YAML."""
+    """Make a strategy of files that resemble this YAML."""
     laughs = b"a0: &a0 {x: 1}\n" + b"".join(
         b"a%d: &a%d {x: *a%d, y: *a%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)
     )
@@ -162,7 +162,7 @@ PAX = st.dictionaries(
 
 @st.composite
 def tars(draw: st.DrawFn, image: bytes) -> bytes:
-    """Tars of samples: of any form, with strange headers, or with damaged bytes."""
+    """Make a tar of samples, of any form, maybe with a strange header or with damaged bytes."""
     labels = [
         b"3", b"-1", b"x" * 300, b"", b"\xff", b"1e30", b'{"label": 3}', b'{"label": {}}',
               b"[" * 5000, b'{"cls": 1e400, "label": "\\u001b"}', b"999999999999", b"nan",
@@ -200,7 +200,7 @@ def tars(draw: st.DrawFn, image: bytes) -> bytes:
 
 @st.composite
 def strange_header(draw: st.DrawFn, data: bytes) -> bytes:
-    """Make a tar of which a header says something else, with the right checksum."""
+    """Make a tar with a changed header whose checksum is right."""
     tar = bytearray(data)
     at = 512 * draw(st.integers(0, len(tar) // 512 - 1))
     field, size = draw(
@@ -218,5 +218,5 @@ def strange_header(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def in_file(name: str) -> Callable[[bytes], dict[str, bytes]]:
-    """Give a function from a content to a folder with this file."""
+    """Give a function that makes a folder with only this file, from its content."""
     return lambda content: {name: content}

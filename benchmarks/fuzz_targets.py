@@ -1,4 +1,5 @@
-"""What is fuzzed: places where a file of somebody else is parsed, and good files for each."""
+"""The targets of fuzzing: places where a file of somebody else is parsed, and good files for
+each."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ DECODER = {
 
 
 def _unlimited() -> None:
-    """Free a child process from the limit of memory of this one."""
+    """Lift the memory limit of this process for a child process."""
     limit = resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -116,19 +117,19 @@ class Material:
         self.image = Image.fromarray(pixels)
 
     def encoded(self, form: str, **options: Any) -> bytes:
-        """The image as a file of this form."""
+        """Encode the image as a file of this form."""
         stream = io.BytesIO()
         self.image.save(stream, form, **options)
         return stream.getvalue()
 
     @cached_property
     def jpeg(self) -> bytes:
-        """The image as JPEG."""
+        """Encode the image as JPEG."""
         return self.encoded("JPEG")
 
     @cached_property
     def few(self) -> Path:
-        """Shards of four small images."""
+        """Make shards of four small images."""
         out = self._folder / "few"
         tar = self._folder / "x.tar"
         with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as stream:
@@ -143,7 +144,7 @@ class Material:
         return out
 
     def run(self, task: str, **settings: Any) -> Path:
-        """A run of two steps, made by the command."""
+        """Train a run of two steps by the command."""
         run_dir = self._folder / "-".join([task, *map(str, settings.values())]).replace("/", "_")
         if not run_dir.exists():
             given = {**SMALL, **(DECODER if task == "pretrain" else {}), "data.train": self.shards,
@@ -158,12 +159,12 @@ class Material:
 
     @property
     def pretrained(self) -> Path:
-        """A run of pre-training under ZeRO-1."""
+        """Train a run of pre-training under ZeRO-1."""
         return self.run("pretrain", deepspeed="zero1")
 
     @property
     def finetuned(self) -> Path:
-        """A run of fine-tuning, with a row of a validation."""
+        """Train a run of fine-tuning, with one validation."""
         run = self.run("finetune", **{"data.val": self.shards})
         row = {"step": 2, "epoch": 0.03, "samples": 8, "images": 250, "top1": 0.4, "top5": 2.0}
         row |= {"loss": 5.5, "ema_top1": 0.4, "time": 1.8e9}
@@ -171,11 +172,11 @@ class Material:
         return run
 
     def step(self, run: Path) -> Path:
-        """The newest step folder of a run."""
+        """Give the newest step folder of a run."""
         return sorted((run / "checkpoints").glob("step-*"))[-1]
 
     def contents(self, folder: Path) -> Files:
-        """All files of a folder by their names in it."""
+        """Read all files of a folder by their names in it."""
         paths = [
             p for p in sorted(folder.rglob("*")) if p.is_file() and "tensorboard" not in str(p)
         ]
@@ -183,7 +184,7 @@ class Material:
 
 
 def beside(files: Files, name: str, strategy: st.SearchStrategy[bytes]) -> st.SearchStrategy[Files]:
-    """A folder of good files, of which one is replaced."""
+    """Make a strategy of a folder of good files in which one file is replaced."""
     return strategy.map(lambda content: {**files, name: content})
 
 
@@ -363,7 +364,7 @@ def coco_records(material: Material) -> st.SearchStrategy[Files]:
 
 
 def read_coco_record(material: Material, folder: Path) -> None:
-    """Train on an image whose record is this one."""
+    """Train on an image with this record."""
     transform = DetectionTransform(coco_document(material)["categories"])
     for key in range(2):
         record = bytearray((folder / "a.json").read_bytes())
@@ -382,7 +383,7 @@ def label_maps(material: Material) -> st.SearchStrategy[Files]:
 
 
 def read_label_maps(material: Material, folder: Path) -> None:
-    """Train on an image whose map of classes is this one."""
+    """Train on an image with this map of classes."""
     mask = bytearray((folder / "a.png").read_bytes())
     tolerant(SegmentationTransform(), bytearray(material.jpeg), mask, 32, (0, 0, 1))
 
@@ -472,7 +473,7 @@ def commits(material: Material) -> st.SearchStrategy[Files]:
 
 
 def read_commit(material: Material, folder: Path) -> None:
-    """Find the checkpoint of a run whose commit is this one, and show the run."""
+    """Find the checkpoint of a run with this commit, and show the run."""
     checkpoint.exists(folder)
     checkpoint.best_score(folder)
     view = RunView(folder)
@@ -489,7 +490,7 @@ def class_files(material: Material) -> st.SearchStrategy[Files]:
 
 
 def read_class_file(material: Material, folder: Path) -> None:
-    """Load the classifier of a run whose classes are these."""
+    """Load the classifier of a run with these classes."""
     options = SimpleNamespace(weights=folder, img_size=None, ema=False)
     loaded = evaluating._load_ours(options)
     evaluating.outputs_of(open_shards(material.shards), loaded.classes)
@@ -527,7 +528,7 @@ def read_rows(material: Material, folder: Path) -> None:
 
 
 def states(material: Material) -> st.SearchStrategy[Files]:
-    """Step folders of which a file of states is spoilt, its checksum being right."""
+    """Make a strategy of step folders with a spoilt file of states whose checksum is right."""
     step = material.step(material.pretrained)
     files = material.contents(step)
     names = [name for name in files if name.endswith("_states.pt")]
@@ -541,7 +542,7 @@ def states(material: Material) -> st.SearchStrategy[Files]:
 
 @st.composite
 def changed_state(draw: st.DrawFn, content: dict[str, Any]) -> bytes:
-    """What `torch.save` makes of a state with other values, in either of its two forms."""
+    """Make what `torch.save` writes of a state with other values, in either of its two forms."""
     tensors = [
         torch.zeros(0), torch.zeros(2, 2), torch.tensor(3.0), torch.zeros(1).expand(10**9),
         torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.complex64),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Everything that is worth knowing in the first ten minutes on a GPU, by one command.
+"""Measure everything that is worth knowing in the first ten minutes on a GPU, by one command.
 
 Each result is a line of JSON as soon as it is there; at the end they follow as tables. What fails
 is a result, too ("error"), and the rest goes on. Without a GPU, or with --small, tiny models stand
@@ -61,7 +61,7 @@ FRESH.set_forkserver_preload(["mae_scale.train.step", "mae_scale.train.engine"])
 
 
 def image_folder(folder: Path, count: int) -> Path:
-    """Two classes of JPEGs with noise, of the size that ImageNet's have."""
+    """Make two classes of noisy JPEGs, of the size that ImageNet's have."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def image_folder(folder: Path, count: int) -> Path:
 
 
 def shards(folder: Path, count: int) -> Path:
-    """A few shards, made by the project's own script."""
+    """Make a few shards by the project's own script."""
     script = Path(__file__).parents[1] / "data_prep" / "shard_imagenet.py"
     images, out = image_folder(folder / "images", count), folder / "shards"
     command = [sys.executable, script, images, out, "--split", "train", "--workers", "2"]
@@ -146,7 +146,7 @@ def _until_signalled(command: list[str], run: Path) -> int:
 
 
 def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> Result:
-    """Waits of the host for the device, and operators, in one step of a stage."""
+    """Count the waits of the host for the device, and the operators, in one step of a stage."""
     world = World()
     start(world)
     model = build_mae(name, **sizes_)
@@ -179,7 +179,8 @@ def _images(batch: int, size: int, device: torch.device) -> torch.Tensor:
 
 
 def planned_gb(name: str, batch: int, precision: str) -> float:
-    """Memory of activations and of 16 bytes a parameter (and 2 of a bf16 copy), by formula."""
+    """Compute the memory of activations and of 16 bytes a parameter (18 with a bf16 copy), in
+    GB."""
     with torch.device("meta"):
         model = build_mae(name)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -190,7 +191,8 @@ def planned_gb(name: str, batch: int, precision: str) -> float:
 
 
 def attention(small: bool) -> Iterator[Result]:
-    """The kernels that scaled_dot_product_attention runs for the shapes of the three models."""
+    """Name the kernels that scaled_dot_product_attention runs for the shapes of the three
+    models."""
     device, dtype = World().device, torch.bfloat16 if ON_GPU else torch.float32
     shapes = {"B encoder": (12, 50, 64), "B decoder": (16, 197, 32)}
     if not small:
@@ -205,7 +207,7 @@ def attention(small: bool) -> Iterator[Result]:
 
 
 def same_bits(name: str, batch: int, sizes_: Result, wanted: bool, steps: int) -> Result:
-    """A hash of the weights after some steps, and their rate."""
+    """Hash the weights after some steps, and measure the rate of the steps."""
     world = World()
     with deterministic(wanted):
         start(world)
@@ -228,7 +230,7 @@ def same_bits(name: str, batch: int, sizes_: Result, wanted: bool, steps: int) -
 
 
 def loader(data: Path, workers: int, batch: int) -> Result:
-    """Images per second that the data workers give, after the first batches."""
+    """Measure the images per second of the data workers, after the first batches."""
     stream = TrainLoader(
         *(open_shards(str(data)),),
         **{"img_size": 224, "global_batch_size": batch, "workers": workers, "pin_memory": ON_GPU},
@@ -246,7 +248,7 @@ def loader(data: Path, workers: int, batch: int) -> Result:
 
 
 def upload() -> Result:
-    """GB/s from pinned host memory to the GPU."""
+    """Measure GB/s from pinned host memory to the GPU."""
     source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=ON_GPU)
     target = torch.empty_like(source, device=World().device)
     target.copy_(source)
@@ -259,7 +261,7 @@ def upload() -> Result:
 
 
 def alone(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call it in a process of its own; what it raises becomes a result."""
+    """Call a function in a process of its own; an exception becomes a result."""
     with ProcessPoolExecutor(1, FRESH) as pool:
         try:
             return pool.submit(quietly, function, *arguments).result()
@@ -269,7 +271,7 @@ def alone(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def quietly(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Without what libraries print on stdout, which is for results."""
+    """Drop what libraries print on stdout, which is for results."""
     with contextlib.redirect_stdout(io.StringIO()):
         return function(*arguments)
 
@@ -281,7 +283,7 @@ def a_step(way: Way, batch: int, rounds: int, steps: int) -> Result:
 
 
 def step_results(small: bool, batches: list[int]) -> Iterator[Result]:
-    """Official design, ours, ours compiled, for each model and micro-batch."""
+    """Measure the official design, ours, and ours compiled, for each model and micro-batch."""
     half, ours = ("fp16", "bf16") if ON_GPU else ("fp32", "fp32")
     for name in SMALL if small else MODELS:
         for batch in batches:

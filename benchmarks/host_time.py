@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Host time, operators and reads by the host in a training step, beside plain PyTorch.
+"""Measure host time, operators and reads by the host in a training step, beside plain PyTorch.
 
 The model has ViT-L's depth (24 blocks and 8) and a width of 16, so that arithmetic costs nothing
 and what remains is what the host does for each step: Python, dispatch, hooks, hand-written loops.
@@ -48,7 +48,7 @@ Step = Callable[[], object]
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators by their qualified names, and those that give no view."""
+    """Counter of operators by their qualified names, and of those that return no view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ NO_KERNELS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::_
 
 
 def small_model(depth: int, decoder_depth: int) -> MaskedAutoencoderViT:
-    """A model of this depth in which nothing is worth mentioning but the number of operators."""
+    """Build a model of this depth, so narrow that only the number of operators takes time."""
     torch.manual_seed(0)
     return build_mae(
         "mae_vit_large_patch16", img_size=32, embed_dim=16, num_heads=1, decoder_embed_dim=16,
@@ -85,7 +85,7 @@ def a_batch() -> dict[str, torch.Tensor]:
 
 
 def plain_step(model: MaskedAutoencoderViT, batch: dict[str, torch.Tensor]) -> Step:
-    """A step of PyTorch alone."""
+    """Make a function that takes a step of PyTorch alone."""
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -110,7 +110,8 @@ def our_step(
     world: World,
     watchdog: Watchdog,
 ) -> Step:
-    """A step of `mae-scale pretrain`; its numbers are read one step late, as there."""
+    """Make a function that takes a step of `mae-scale pretrain` and reads its numbers one step
+    late."""
     train, optim = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH), OptimConfig()
     engine = build_engine(model, optim, fill_deepspeed_config(stage, train, world, "bf16"))
 
@@ -127,7 +128,7 @@ def our_step(
 
 
 def shortest(step: Step, steps: int) -> float:
-    """Milliseconds of CPU time of the shortest of some steps: other processes do not count."""
+    """Give the CPU time of the shortest of some steps, in ms: other processes do not count."""
     times = []
     for _ in range(steps):
         began = time.process_time()
@@ -137,7 +138,8 @@ def shortest(step: Step, steps: int) -> float:
 
 
 def table(depth: int, decoder_depth: int, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each way: host_ms, ratio, operators, kernels, reads, and the counts by name."""
+    """Make a row for each setting: host_ms, ratio, operators, kernels, reads, and the counts by
+    name."""
     batch, world = a_batch(), World()
     with process_group(world, 600) as watchdog:
         ways: dict[str, Step] = {"plain": plain_step(small_model(depth, decoder_depth), batch)}

@@ -1,4 +1,4 @@
-"""What a benchmark says about where and when it ran."""
+"""The lines in which a benchmark says where and when it ran."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cpu_name() -> str:
 
 
 def header(*packages: str) -> str:
-    """Command, date, machine, versions."""
+    """Give the lines with command, date, machine and versions."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = f"{len(gpus)} x {gpus[0]}, " if gpus else ""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))

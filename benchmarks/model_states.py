@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Bytes of model states per rank under ZeRO 0 to 3, measured beside the formula.
+"""Measure the bytes of model states per rank under ZeRO 0 to 3, beside the formula.
 
 Measured are the tensors that rank 0 holds after the backward passes of two micro-batches, the
 larger of both moments, each storage once: weights (those of the module), optimiser states (fp32
@@ -34,7 +34,7 @@ from mae_scale.train.engine import build_engine, fill_in
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Bytes of each distinct storage by its address."""
+    """Give the bytes of each distinct storage by its address."""
     found = {}
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
@@ -52,7 +52,7 @@ def live_tensors() -> Iterator[torch.Tensor]:
 
 
 def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
-    """Bytes of this rank, by kind."""
+    """Measure the bytes of this rank, by kind."""
     world = World.from_environment()
     set_up_logging(world)
     train = TrainConfig(global_batch_size=2 * world.size, micro_batch_size=1)
@@ -96,7 +96,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
 
 
 def formula(found: dict[str, float], stage: int, ranks: int, precision: str) -> dict[str, float]:
-    """Bytes of a rank, by kind."""
+    """Compute the bytes of a rank, by kind."""
     zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
     run = ParameterStates(int(found["parameters"]), int(found["trained"]), precision)
     states = model_states(run, zero, ranks)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `mae-scale plan` says of memory and messages, beside what is measured.
+"""Compare what `mae-scale plan` says about memory and messages with measurements.
 
 - activations: many shapes of masked autoencoders and classifiers, bf16 and fp32, checkpointing and
   offload, frozen blocks. Saved are the storages that autograd keeps (as in activation_memory.py);
@@ -52,7 +52,8 @@ RANKS, ACCUMULATION = 2, 2
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations return, and those given to collectives."""
+    """Counter of the bytes of storages that operations return, and of those given to
+    collectives."""
 
     def __init__(self, there: Iterable[torch.Tensor], count_them: bool) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class Alive(TorchDispatchMode):
 
 
 def peak_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> int:
-    """The most that a forward and backward pass takes beside the weights."""
+    """Measure the most bytes that a forward and backward pass takes beside the weights."""
 
     def free(parameter: nn.Parameter) -> None:
         parameter.grad = None
@@ -104,7 +105,7 @@ def peak_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> int:
 
 
 def shapes(count: int, seed: int) -> list[dict[str, Any]]:
-    """Published models in both precisions, and shapes drawn at random."""
+    """Give published models in both precisions, and shapes drawn at random."""
     found = [
         {"name": name, "precision": precision, "way": way, "batch": 2}
         for name, (precision, way) in itertools.product(
@@ -145,7 +146,7 @@ def shapes(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
-    """Bytes saved and planned, at the peak and planned."""
+    """Give the bytes saved, planned to be saved, at the peak, and planned at the peak."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kwargs = dict(shape)
@@ -184,7 +185,8 @@ def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
 
 
 def step(stage: str, precision: str, way: str) -> dict[str, float]:
-    """Of this rank, in one step: bytes alive at the most, given to collectives, and planned."""
+    """Measure one step of this rank: most bytes alive, bytes given to collectives, and the planned
+    ones."""
     world, batch = World.from_environment(), 8
     set_up_logging(world)
     train = TrainConfig(global_batch_size=batch * world.size * ACCUMULATION, micro_batch_size=batch)

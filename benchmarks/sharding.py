@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast shards are written, beside webdataset.ShardWriter in one process and plain tar.
+"""Measure how fast shards are written, beside webdataset.ShardWriter in one process and plain tar.
 
 All read the same files in the same random order (tar: as it finds them) and write to the same
 disk, in turns. ShardWriter and tar don't look into the images, compute no checksums, and don't
@@ -29,7 +29,7 @@ from mae_scale.sharding.run import shard
 
 
 def make_source(images: Path, src: Path, count: int) -> int:
-    """A tree of `count` files, copies of the images; the bytes in all."""
+    """Make a tree of `count` copies of the images, and give the bytes in all."""
     files = sorted(path for path in images.rglob("*") if path.is_file())
     if not files:
         sys.exit(f"error: {images} holds no files; give a folder of photographs")

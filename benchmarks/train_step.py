@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images per second, MFU and peak memory of a training step, beside the official design.
+"""Measure images/s, MFU and peak memory of a training step, beside the official design.
 
 A step is everything but reading images: uint8 pixels on the device, normalised, masked, forward,
 backward, AdamW. Each row runs in a process of its own, on one device.
@@ -45,7 +45,7 @@ LEARNING_RATE = 1.5e-4
 
 @dataclass(frozen=True)
 class Way:
-    """One row."""
+    """One row of the table."""
 
     model: str
     official: bool
@@ -61,7 +61,7 @@ class Way:
 
 
 def official_step(model: MaskedAutoencoderViT, way: Way, device: torch.device) -> Callable:  # type: ignore[type-arg]
-    """A step as the authors' code makes it."""
+    """Make a function that takes a step as the authors' code does."""
     half = way.precision == "fp16"
     for block in [*model.blocks, *model.decoder_blocks]:
         block.attn.fused_attn = False
@@ -85,7 +85,7 @@ def official_step(model: MaskedAutoencoderViT, way: Way, device: torch.device) -
 
 
 def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "zero1") -> Callable:  # type: ignore[type-arg]
-    """A step as `mae-scale pretrain` makes it."""
+    """Make a function that takes a step as `mae-scale pretrain` does."""
     train = TrainConfig(global_batch_size=batch, micro_batch_size=batch)
     model.set_activation_checkpointing(way.checkpointing)  # type: ignore[arg-type]
     if way.compile:
@@ -108,7 +108,7 @@ def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "ze
 def measure(
     way: Way, batch: int, rounds: int, steps: int, warm_up: int
 ) -> tuple[float, float | None, float]:
-    """Images per second (median of the rounds), MFU, peak memory in GB."""
+    """Measure images per second (median of the rounds), MFU, and peak memory in GB."""
     world = World()
     set_up_logging(world)
     device = world.device

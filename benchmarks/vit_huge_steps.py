@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""ViT-H takes real steps under ZeRO-3 with the optimiser in host memory, on a few CPU processes.
+"""Train ViT-H some real steps under ZeRO-3 with the optimiser in host memory, on CPU processes.
 
 The real command on real photographs, watched from outside: the largest resident memory of each
 rank, and the loss of each step.

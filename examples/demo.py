@@ -1,4 +1,4 @@
-"""The main job from one command: shard photographs, pre-train, be stopped, go on, look.
+"""The main job in one command: shard photographs, pre-train, stop, go on, and draw pictures.
 
     python examples/demo.py [FOLDER] [--steps N] [--out DIR]
 
@@ -34,7 +34,7 @@ BATCH = 32  # of the recipe
 
 
 def demo(own: Path | None, steps: int, out: Path) -> None:
-    """Run all parts, each said aloud with the command that does it."""
+    """Run all parts, and print for each the command that does it."""
     out = out / ("sample-photographs" if own is None else own.resolve().name)
     say(1, "Photographs")
     tree = out / "photographs"
@@ -93,30 +93,30 @@ Try next:
 
 
 def middle(folder: Path) -> Path:
-    """The middle piece of a photograph."""
+    """Cut the middle piece out of a photograph."""
     files = sorted(folder.iterdir())
     return files[len(files) // 2]
 
 
 def say(number: int, what: str) -> None:
-    """Head a part of the demo."""
+    """Print the heading of a part of the demo."""
     print(f"\n== {number}. {what}", flush=True)
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it from the repository."""
+    """Give a path as one would type it from the repository."""
     return shlex.quote(os.path.relpath(path, Path.cwd()))
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def half_way(run: Path, steps: int) -> bool:
-    """Whether a run that was never stopped has done half of its steps."""
+    """Return whether a run that was never stopped has done half of its steps."""
     rows = read_metrics(run / "metrics.jsonl")
     fresh = all(event["event"] == "started" for event in read_history(run))
     return fresh and bool(rows) and rows[-1]["step"] >= steps // 2

@@ -43,7 +43,8 @@ MOST = 100  # photographs of the user's that are taken
 
 
 def pieces(photograph: Path, side: int, stride: int) -> Iterator[Image.Image]:
-    """Square pieces of `side` pixels, `stride` apart, of a photograph scaled to 448 pixels."""
+    """Cut square pieces of `side` pixels, `stride` apart, out of a photograph scaled to 448
+    pixels."""
     with Image.open(photograph) as opened:
         image = opened.convert("RGB")
     scale = 448 / min(image.size)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""MAE pre-training on CIFAR-10 beside training from scratch: from two tars to a table and curves.
+"""Compare MAE pre-training with training from scratch on CIFAR-10, in a table and curves.
 
     python benchmarks/cifar10/run.py DATA OUT [--setting gpu] [--figure docs/figures/cifar10.png]
 
@@ -36,7 +36,7 @@ TRAINED, SCRATCH = "pre-trained", "random weights"  # rows of the sweeps
 
 
 def unpack(tar: Path, folder: Path, per_class: int) -> None:
-    """The first images of each class, by name."""
+    """Unpack the first images of each class, by name."""
     if folder.exists():
         return
     with tarfile.open(tar) as file:
@@ -54,7 +54,7 @@ def unpack(tar: Path, folder: Path, per_class: int) -> None:
 
 
 def make_shards(data: Path, out: Path, per_class: int) -> None:
-    """Shards of both splits, of that many training images a class and all test images."""
+    """Make shards of that many training images a class and of all test images."""
     for split, tar, number in (("train", "train", per_class), ("val", "test", 10**9)):
         unpack(data / f"cifar10_{tar}.tar", out / "images" / split, number)
         script = REPOSITORY / "data_prep" / "shard_imagenet.py"
@@ -63,7 +63,7 @@ def make_shards(data: Path, out: Path, per_class: int) -> None:
 
 
 def verdicts(results: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:
-    """By how many points pre-training wins, for each seed."""
+    """Compute by how many points pre-training wins, for each seed."""
     rows = {row["name"]: row for row in results}
     found = []
     for task, what in (
@@ -76,7 +76,7 @@ def verdicts(results: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:
 
 
 def draw(path: Path, runs: Path, results: list[dict[str, Any]], title: str) -> None:
-    """Loss of pre-training, loss of training with and without it, and accuracies."""
+    """Draw the loss of pre-training, the losses of training with and without it, and accuracies."""
     figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
     pretraining, training, accuracy = figure.subplots(1, 3)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
