@@ -1,4 +1,4 @@
-"""Parts that fine-tuning and probing share: classes, initial weights, validation."""
+"""What fine-tuning and probing share: classes, initial weights, validation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ log = logging.getLogger("mae_scale")
 
 
 def classes_of(shards: ShardSet) -> list[str]:
-    """The names of the classes in the order of their labels.
+    """Return the names of the classes of labelled shards, in the order of their labels.
 
     Raises:
-        UserError: labels outside of the list, or too few classes.
+        UserError: there are labels outside of the list, or fewer than two classes.
     """
     labels = shards.index["label"]
     low, high = int(labels.min()), int(labels.max())
@@ -48,15 +48,20 @@ def classes_of(shards: ShardSet) -> list[str]:
 
 
 def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
-    """The place among `classes` of each label of other shards, by name; None: they are the same.
+    """Match the labels of other shards with a list of classes, by the names of the classes.
 
-    Accents may be written as one character or as two. A set may have fewer classes.
+    Accents may be written as one character or as two. The shards may have fewer classes.
+
+    Args:
+        shards: the other shards.
+        classes: names of the classes, in the order of the model's outputs.
 
     Returns:
-        int64 [classes of the shards].
+        Place among `classes` of each label of the shards, int64 [classes of the shards]; None:
+        each label is its own place.
 
     Raises:
-        UserError: the shards have classes that are not among these.
+        UserError: the shards have classes that are not among `classes`.
     """
     own = [normal(name) for name in classes_of(shards)]
     place = {normal(name): i for i, name in enumerate(classes)}
@@ -75,7 +80,13 @@ def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
 def initial_weights(
     spec: str | None, model: Classifier, new_head: bool = False
 ) -> Callable[[], dict[str, torch.Tensor]] | None:
-    """A function that reads the weights to start from; None: from scratch."""
+    """Return a function that reads the weights to start from; None: training starts from scratch.
+
+    Args:
+        spec: path of the weights, as for `read_any`; None: from scratch.
+        model: model that gets them; it may be on the meta device.
+        new_head: whether to leave out the head that the weights may have.
+    """
     if spec is None:
         return None
 
@@ -89,14 +100,22 @@ def initial_weights(
 
 
 def notes(classes: list[str]) -> dict[str, str]:
-    """Give the files of the run folder that evaluation reads."""
+    """Return the contents of the files that evaluation reads in a run folder, by file name."""
     return {CLASSES: json.dumps(classes) + "\n"}
 
 
 def eval_loader(
     config: RunConfig, world: World, shards: ShardSet, crop_ratio: float | None = None
 ) -> EvalLoader:
-    """Make the loader of this rank's part of data.val, as the sections of a config say."""
+    """Make the loader of this rank's part of data.val, as the sections of a config say.
+
+    Args:
+        config: config of the run.
+        world: this process among the others.
+        shards: shards of data.val.
+        crop_ratio: share of the short side that the centre crop covers; None: 0.875 up to 224
+            pixels, 1.0 above.
+    """
     return EvalLoader(
         shards,
         img_size=config.model.img_size,
@@ -116,10 +135,12 @@ def eval_loader(
 def validation(
     config: FinetuneConfig | LinprobeConfig, world: World, train: ShardSet
 ) -> Validation | None:
-    """Top-1, top-5 and loss on data.val; of the moving average as well, where there is one.
+    """Make the validation that measures top-1, top-5 and loss on data.val; None without data.val.
+
+    Where the run keeps a moving average of the weights, that is measured as well.
 
     Raises:
-        UserError: no shards, or their classes are not those of the training shards.
+        UserError: there are no shards, or their classes are not those of the training shards.
     """
     if config.data.val is None:
         return None

@@ -1,4 +1,4 @@
-"""The parts that detection and segmentation share: shards, initial weights, operations, loaders."""
+"""What detection and segmentation share: shards, initial weights, operations, loaders."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mae_scale.world import World
 log = logging.getLogger("mae_scale")
 
 Loader = TypeVar("Loader", bound=EvalLoader)
+# Kind of the shards, and the layout they are made of, by task.
 _SHARDS = {"detect": ("detection", "a COCO folder"), "segment": ("segmentation", "ADE20K's layout")}
 
 
@@ -35,7 +36,7 @@ def open_annotated(path: str, cache_dir: str | None, task: str) -> ShardSet:
         task: "detect" or "segment".
 
     Raises:
-        UserError: there are none, or they hold something else.
+        UserError: there are no shards, or they are not of the kind that the task needs.
     """
     shards = open_shards(path, cache_dir)
     kind, layout = _SHARDS[task]
@@ -50,7 +51,12 @@ def open_annotated(path: str, cache_dir: str | None, task: str) -> ShardSet:
 def initial_weights(
     config: DenseConfig, model: Any
 ) -> Callable[[], dict[str, torch.Tensor]] | None:
-    """Return a function that reads the weights to start from; None: from scratch."""
+    """Return a function that reads the weights to start from; None: training starts from scratch.
+
+    Args:
+        config: config of the run.
+        model: `Detector` or `Segmenter` that gets them; it may be on the meta device.
+    """
     if config.weights is None:
         return None
     path = Path(config.weights)
@@ -67,7 +73,15 @@ def initial_weights(
 def validation_loader(
     kind: type[Loader], config: DenseConfig, world: World, shards: ShardSet, batch_size: int
 ) -> Loader:
-    """Load this rank's part of the validation set, each image once."""
+    """Make the loader of this rank's part of the validation set, with each image once.
+
+    Args:
+        kind: class of the loader.
+        config: config of the run.
+        world: this process among the others.
+        shards: shards of data.val.
+        batch_size: images of a batch.
+    """
     return kind(
         shards,
         img_size=config.model.img_size,
@@ -83,13 +97,15 @@ def validation_loader(
 
 
 def step_flops(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count one image's operations in a training step, by PyTorch on the model's device.
+    """Count the floating-point operations of a training step for one image.
 
-    The backward pass counts twice the forward one.
+    PyTorch counts them on the model's device. The backward pass counts twice as many as the
+    forward pass.
 
     Args:
-        model: runs in evaluation mode meanwhile.
-        forward: one image's way through all parts; tensors it makes lie on the model's device.
+        model: model, which is in evaluation mode while it is measured.
+        forward: function that computes all parts of the model for one image; the tensors that it
+            makes lie on the model's device.
     """
     was_training, place = model.training, next(model.parameters()).device
     model.eval()

@@ -31,14 +31,14 @@ from mae_scale.world import World
 
 
 def build(config: DetectConfig, num_classes: int) -> Detector:
-    """Build the model of a run."""
+    """Build the model of a run, on the device of the context."""
     return build_detector(num_classes=num_classes, **given(config.model))
 
 
 def flops(model: Detector) -> int:
-    """Count one image's operations in a training step; see `step_flops`.
+    """Count the floating-point operations of a training step for one image; see `step_flops`.
 
-    A quarter of the proposals is given to the mask head, which is the most that it gets.
+    The mask head gets a quarter of the proposals here, which is the most that it ever gets.
     """
     size, channels = model.backbone.patch_embed.img_size[0], model.rpn.head.cls_logits.in_channels
     heads, rois = model.roi_heads, model.roi_heads.fg_bg_sampler.batch_size_per_image
@@ -52,16 +52,16 @@ def flops(model: Detector) -> int:
 
 
 def prepare(config: DetectConfig, world: World) -> TrainingSetup:
-    """Put together what is trained.
+    """Put together model, data, loss and validation of a run.
 
     Raises:
-        UserError: shards, weights or settings that cannot be used.
+        UserError: shards, weights or settings cannot be used.
     """
     shards = open_annotated(config.data.train, config.data.cache_dir, "detect")
     low, high = config.augment.scale
     transform = DetectionTransform(shards.categories, config.augment.recipe, (low, high))
     loader = train_loader(config, world, shards, transform, AnnotatedTrainLoader)
-    with torch.device("meta"):  # no weights yet
+    with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(shards.categories))
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
@@ -89,7 +89,12 @@ def category_names(shards: ShardSet) -> list[str]:
 
 
 def targets_of(batch: Batch) -> Targets:
-    """Give `Detector` the objects of a batch, image by image."""
+    """Split the objects of a batch by image, in the form that `Detector` takes.
+
+    Args:
+        batch: batch of `AnnotatedTrainLoader`; "objects" is the number of objects of each image,
+            and "boxes", "classes" and "masks" hold those of all images one after the other.
+    """
     counts, size = batch["objects"].tolist(), batch["image"].shape[-1]
     parts = [batch[key].split(counts) for key in ("boxes", "classes", "masks")]
     return [
@@ -107,19 +112,19 @@ def detect(
 ) -> list[dict[str, torch.Tensor]]:
     """Detect objects in images; boxes and masks are in the pixels of the files.
 
-    As in training, li2021 lets the model see grey padding as a part of the image, and vitdet pads
-    with the mean colour.
+    The padding is that of training: with the recipe li2021 the model sees grey padding as a part
+    of the image, with vitdet the padding has the mean colour.
 
     Args:
         model: `Detector`, or an engine around it; not in training mode.
-        config: of the run.
+        config: config of the run.
         images: uint8 [B, 3, S, S], padded with grey.
         sizes: int64 [B, 2], height and width without padding.
         originals: int64 [B, 2], height and width in the file.
 
     Returns:
-        Of each image "boxes" float32 [N, 4], "classes" int64 [N] from 0, "scores" float32 [N],
-        "masks" bool [N, H, W].
+        One dict per image: "boxes", float32 [N, 4], x0, y0, x1, y1; "classes", int64 [N], from 0;
+        "scores", float32 [N], from 0 to 1; "masks", bool [N, H, W].
     """
     shown = torch.full_like(sizes, images.shape[-1]) if config.augment.recipe == "li2021" else sizes
     found = model(normalize_padded(images, shown), shown)
@@ -128,17 +133,17 @@ def detect(
         scale = each["boxes"].new_tensor([w / size[1], h / size[0]] * 2)
         boxes = each["boxes"] * scale
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([w, h, w, h]))
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # others lie in the padding
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # boxes without area lie in the padding
         each |= {key: value[kept] for key, value in each.items()} | {"boxes": boxes[kept]}
         each["masks"] = paste_masks(each["masks"], each["boxes"], (h, w))
     return found
 
 
 def _validation(config: DetectConfig, world: World, train: ShardSet) -> Validation | None:
-    """Validate on data.val by COCO's numbers.
+    """Make the validation that computes COCO's numbers on data.val; None without data.val.
 
     Raises:
-        UserError: no shards, or their categories are not those of the training shards.
+        UserError: there are no shards, or their categories are not those of the training shards.
     """
     if config.data.val is None:
         return None

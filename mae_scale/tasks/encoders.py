@@ -1,4 +1,4 @@
-"""An encoder that describes images, from a run or from weights of others."""
+"""Encoders that describe images by features, read from a run or from foreign weights."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from mae_scale.tasks.trained import (
 
 @dataclass
 class Describer:
-    """An encoder and how it describes an image."""
+    """An encoder, and the way in which it reads and describes images."""
 
     model: Encoder
+    """The encoder, in evaluation mode."""
     pool: Pool
+    """Features that describe an image: the class token's ("token"), or the patches' mean."""
     crop_ratio: float | None
-    """Share of the short side that its centre crop covers; None: what suits its size."""
+    """Share of the short side that the centre crop covers; None: the usual one for the size."""
     source: str
-    """Run and step, or file, for messages."""
+    """Path of the weights and, for a run, the step folder; for messages."""
     max_pixels: int = MAX_PIXELS
-    """Most pixels that an image may have: what the run allows."""
+    """Most pixels that an image may have, as the run says."""
     bands: Bands = RGB
-    """Bands of its images."""
+    """Bands of the images, and how they are normalised."""
 
     @property
     def features(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -62,15 +64,16 @@ def read_describer(
     """Read an encoder, in fp32 on the CPU; all ranks call.
 
     Args:
-        weights: run folder of pretrain, finetune or linprobe, a step folder in it, or weights.
-        pool: what describes an image; None: the class token of a masked autoencoder, and what the
-            head of a classifier sees.
-        name: of foreign weights: their architecture; None: what they say themselves.
-        img_size: pixels; None: that of the weights.
-        ema: take the moving average of the weights.
+        weights: run folder of pretrain, finetune or linprobe, a step folder in one, or foreign
+            weights.
+        pool: features that describe an image; None: the class token of a masked autoencoder, and
+            for a classifier the features that its head gets.
+        name: architecture of foreign weights; None: the one that they name.
+        img_size: side of the images in pixels; None: that of the weights.
+        ema: whether to take the moving average of the weights.
 
     Raises:
-        UserError: there are no such weights, or they do not fit what is asked.
+        UserError: there are no such weights, or they do not fit the other arguments.
     """
     crop_ratio, grid, max_pixels, bands = None, None, MAX_PIXELS, RGB
     if is_ours(weights):
@@ -110,7 +113,7 @@ def read_describer(
                 f"features; leave it out, or take --pool {model.pool}"
             )
         pool = model.pool
-    # What is missing, such as decoder or head, takes no part in the features.
+    # Keys that are missing, such as those of a decoder or a head, play no part in the features.
     model.load_state_dict(found, strict=False)
     return Describer(model.eval(), pool, crop_ratio, source, max_pixels, bands)
 

@@ -1,7 +1,7 @@
 """The pictures of a run, as PNG: reconstructions (in the manner of paper Figure 2), loss curve.
 
-Files appear whole or not at all. matplotlib is used through its objects, without a display and
-without state shared with the caller's own figures.
+Files appear whole or not at all. matplotlib is used through its objects, so that no display is
+needed and no state is shared with the caller's own figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mae_scale.data.bands import for_display
 from mae_scale.files import owner
 
-# Under the title, since the third column is puzzling without it.
+# Note under the title, since the third column is puzzling without it.
 NOTE = (
     "Only hidden patches count in the loss: what the third column shows in the places of visible",
     "ones means nothing. The last column has the visible patches themselves there.",
@@ -53,8 +53,8 @@ def save_reconstruction_grid(
     Args:
         path: PNG to write or replace.
         images: float [N, C, H, W] in [0, 1] (values outside are clipped), on any device.
-        mask: [N, 1, H, W], 1 on removed pixels.
-        reconstruction: as images.
+        mask: [N, 1, H, W], 1 on removed pixels, 0 on visible ones.
+        reconstruction: the model's images, in shape and range as `images`.
         title: one line above everything.
         captions: a line for each image, such as its file name.
     """
@@ -125,11 +125,11 @@ def save_loss_curve(
 
     Args:
         path: PNG to write or replace.
-        steps, losses: Steps and their losses, of equal length, in order of step.
-        interruptions: last steps done before each stop; a vertical line marks each.
+        steps, losses: steps and their losses, of equal length, in order of step.
+        interruptions: last step that was done before each stop; a vertical line marks each.
         title: one line above the plot.
-        interruption_label: what the lines mean; each is labelled so, with its step, while there
-            are at most four, and by one legend entry beyond.
+        interruption_label: meaning of these lines. At most four lines are each labelled with it
+            and their step; if there are more, one entry of a legend explains them all.
     """
     x, y = np.asarray(steps, float), np.asarray(losses, float)
     finite = y[np.isfinite(y)]
@@ -182,7 +182,10 @@ def _mark_interruptions(axes: Axes, interruptions: Sequence[int], label: str) ->
 
 
 def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
-    """[N, C, H, W] on any device -> [N, H, W, 1 or 3] in [0, 1], three bands of images."""
+    """Turn [N, C, H, W] on any device into [N, H, W, 1 or 3] in [0, 1], with three bands to show.
+
+    A mask, which has one channel, keeps it.
+    """
     x = x if x.shape[1] == 1 else for_display(x)
     return x.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -28,7 +28,12 @@ __all__ = ["build", "flops", "prepare"]
 
 
 def build(config: FinetuneConfig, num_classes: int) -> Classifier:
-    """Build the model of a run, frozen as `train.tune_blocks` says."""
+    """Build the model of a run, on the device of the context, frozen as `train.tune_blocks` says.
+
+    Args:
+        config: config of the run.
+        num_classes: number of outputs.
+    """
     model = build_classifier(num_classes=num_classes, **given(config.model, "crop_ratio"))
     if config.train.tune_blocks is not None:
         model.tune_last(config.train.tune_blocks)
@@ -36,14 +41,14 @@ def build(config: FinetuneConfig, num_classes: int) -> Classifier:
 
 
 def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
-    """Put together what is trained.
+    """Put together model, data, loss and validation of a run.
 
     Raises:
-        UserError: shards, weights or settings that cannot be used.
+        UserError: shards, weights or settings cannot be used.
     """
     shards, loader = training_data(config, world, Augment.of(config.augment))
     classes = classes_of(shards)
-    with torch.device("meta"):  # no weights yet
+    with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(classes))
     target = Targets(config.augment, len(classes), config.train.micro_batch_size)
     bands = Bands.of(config)
@@ -72,13 +77,18 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
 def class_weights(
     asked: Literal["balanced"] | list[float] | None, shards: ShardSet
 ) -> torch.Tensor | None:
-    """The weight of each class in the loss, float32 [classes]; None: all 1.
+    """Return the weight of each class in the loss, float32 [classes]; None: all weights are 1.
 
-    Under "balanced" it is the mean number of images of a class over its own number, so that the
-    mean over all images is 1. A class without images gets 0.
+    Under "balanced" the weight of a class is the mean number of images of a class divided by the
+    number of images of this class, so that the mean weight of all images is 1. A class without
+    images gets 0.
+
+    Args:
+        asked: `train.class_weights` of the config.
+        shards: training shards.
 
     Raises:
-        UserError: a list of another length than the classes, or of nothing but 0.
+        UserError: the list has not one value for each class, or all its values are 0.
     """
     if asked is None:
         return None
@@ -96,17 +106,17 @@ def class_weights(
 
 
 class Targets:
-    """Labels as distributions over the classes: mixup, cutmix and label smoothing, timm's.
+    """Turns labels into distributions over the classes, by timm's mixup, cutmix and smoothing.
 
-    Mixing is within the micro-batch, with its mirror image.
+    Each image of a micro-batch is mixed with its counterpart from the other end.
 
     Args:
-        augment: the config's section.
-        classes: number of them.
-        micro_batch_size: must be even to be mixed.
+        augment: section `augment` of the config.
+        classes: number of classes.
+        micro_batch_size: images of a micro-batch; it must be even if images are mixed.
 
     Raises:
-        UserError: a micro-batch that cannot be mixed.
+        UserError: the micro-batch cannot be mixed.
     """
 
     def __init__(self, augment: AugmentConfig, classes: int, micro_batch_size: int) -> None:
@@ -128,19 +138,19 @@ class Targets:
     def mix(
         self, images: torch.Tensor, labels: torch.Tensor, key: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix a micro-batch in place, deciding how by the key alone.
+        """Mix the images of a micro-batch in place; the key alone decides how.
 
         Args:
-            images: float32 [b, 3, S, S].
+            images: float32 [b, C, H, W].
             labels: int64 [b].
             key: 64 random bits.
 
         Returns:
             images: the same tensor.
-            targets: float32 [b, classes], each row summing to 1.
+            targets: float32 [b, classes]; each row sums to 1.
         """
-        if not self._mixup.mixup_enabled:  # it would ask for an even number
+        if not self._mixup.mixup_enabled:  # timm would demand an even number of images
             classes, smoothing = self._mixup.num_classes, self._mixup.label_smoothing
             return images, F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-        np.random.seed(key & 0xFFFFFFFF)  # all that it draws from
+        np.random.seed(key & 0xFFFFFFFF)  # timm draws from this generator only
         return self._mixup(images, labels)

@@ -27,7 +27,12 @@ __all__ = ["build", "flops", "prepare"]
 
 
 def build(config: LinprobeConfig, num_classes: int) -> Classifier:
-    """Build the model of a run: only the head is trained."""
+    """Build the model of a run, on the device of the context; only its head is trained.
+
+    Args:
+        config: config of the run.
+        num_classes: number of outputs.
+    """
     model = build_classifier(
         num_classes=num_classes, head="probe", **given(config.model, "crop_ratio")
     )
@@ -40,7 +45,10 @@ IMAGENET_BUDGET = 90 * 78 * 6.4
 
 
 def warn_of_small_budget(config: LinprobeConfig, steps_per_epoch: int) -> None:
-    """Warn where LARS can hardly move the weights in the time that it has."""
+    """Warn if LARS can hardly move the weights in the steps of the run.
+
+    The measure is the sum of the learning rate over the steps, against that on ImageNet.
+    """
     steps = total_steps(config.train, steps_per_epoch)
     share = peak_rate(config) * steps / IMAGENET_BUDGET
     if share < 1 / 50:
@@ -53,23 +61,23 @@ def warn_of_small_budget(config: LinprobeConfig, steps_per_epoch: int) -> None:
 
 
 def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
-    """Put together what is trained.
+    """Put together model, data, loss and validation of a run.
 
     Raises:
-        UserError: shards, weights or settings that cannot be used.
+        UserError: shards, weights or settings cannot be used.
     """
     shards, loader = training_data(config, world, Augment.of(config.augment))
     warn_of_small_budget(config, loader.steps_per_epoch)
     classes = classes_of(shards)
-    with torch.device("meta"):  # no weights yet
+    with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(classes))
 
     bands = Bands.of(config)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         logits = engine(bands.normalize(batch["image"]))
-        # Each rank has seen images of its own. A rank's statistics must not be its own: rank 0's
-        # are saved.
+        # Each rank has seen other images, but only the statistics of rank 0 are saved. Therefore
+        # all ranks take the mean of their statistics.
         for statistics in engine.module.buffers():
             if statistics.is_floating_point() and world.size > 1:
                 dist.all_reduce(statistics)

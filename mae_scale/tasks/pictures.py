@@ -1,4 +1,4 @@
-"""Reconstructions of the same few images, again and again while a model is trained."""
+"""Pictures of how a model reconstructs the same few images, drawn again and again in training."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from mae_scale.train.loop import Pictures
 log = logging.getLogger("mae_scale")
 
 IMAGES = 8
-_TRIES = 10  # images, for each, of which one must be whole
+_TRIES = 10  # number of images that are tried until one is not damaged
 
-Fixed = tuple[torch.Tensor, torch.Tensor]
+Fixed = tuple[torch.Tensor, torch.Tensor]  # global ids and pixels of the images
 
 
 def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
-    """Pictures of images of data.val or else of the training shards, always under the same masks.
+    """Make the pictures of a run: eight images of data.val, always under the same masks.
 
-    Nothing random is drawn for them, so that the run goes on as it would have without.
+    Without data.val the images come from the training shards. No random number of the run is used
+    for them, so that training goes on as it would have without.
+
+    Returns:
+        The pictures; None: `train.reconstruct_every` is null.
 
     Raises:
         UserError: data.val is no shard folder.
@@ -64,7 +68,8 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
             return None
         model, inputs = engine.module, bands.normalize(pixels)
         noise = model.noise(config.seed, torch.zeros_like(sample), sample)
-        # The compiled blocks are for training: another number of images would be compiled anew.
+        # The compiled blocks are for training: they would be compiled again for these images,
+        # whose number is another one.
         eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
         with eager:
             reconstruction, mask = model.reconstruct(inputs, noise)
@@ -80,12 +85,14 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
 
 
 def fixed_images(dataset: EvalDataset) -> Fixed:
-    """Images spread evenly over a data set, the next whole one in the place of a damaged one.
+    """Read images that are spread evenly over a data set.
 
-    Of a remote set only the first shard is looked at: it is fetched whole, as each would be.
+    In the place of a damaged image stands the next one that can be decoded. Of a remote data set
+    only the first shard is read, since a shard is fetched whole.
 
     Returns:
-        Global ids, int64 [n], and pixels, uint8 [n, C, H, W]; none if they cannot be read.
+        Global ids, int64 [n], and pixels, uint8 [n, C, H, W]. n is 0 where the data set cannot be
+        read; a warning then says so.
     """
     shards = dataset.shards
     count = int(shards.samples[0]) if is_remote(shards.files[0]) else len(shards)
@@ -97,7 +104,7 @@ def fixed_images(dataset: EvalDataset) -> Fixed:
                 try:
                     found.setdefault(sample, dataset.pixels(sample))
                     break
-                except ValueError:  # training says so when it meets it
+                except ValueError:  # the image is damaged; training reports it
                     continue
     except (UserError, OSError) as error:
         log.warning("reconstructions of %s are not drawn: %s", shards.root, error)

@@ -41,18 +41,18 @@ log = logging.getLogger("mae_scale")
 
 
 def build(config: PretrainConfig, num_classes: int = 0) -> MaskedAutoencoderViT:
-    """Build the model of a run; it has no classes."""
+    """Build the model of a run, on the device of the context; it has no classes."""
     return build_mae(**given(config.model, "tokenizer"))
 
 
 def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
-    """Put together what is trained.
+    """Put together model, data, loss, probes and pictures of a run.
 
     Raises:
-        UserError: shards, weights or settings that cannot be used.
+        UserError: shards, weights or settings cannot be used.
     """
     shards, loader = training_data(config, world, Augment.of(config.augment))
-    with torch.device("meta"):  # no weights yet
+    with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config)
     token_ids, bands = tokenizer(config, model, world), Bands.of(config)
 
@@ -76,10 +76,14 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
 
 
 def probe(config: PretrainConfig, world: World) -> Validation | None:
-    """Classify the images of data.val by their neighbours there, every `train.probe_every` steps.
+    """Make the validation that probes the encoder every `train.probe_every` steps.
 
-    With `train.probe_linear` a linear classifier is fitted to their features, too. Nothing random
-    is drawn for it, so that the run goes on as it would have without.
+    A probe classifies each image of data.val by its nearest neighbours there. With
+    `train.probe_linear` it also fits a linear classifier to the features. No random number of the
+    run is used for it, so that training goes on as it would have without.
+
+    Returns:
+        The validation; None: `train.probe_every` is null.
 
     Raises:
         UserError: data.val is not given, is no shard folder, or has no classes.
@@ -95,7 +99,8 @@ def probe(config: PretrainConfig, world: World) -> Validation | None:
     def scores(
         engine: DeepSpeedEngine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> dict[str, float] | None:
-        # The compiled blocks are for training: images without a mask would be compiled anew.
+        # The compiled blocks are for training: they would be compiled again for images without a
+        # mask.
         eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
         try:
             with eager:
@@ -120,10 +125,13 @@ def probe(config: PretrainConfig, world: World) -> Validation | None:
 def tokenizer(
     config: PretrainConfig, model: MaskedAutoencoderViT, world: World
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Load what gives the target's ids (paper Table 1d); None where the target has none.
+    """Load the tokenizer, which gives the target tokens its ids (paper Table 1d).
+
+    Returns:
+        A function from images to the ids of their patches; None: the target needs no tokenizer.
 
     Raises:
-        UserError: the file is missing or does not fit, or the target does not ask for one.
+        UserError: the file is missing or does not fit, or the target needs none.
     """
     section = config.model
     if model.target.needs_tokenizer != (section.tokenizer is not None):
@@ -140,9 +148,14 @@ def tokenizer(
 
 
 def first_patches(config: PretrainConfig, patch_size: int, images: int) -> Iterator[torch.Tensor]:
-    """Give the patches of the run's first images, float32 [n, p*p*C] per micro-batch.
+    """Yield the patches of the first images of the run, float32 [n, p*p*C] for each micro-batch.
 
     They follow from the config alone.
+
+    Args:
+        config: config of the run.
+        patch_size: p, in pixels.
+        images: smallest number of images to yield.
     """
     bands, (_, loader) = (
         Bands.of(config),
@@ -156,7 +169,11 @@ def first_patches(config: PretrainConfig, patch_size: int, images: int) -> Itera
 def initial_weights(
     config: PretrainConfig, model: MaskedAutoencoderViT
 ) -> Callable[[], dict[str, torch.Tensor]] | None:
-    """Give a function that reads or computes what does not start fresh; None: all does."""
+    """Return a function that reads or computes the tensors that do not start at random values.
+
+    They are the weights to start from, and values that the target computes from the first images.
+    None: all tensors start at random values.
+    """
     spec, images = config.weights, model.target.fitted_on
     if spec is None and not images:
         return None
@@ -170,7 +187,7 @@ def initial_weights(
         if weights and "decoder_pred.weight" not in weights:
             log.warning("%s has no decoder: training starts with a new one", spec)
         if images:
-            # Rank 0 computes it when a run starts; from then on it is in the checkpoints.
+            # Rank 0 computes these values when a run starts; later they come from checkpoints.
             kept = model.target.fit(first_patches(config, model.patch_size, images))
             weights |= {f"{config.model.target}.{key}": value for key, value in kept.items()}
         return weights

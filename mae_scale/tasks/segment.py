@@ -28,12 +28,12 @@ from mae_scale.world import World
 
 
 def build(config: SegmentConfig, num_classes: int) -> Segmenter:
-    """Build the model of a run."""
+    """Build the model of a run, on the device of the context."""
     return build_segmenter(num_classes=num_classes, **given(config.model))
 
 
 def flops(model: Segmenter) -> int:
-    """Count one image's operations in a training step; see `step_flops`."""
+    """Count the floating-point operations of a training step for one image; see `step_flops`."""
 
     def forward() -> None:
         maps = model.neck(model.backbone(torch.zeros(1, 3, model.img_size, model.img_size)))
@@ -44,10 +44,10 @@ def flops(model: Segmenter) -> int:
 
 
 def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
-    """Put together what is trained.
+    """Put together model, data, loss and validation of a run.
 
     Raises:
-        UserError: shards, weights or settings that cannot be used.
+        UserError: shards, weights or settings cannot be used.
     """
     if config.train.micro_batch_size * world.size < 2:
         raise UserError(
@@ -60,7 +60,7 @@ def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
         (low, high), config.augment.most_of_one, config.augment.colors
     )
     loader = train_loader(config, world, shards, transform, AnnotatedTrainLoader)
-    with torch.device("meta"):  # no weights yet
+    with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(shards.classes))
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
@@ -80,16 +80,19 @@ def prepare(config: SegmentConfig, world: World) -> TrainingSetup:
 
 
 def sliding_of(config: SegmentConfig) -> Sliding:
-    """Say how a run segments whole images."""
+    """Return the windows by which a run segments whole images."""
     size = config.model.img_size
     return Sliding(size, config.train.validate_stride or max(1, size * 2 // 3))
 
 
 def _validation(config: SegmentConfig, world: World, train: ShardSet) -> Validation | None:
-    """Validate on data.val by mIoU, mean accuracy and pixel accuracy.
+    """Make the validation that computes mIoU, mean accuracy and pixel accuracy on data.val.
+
+    Returns:
+        The validation; None: there is no data.val.
 
     Raises:
-        UserError: no shards, or their classes are not those of the training shards.
+        UserError: there are no shards, or their classes are not those of the training shards.
     """
     if config.data.val is None:
         return None

@@ -1,4 +1,4 @@
-"""The block in which a run describes itself at its start, so that a wrong setting is seen."""
+"""The lines by which a run describes itself at its start, so that wrong settings are noticed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from mae_scale.world import World
 
 
 def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: int) -> list[str]:
-    """Describe a run, a line for each subject.
+    """Describe a run in lines: model, weights, batch, schedule, validation.
 
     Args:
-        model: Model as it is trained; it may be on the meta device.
+        config: config of the run.
+        world: this process among the others.
+        model: model that is trained; it may be on the meta device.
+        steps_per_epoch: optimiser steps of an epoch.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
@@ -37,12 +40,12 @@ def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: 
 
 
 def fitted(state: dict[str, torch.Tensor], taken: dict[str, torch.Tensor], model: nn.Module) -> str:
-    """Say which keys of a model are new, which of the weights are left out, which are resized.
+    """Say which tensors of a model start new, and which of the weights are left out or resized.
 
     Args:
-        state: Weights as they were read.
-        taken: Those of them that the model gets.
-        model: Model that gets them; it may be on the meta device.
+        state: weights as they were read.
+        taken: weights that the model gets.
+        model: model that gets them; it may be on the meta device.
     """
     expected = model.state_dict().keys()
     resized = [key for key in taken if key in state and state[key].shape != taken[key].shape]
@@ -56,6 +59,6 @@ def fitted(state: dict[str, torch.Tensor], taken: dict[str, torch.Tensor], model
 
 
 def _grouped(keys: list[str]) -> str:
-    """Keys by the part before the first dot, such as `head (2), norm (2)`."""
+    """Count keys by the part before their first dot, such as `head (2), norm (2)`."""
     counts = Counter(key.partition(".")[0] for key in keys)
     return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())

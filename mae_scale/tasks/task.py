@@ -1,10 +1,10 @@
 """The registry of tasks: every other part asks it what a run consists of.
 
-Importing it needs no torch. The part of a task that does is its module, `tasks/NAME.py`, with
+Importing it needs no torch. The code of a task that needs torch is its module, `tasks/NAME.py`:
 
-    build(config, num_classes) -> model     as it is trained, on the device of the context
-    flops(model) -> int                     operations of one image in a training step
-    prepare(config, world, ds_config) -> Training     what `train.run.train` trains
+    build(config, num_classes) -> model        the model that is trained, on the context's device
+    flops(model) -> int                        operations of a training step for one image
+    prepare(config, world) -> TrainingSetup    everything that `train.run.train` needs
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
-AVERAGED = "ema_"  # begins the name of a score of the moving average of the weights
+# Prefix of the names of scores that the moving average of the weights has reached.
+AVERAGED = "ema_"
+# Scores of each kind of task: the label of each by its name in validation.jsonl.
 CLASSIFICATION = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
 PROBES = {
     "knn_top1": "kNN top-1, %",
@@ -55,38 +57,49 @@ SEGMENTATION = {"miou": "mIoU, %", "macc": "mean accuracy, %", "aacc": "pixel ac
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of run."""
+    """A kind of run: its name, its config, its scores, and its module."""
 
     name: str
-    """The command that trains it, and the name of its module in `tasks/`."""
+    """Name of the command that trains it and of its module in `tasks/`."""
     config: type[RunConfig]
+    """Class of its config."""
     about: str
-    """A line for `mae-scale --help`."""
+    """Line about the command for `mae-scale --help`."""
     card: str
-    """A sentence about the model, for a model card."""
+    """Description of the model for a model card."""
     hub_tag: str
     """Pipeline tag of the model on the Hugging Face Hub."""
     scores: Mapping[str, str] = field(default_factory=dict)
     """Scores of a validation: the label of each by its name in validation.jsonl."""
     best_by: str = ""
-    """The score whose highest value makes the best checkpoint (of pre-training, the newest is)."""
+    """Score whose highest value is the best validation. It also decides which checkpoint is the
+    best one, except in pre-training, where that is always the newest."""
     num_classes: int = 0
-    """Classes where no data set says how many: those of the paper's."""
+    """Number of classes where no data set is given: that of the paper's data set."""
     is_planned: bool = True
     """Whether `mae-scale plan` knows the memory and the time of a step."""
 
     @property
     def module(self) -> ModuleType:
-        """The module of the task, which imports torch."""
+        """Module of the task, which imports torch."""
         return importlib.import_module(f"mae_scale.tasks.{self.name}")
 
     def best_score(self, row: Mapping[str, Any]) -> str | None:
-        """Name the score of a validation that decides: the moving average's where it keeps one."""
+        """Name the score by which a validation counts; None: the validation has no such score.
+
+        It is the score of the moving average of the weights where the run keeps one.
+
+        Args:
+            row: row of validation.jsonl.
+        """
         names = (AVERAGED + self.best_by, self.best_by)
         return next((n for n in names if type(row.get(n)) in (int, float)), None)
 
     def best_row(self, rows: Iterable[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
-        """Give the deciding score and the first validation in which it is highest."""
+        """Return the name of the deciding score, and the first validation in which it is highest.
+
+        None: no validation has a score.
+        """
         scored = [(name, row) for row in rows if (name := self.best_score(row))]
         return max(scored, key=lambda pair: pair[1][pair[0]]) if scored else None
 
@@ -150,12 +163,15 @@ TASKS = {
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
-    """Find the task of a run or of a recipe by the content of its config.yaml.
+    """Find the task of a run or a recipe by the content of its config.
 
-    Folders and recipes that do not name their task are of the one that knows most of their keys.
+    A config that does not name its task belongs to the task that knows most of its keys.
+
+    Args:
+        config: nested or dotted keys.
 
     Raises:
-        UserError: it names a task that does not exist.
+        UserError: the config names a task that does not exist.
     """
     flat = flatten(dict(config))
     name = flat.get("task")
@@ -167,10 +183,10 @@ def task_of(config: Mapping[str, Any]) -> Task:
 
 
 def task_of_arguments(argv: list[str]) -> Task:
-    """Find the task of `--config` files and `--section.key` arguments.
+    """Find the task that `--config` files and `--section.key` arguments belong to.
 
     Raises:
-        UserError: a file that is not there or not YAML.
+        UserError: a file is missing or not YAML.
     """
     return task_of(given_values(argv))
 
@@ -191,10 +207,18 @@ def _check_task(task: Task, argv: list[str]) -> None:
 
 
 def main(name: str, argv: list[str], prog: str) -> int:
-    """Train a task and give the exit code: 0 finished, 85 stopped early.
+    """Train a task and return the exit code: 0 finished, 85 stopped early.
 
-    What can be wrong with the input is found while the training is prepared, before anything is
-    made.
+    Errors in the input are found while the training is prepared, before anything is written.
+
+    Args:
+        name: name of the task.
+        argv: arguments behind the name of the command.
+        prog: name of the command, for messages.
+
+    Raises:
+        UserError: something is wrong with the input.
+        RunError: the run failed.
     """
     task = TASKS[name]
     _check_task(task, argv)

@@ -1,4 +1,4 @@
-"""A trained run as other commands use it: its config, its model, its weights."""
+"""Trained runs for other commands: reading their config, their model and their weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ from mae_scale.train import checkpoint
 from mae_scale.train.loading import load_averages, load_weights
 from mae_scale.train.optimizers import optimizer_order
 
-_MOST_BYTES = 1 << 24  # of classes.json
+_MOST_BYTES = 1 << 24  # size limit of classes.json
 CLASSES = "classes.json"  # in the run folder of a task that has classes
 
 
 def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
-    """Read the weights of a run of ours (its best or newest checkpoint), a step folder, or a file.
+    """Read weights of any kind as a state dict.
 
     Args:
-        model: Model that gets them, if its attention must have as many heads as theirs.
+        path: run folder, whose best or newest checkpoint is taken, a step folder in one, or
+            foreign weights: a file, or a folder of timm or Hugging Face.
+        model: model that gets the weights; its attention must have as many heads as theirs. None:
+            the heads are not compared.
 
     Raises:
-        UserError: there are none, or they say that they have another number of heads. Their shapes
-            are the same with any number, but the model would compute something else.
+        UserError: there are no weights, or they say that they have another number of heads. The
+            shapes are the same for any number of heads, but the model would compute something
+            else.
     """
     run = TrainedRun.read(best_checkpoint(path)) if is_ours(path) else None
     if model is not None:
@@ -53,10 +57,13 @@ def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
 
 
 def check_foreign_bands(path: str | Path, sizes: dict[str, Any]) -> None:
-    """Raise a UserError for weights from elsewhere whose images nobody can normalise.
+    """Raise a UserError for foreign weights that do not say how their images are normalised.
+
+    They are those whose images do not have three bands.
 
     Args:
-        sizes: what `weights.sizes_of` says of them.
+        path: path of the weights, for the message.
+        sizes: sizes of their model, from `weights.sizes_of`.
     """
     if "in_chans" in sizes:
         raise UserError(
@@ -66,7 +73,10 @@ def check_foreign_bands(path: str | Path, sizes: dict[str, Any]) -> None:
 
 
 def grid_of(path: str | Path) -> tuple[int, int] | None:
-    """Rows and columns of patches of a run of ours whose images are no squares; None: of others."""
+    """Return the rows and columns of patches of a run whose images are not square.
+
+    None: the images are square, or the path is not of a run.
+    """
     if not is_ours(path):
         return None
     trained = TrainedRun.read(best_checkpoint(path))
@@ -81,18 +91,18 @@ def _heads(model: Any) -> int:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a path is a run folder or a committed step folder."""
+    """Return whether a path is a run folder or a committed step folder."""
     path = Path(path)
     return (path / checkpoint.COMMITTED).exists() or (path / "config.yaml").exists()
 
 
 def best_checkpoint(path: str | Path) -> Path:
-    """Find the checkpoint to use of a run folder: the best by validation, or else the newest.
+    """Find the checkpoint of a run folder that has the best validation, or else the newest one.
 
-    A step folder is itself the checkpoint.
+    If the path is a step folder, that is the checkpoint.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
     path = Path(path)
     best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
@@ -108,18 +118,20 @@ class TrainedRun:
     """A checkpoint, and the run that it belongs to."""
 
     folder: Path
-    """The step folder."""
+    """Step folder of the checkpoint."""
     task: Task
+    """Task of the run."""
     config: RunConfig
+    """Config of the run."""
     classes: list[str]
-    """Names of the model's outputs, in order; none in pre-training."""
+    """Names of the model's outputs, in order; empty for pre-training."""
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainedRun:
-        """Read what the run of a step folder says of it, but no weights.
+        """Read the config and the classes of the run that a step folder belongs to, but no weights.
 
         Raises:
-            UserError: its config.yaml or classes.json cannot be read.
+            UserError: config.yaml or classes.json of the run cannot be read.
         """
         folder = Path(folder)
         run_dir = folder.parents[1]
@@ -143,10 +155,10 @@ class TrainedRun:
         return self.folder.parents[1]
 
     def model(self, img_size: ImageSize | None = None) -> Any:
-        """Build the model of the run with fresh weights.
+        """Build the model of the run with new weights, on the device of the context.
 
         Args:
-            img_size: another one than it was trained at.
+            img_size: side, or height and width, of the images in pixels; None: that of training.
         """
         config = self.config
         if img_size is not None:
@@ -165,16 +177,17 @@ class TrainedRun:
         return model
 
     def whole_weights(self, ema: bool = False) -> dict[str, torch.Tensor]:
-        """Read the state dict in fp32, which has all keys and shapes of the model; all ranks call.
+        """Read the state dict in fp32, and check its keys and shapes by the model; all ranks call.
 
         Args:
-            ema: as for `weights`.
+            ema: whether to take the moving averages, as for `weights`.
 
         Raises:
             UserError: the checkpoint does not hold the weights of the run's model.
         """
         state = self.weights(ema)
-        with torch.device("meta"):  # a config that does not belong to the weights takes no memory
+        # On the meta device, a config that does not belong to the weights needs no memory.
+        with torch.device("meta"):
             shapes = {key: value.shape for key, value in self.model().state_dict().items()}
         found = {key: value.shape for key, value in state.items()}
         if shapes != found:
@@ -189,7 +202,7 @@ class TrainedRun:
         """Read the state dict in fp32; all ranks call.
 
         Args:
-            ema: the moving averages of the parameters that were trained, instead of these.
+            ema: whether to take, in the place of each trained parameter, its moving average.
 
         Raises:
             UserError: the run keeps no moving average.

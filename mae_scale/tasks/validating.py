@@ -1,4 +1,4 @@
-"""The part of validation that all tasks share: the moving average is measured, too."""
+"""The part of validation that all tasks share: it also measures the moving average of weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Validation
 from mae_scale.train.validation import averaged_weights
 
+# Function that measures the weights in an engine. It returns their scores by name, or None where
+# the function that it is given has said stop.
 Measure = Callable[[DeepSpeedEngine, Watchdog, Callable[[], bool]], dict[str, float] | None]
 
 
 def validation_by(config: RunConfig, every_epochs: int, scores: Measure) -> Validation:
-    """A validation of the weights and of their moving average, where the optimiser keeps one.
+    """Make a validation of the weights and of their moving average, where the optimiser keeps one.
 
     Args:
-        config: Config of the run.
-        every_epochs: epochs between two of them.
-        scores: measures the weights that the engine has; None where it was stopped.
+        config: config of the run.
+        every_epochs: epochs between two validations.
+        scores: function that measures the weights in the engine.
     """
     task, averages = TASKS[config.task], config.optim.average_decay is not None
 

@@ -1,4 +1,4 @@
-"""Weights of any kind for use in Python; DeepSpeed is imported for those of a run only."""
+"""Reading weights of any kind in Python; DeepSpeed is imported only for the weights of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mae_scale.models import weights
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a run, or in a file or folder of weights, with the authors' keys.
+    """Read the state dict of a run, or of a file or folder of weights, with the authors' keys.
 
     Args:
-        path: run folder (its best checkpoint is taken, or else its newest) or step folder in it,
-            or what `mae_scale.models.weights.read_weights` takes.
+        path: run folder (its best checkpoint is taken, or else its newest), a step folder in one,
+            or a path that `mae_scale.models.weights.read_weights` takes.
 
     Raises:
         UserError: nothing is there, or it holds no weights.

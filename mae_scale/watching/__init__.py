@@ -1,1 +1,1 @@
-"""Looking at runs from outside, without torch."""
+"""Watching runs from outside, by their folders and without torch."""

@@ -1,6 +1,7 @@
-"""Curves as SVG for a page: drawn by matplotlib, coloured and set in type by the page's style.
+"""Charts as SVG for a page: matplotlib draws them, and the page's style sets fonts and colours.
 
-Ink and grid are the page's variables --ink and --line, so that they follow a dark theme.
+Text and grid have the colours of the page's variables --ink and --line, so that they follow a dark
+theme.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 Values = npt.NDArray[np.float64]
 
-BINS = 400  # points of a curve at the most
-FEW = 12  # marks that may cross the whole chart
-_INK, _LINE = "#010203", "#040506"  # replaced by the page's variables
+BINS = 400  # largest number of points of a curve
+FEW = 12  # largest number of marks that cross the whole chart
+_INK, _LINE = "#010203", "#040506"  # placeholders, which the page's variables replace
 _THEME = {_INK: "var(--ink)", _LINE: "var(--line)"}
 _RC: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
 
 
 @dataclass
 class Curve:
-    """One run's values; NaN leaves a gap."""
+    """Values of one run, x and y float64 [n]; a NaN in y leaves a gap."""
 
     x: Values
     y: Values
@@ -47,25 +48,26 @@ class Chart:
     curves: list[Curve]
     x_label: str
     x_end: float
-    """The axis goes from 0 to here, so that charts of one page stand over each other."""
+    """End of the axis, which begins at 0, so that the charts of a page have the same axis."""
     marks: list[tuple[float, str]] = field(default_factory=list)
-    """Vertical lines: place and colour."""
+    """Vertical lines: place on the axis, and colour."""
     scale: Literal["auto", "zero", "percent"] = "auto"
-    """auto: logarithmic where values are positive and span a factor over 5; zero: linear from 0;
-    percent: the same of shares."""
+    """Scale of the values. auto: logarithmic where they are positive and span a factor over 5,
+    linear otherwise; zero: linear from 0; percent: linear from 0, for shares from 0 to 1."""
     smooth: bool = False
-    """Draw a moving mean, and what it is of faintly behind."""
+    """Whether to draw a moving mean, with the values faintly behind it."""
 
 
 def thin(x: Values, y: Values, bins: int = BINS) -> tuple[Values, Values, Values, Values]:
-    """At most so many points of a long curve.
+    """Divide a long curve into bins of consecutive points.
 
     Args:
-        x, y: [n]; y may hold NaN.
+        x, y: float64 [n]; y may hold NaN, which does not count.
+        bins: largest number of bins; a curve with fewer points keeps them all.
 
     Returns:
-        Means of x and y and the lowest and highest y of each bin, [<= bins]; NaN where a bin has
-        no value.
+        For each bin the mean of x, the mean of y, the lowest y and the highest y, each float64
+        [at most `bins`]; those of y are NaN where a bin has no value.
     """
     n = len(x)
     starts = np.unique(np.arange(bins) * n // bins) if n > bins else np.arange(n)
@@ -81,9 +83,10 @@ def thin(x: Values, y: Values, bins: int = BINS) -> tuple[Values, Values, Values
 
 
 def moving_mean(y: Values) -> Values:
-    """The mean of the values around each, [n]; NaN does not count.
+    """Return the mean of the values around each value, float64 [n]; NaN does not count.
 
-    It takes in a twentieth of the curve, and less towards the ends, as much on either side.
+    The mean is over a twentieth of the curve, with as many values on either side; towards the ends
+    it is over fewer values.
     """
     i = np.arange(len(y))
     half = np.minimum(len(y) // 40, np.minimum(i, i[::-1]))
@@ -96,10 +99,11 @@ def moving_mean(y: Values) -> Values:
 
 
 def draw(chart: Chart, width: int, height: int) -> str:
-    """The chart as an `<svg>` element that fills the width it is given.
+    """Draw a chart as an `<svg>` element that fills the width of its place on the page.
 
     Args:
-        width, height: in pixels, at which text has its natural size.
+        chart: chart to draw.
+        width, height: size in pixels at which text has its natural size.
     """
     with matplotlib.rc_context({**_RC, "svg.hashsalt": f"{chart.title} {width}"}):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -111,7 +115,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
             if finite.size:
                 lowest, highest = min(lowest, finite.min()), max(highest, finite.max())
         for x, colour in chart.marks:
-            top = 1 if len(chart.marks) <= FEW else 0.05  # many would hide the curves
+            top = 1 if len(chart.marks) <= FEW else 0.05  # many long lines would hide the curves
             axes.axvline(x, 0, top, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
         _set_scale(axes, chart.scale, lowest, highest)
         _style(axes, chart.x_label)
@@ -174,7 +178,7 @@ def _style(axes: Axes, x_label: str) -> None:
 
 
 def short(value: float) -> str:
-    """A number as it stands beside an axis: 250, 12k, 1.5M, 2e-05."""
+    """Write a number for an axis, such as 250, 12k, 1.5M, 2e-05."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (letter == "M" and abs(value) >= size):
             return f"{value / size:.4g}{letter}"
@@ -182,7 +186,7 @@ def short(value: float) -> str:
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, the first and the last among them, evenly spread."""
+    """Choose at most `most` of the values, evenly spread, the first and the last among them."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

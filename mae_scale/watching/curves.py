@@ -1,4 +1,4 @@
-"""The curves of a report."""
+"""The charts of a report: curves of the metrics and validations of one or several runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mae_scale.watching.run_view import RunView, is_of_metrics
 METRIC_KEYS = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "images_per_second",
                "data_wait", "memory_gb", "mfu", "bad_steps")  # fmt: skip
 
-Columns = dict[str, Values]
+Columns = dict[str, Values]  # values of all rows by key, float64 [rows]
 
 
 @dataclass
 class ReportedRun:
-    """A run on the page."""
+    """A run on the page, with its label and its colour there."""
 
     view: RunView
     label: str
@@ -32,28 +32,28 @@ class ReportedRun:
 
     @cached_property
     def metrics(self) -> Columns:
-        """Columns of metrics.jsonl, NaN where a value is not finite."""
+        """Columns of metrics.jsonl; NaN where a row has no finite value."""
         return read_columns(self.view.folder / METRICS, METRIC_KEYS, is_of_metrics)
 
     @cached_property
     def validations(self) -> Columns:
-        """Columns of validation.jsonl."""
+        """Columns of validation.jsonl; NaN where a row does not have a score."""
         names = [prefix + name for name in self.view.task.scores for prefix in ("", AVERAGED)]
         return read_columns(self.view.folder / VALIDATION, ("step", "epoch", *names))
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps of an epoch, of a run that has rows."""
+        """Optimiser steps of an epoch; the run must have rows."""
         return float(self.metrics["step"][-1] / self.metrics["epoch"][-1])
 
     @property
     def batch(self) -> float:
-        """Images of an optimiser step, of a run that has rows."""
+        """Images of an optimiser step; the run must have rows."""
         return float(self.metrics["samples"][-1] / self.metrics["step"][-1])
 
     @property
     def seconds(self) -> float:
-        """Seconds spent training, without validations and saves."""
+        """Seconds that the run has trained, without validations and saves."""
         samples, rate = self.metrics["samples"], self.metrics["images_per_second"]
         return float(np.nansum(np.diff(samples, prepend=0.0) / rate))
 
@@ -61,10 +61,15 @@ class ReportedRun:
 def read_columns(
     path: Path, keys: tuple[str, ...], counts: Callable[[dict[str, Any]], bool] = is_sound
 ) -> Columns:
-    """Return the values of the keys of all rows, float64 [rows]; NaN where a row has none.
+    """Read the values of some keys from a file of JSON lines.
 
     Args:
-        counts: says which rows count.
+        path: file to read.
+        keys: keys whose values are wanted.
+        counts: function that says whether a row counts.
+
+    Returns:
+        Values by key, float64 [rows]; NaN where a row has no number.
     """
     columns: dict[str, list[float]] = {key: [] for key in keys}
     for row in filter(counts, readable_rows(path)):
@@ -75,7 +80,11 @@ def read_columns(
 
 
 def curves(runs: list[ReportedRun]) -> list[str]:
-    """The charts, over steps where a step means the same in all runs, else over epochs."""
+    """Compose the charts as pieces of HTML.
+
+    The common axis is the optimiser step if batch and epoch have the same lengths in all runs, and
+    the epoch otherwise.
+    """
     drawn = [run for run in runs if len(run.metrics["step"])]
     if not drawn:
         return ["<h2>Curves</h2>", "<p>No step has been logged yet.</p>"]

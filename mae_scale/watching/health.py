@@ -1,4 +1,4 @@
-"""Say how fast a run goes and what about it deserves a look, by the last rows of its metrics."""
+"""The speed of a run and signs of trouble, by the last rows of its metrics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 from mae_scale.watching.run_view import RunView
 
-RECENT = 20  # rows, for rates
-SLOW_DATA = 0.1  # share of the time
+RECENT = 20  # number of last rows that rates are computed of
+SLOW_DATA = 0.1  # share of the time that waiting for data may take before it is reported
 
 Rows = list[dict[str, Any]]
 
 
 class Pace:
-    """The speed of a run, by its last rows."""
+    """The speed of a run: medians over its last rows.
+
+    Args:
+        rows: rows of metrics.jsonl, at least one.
+    """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         recent = rows[-RECENT:]
@@ -27,16 +31,23 @@ class Pace:
         times = [row["time"] for row in recent]
         gaps = [late - early for early, late in pairwise(times)]
         self.interval = median(gaps) if gaps else None
-        """Seconds from row to row."""
+        """Seconds from one row to the next; None: there is only one row."""
 
 
 def pace_of(rows: Rows) -> Pace | None:
-    """The pace of a run; None before its first row."""
+    """Return the pace of a run; None before its first row."""
     return Pace(rows) if rows else None
 
 
 def health(run: RunView, rows: Rows, state: str, now: float) -> list[str]:
-    """List what deserves a look, a line each."""
+    """List signs of trouble, one line for each.
+
+    Args:
+        run: run that is looked at.
+        rows: last rows of its metrics.jsonl.
+        state: its state, as `RunView.state` has it.
+        now: seconds since 1970.
+    """
     found: list[str] = []
     pace = pace_of(rows)
     if state == "failed":
@@ -82,7 +93,14 @@ def _signs_of_trouble(run: RunView, rows: Rows, pace: Pace | None, now: float) -
 
 
 def seconds_to_save(run: RunView, now: float, step: int, pace: Pace | None) -> float | None:
-    """Seconds until the next checkpoint; negative: it is overdue; None: nobody can tell."""
+    """Estimate the seconds until the next checkpoint; negative: it is overdue; None: unknown.
+
+    Args:
+        run: run that is looked at.
+        now: seconds since 1970.
+        step: optimiser steps done.
+        pace: pace of the run; None: only the interval in minutes can be used.
+    """
     config = run.section("checkpoint")
     minutes, steps = _interval(config.get("every_minutes")), _interval(config.get("every_steps"))
     waits = []
@@ -99,7 +117,7 @@ def _interval(value: Any) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    """Write seconds in the two largest units: 12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
     left = max(0, round(seconds))
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
     for (unit, size), (smaller, part) in pairwise(units):

@@ -1,4 +1,4 @@
-"""A line for each of the runs below a folder."""
+"""The overview of `mae-scale status`: one line for each run below a folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from mae_scale.launch.outputs import one_line
 from mae_scale.watching.health import duration, pace_of
 from mae_scale.watching.run_view import RunView
 
-DEPTH = 4  # of folders in which runs are looked for; those of a sweep lie in the third
-ROWS = 40  # of the metrics that are looked at
-NAME = 22  # columns
+DEPTH = 4  # levels of folders in which runs are searched; the runs of a sweep lie in the third
+ROWS = 40  # number of last rows of the metrics that are read
+NAME = 22  # width of a name, in characters
 HEAD = f"{'run':{NAME}} {'state':<11} {'step':>15} {'':>4} {'loss':>8}  {'best or ETA'}"
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The run folders in a folder, in the order of their names; a run folder is its own.
+    """List the run folders below a folder, in the order of their names.
+
+    If the folder is itself a run folder, the list holds it alone.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no run folders.
     """
     found = []
     for place, folders, files in os.walk(folder):
@@ -38,13 +40,14 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def line(folder: Path, name: str) -> tuple[str, str]:
-    """Describe a run on one line of at most 80 columns.
+    """Describe a run on one line of at most 80 characters.
 
     Args:
-        name: Name that is shown.
+        folder: folder of the run.
+        name: name that is shown.
 
     Returns:
-        Its state, and the line.
+        The state of the run ("failed" where its folder cannot be read), and the line.
     """
     shown = one_line(name)
     shown = shown if len(shown) <= NAME else f"…{shown[1 - NAME :]}"

@@ -25,26 +25,31 @@ from mae_scale.watching.curves import ReportedRun, curves
 from mae_scale.watching.health import duration
 from mae_scale.watching.run_view import SESSION, RunView
 
-_MOST_PIXELS = 1 << 26  # of a picture; those of a run have a tenth of it
-PICTURES = 6  # of a run, at the most
-PICTURE_SIDE = 1400  # pixels
+_MOST_PIXELS = 1 << 26  # most pixels of a picture that is read; those of a run have a tenth of it
+PICTURES = 6  # largest number of pictures of a run
+PICTURE_SIDE = 1400  # largest width of a picture on the page, in pixels
 LEGEND = (
     "Each picture: the image, what the model sees of it, what it makes of that, and the same with "
     "the visible patches in their places. The loss counts hidden patches only, so that the model's "
     "own version of visible ones may look wrong. Click to enlarge."
 )
-ROWS = 40  # of a table, the last ones
-# With which the browser itself sees to it that nothing is fetched.
+ROWS = 40  # number of last rows that a table shows
+# Policy by which the browser itself sees to it that nothing is fetched.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# Told apart on light and dark ground, and by most colour-blind eyes (after Okabe and Ito).
+# Colours that can be told apart on light and dark ground, and by most colour-blind people (after
+# Okabe and Ito).
 COLOURS = ("#1f83c4", "#e07b12", "#14a06f", "#c9559a", "#8a6be0", "#b8960c", "#d4493b", "#5b8f99")
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write the page; it needs no other file and no network.
+    """Write the page about some runs; to show it, no other file and no network is needed.
+
+    Args:
+        folders: run folders.
+        out: HTML file to write or replace.
 
     Raises:
-        UserError: a folder is no run's, or the file cannot be written.
+        UserError: a folder is no run folder, or the file cannot be written.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
@@ -66,7 +71,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
 
 
 def page(runs: list[ReportedRun]) -> str:
-    """The whole page."""
+    """Compose the whole page as HTML."""
     title = " · ".join(run.label for run in runs)
     css = Path(__file__).with_name("report.css").read_text()
     sections = [
@@ -135,7 +140,10 @@ def _value(value: float, form: str, unit: str = "") -> str:
 
 
 def _pictures(run: ReportedRun, several: bool) -> list[str]:
-    """Reconstructions over time, and the picture of `mae-scale reconstruct` if it is there."""
+    """Compose the section of reconstructions: those of training, and `reconstructions.png`.
+
+    The latter is what `mae-scale reconstruct` writes; it may be missing.
+    """
     folder = run.view.folder
     steps = {
         int(path.stem.removeprefix("step-")): path
@@ -159,7 +167,7 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
 
 
 def _figure(caption: str, path: Path, anchor: str) -> str:
-    """A picture that fills the window when it is clicked, by CSS alone."""
+    """Compose a figure whose picture fills the window when it is clicked, by CSS alone."""
     stream = io.BytesIO()
     try:
         with open_image(read_file(path, MAX_FILE), _MOST_PIXELS) as image:
@@ -178,7 +186,7 @@ def _figure(caption: str, path: Path, anchor: str) -> str:
 
 
 def _differences(runs: list[ReportedRun]) -> list[str]:
-    """A table of the config keys in which the runs differ."""
+    """Compose a table of the config keys in which the runs differ."""
     if len(runs) < 2:
         return []
     configs = [flatten(run.view.config) for run in runs]
@@ -192,7 +200,7 @@ def _differences(runs: list[ReportedRun]) -> list[str]:
 
 
 def _details(run: ReportedRun) -> list[str]:
-    """Starts and stops with their environment, checkpoints, config."""
+    """Compose the details of a run: starts and stops with their environment, checkpoints, config."""
     view = run.view
     facts = {"host": "host", "world_size": "processes", "zero_stage": "ZeRO",
              "precision": "precision", "device": "device"}  # fmt: skip

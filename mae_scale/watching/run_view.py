@@ -1,4 +1,4 @@
-"""Read a run folder from outside: without torch, whether the run goes on or not."""
+"""Reading a run folder from outside, without torch, while the run goes on or after it has ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from mae_scale.tasks.task import Task, task_of
 from mae_scale.train.records import HISTORY, METRICS, VALIDATION, is_count, is_sound, readable_rows
 from mae_scale.world import host
 
-YOUNG_S = 120  # a row that is no older was written by a run that lives, if its lock cannot be seen
+# Age in seconds up to which the last row shows that a run on another host still runs: the lock of
+# such a run may not be seen here.
+YOUNG_S = 120
 SESSION = ("started", "resumed")  # events with which a process begins to train
 
 
@@ -27,18 +29,22 @@ class Saved:
     """A committed checkpoint."""
 
     folder: Path
+    """Step folder of the checkpoint."""
     commit: Mapping[str, Any]
-    """The content of COMMITTED.json."""
+    """Content of COMMITTED.json."""
     time: float
     """Time of the commit, in seconds since 1970."""
 
     @property
     def bytes(self) -> int:
-        """Size of its files."""
+        """Size of its files together."""
         return sum(facts["bytes"] for facts in self.commit["files"].values())
 
     def visible_damage(self) -> str | None:
-        """Say what is wrong with the files by their sizes, without reading them; None: nothing."""
+        """Describe the first file that is missing or has a wrong size; None: there is no such file.
+
+        The files are not read.
+        """
         for name, facts in self.commit["files"].items():
             file = self.folder / name
             if not file.is_file():
@@ -49,15 +55,16 @@ class Saved:
 
 
 class RunView:
-    """The view of a run through its folder.
+    """A run, as its folder shows it.
 
     Attributes:
-        folder: Folder of the run, as it was given.
-        name: Name of the folder.
-        config: The run's config.yaml, nested.
+        folder: folder of the run, as it was given.
+        name: name of the folder.
+        config: content of the run's config.yaml, nested.
         history: rows of history.jsonl.
-        checkpoints: the committed ones, oldest first.
-        uncommitted: names of step folders without a commit: being written, damaged, or left over.
+        checkpoints: committed checkpoints, oldest first.
+        uncommitted: names of step folders without a commit, which are being written, damaged, or
+            left over.
 
     Raises:
         UserError: the folder is no run folder.
@@ -84,36 +91,42 @@ class RunView:
         self._locked = _is_locked(folder)
 
     def last_rows(self, most: int) -> list[dict[str, Any]]:
-        """Give the last rows of metrics.jsonl, however long it is."""
+        """Read at most `most` last rows of metrics.jsonl, without reading a long file whole."""
         rows = readable_rows(self.folder / METRICS, 600 * most)
         return [row for row in rows if is_of_metrics(row)][-most:]
 
     @property
     def task(self) -> Task:
-        """The task of the run."""
+        """Task of the run."""
         return task_of(self.config)
 
     def best_validation(self) -> tuple[str, dict[str, Any]] | None:
-        """Give the score that decides and the first validation in which it is highest."""
+        """Return the name of the deciding score, and the first validation in which it is highest.
+
+        None: the run has no validation with a score.
+        """
         return self.task.best_row(self.validations())
 
     def validations(self) -> list[dict[str, Any]]:
-        """The rows of validation.jsonl."""
+        """Read the rows of validation.jsonl."""
         return [row for row in readable_rows(self.folder / VALIDATION) if is_sound(row)]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts that the last start of the run noted: length, processes, versions; may be empty."""
+        """Facts that the last start of the run wrote down: length, processes, versions.
+
+        They are empty before the first start.
+        """
         starts = [row for row in self.history if row["event"] in SESSION]
         return starts[-1] if starts else {}
 
     @property
     def model(self) -> str:
-        """The model's name."""
+        """Name of the model's architecture."""
         return str(self.section("model").get("name", "unknown model"))
 
     def section(self, name: str) -> dict[str, Any]:
-        """Return a section of the config; an empty one where it has none."""
+        """Return a section of the config; it is empty where the config does not have it."""
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -124,22 +137,22 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done, by the newest row or checkpoint."""
+        """Number of optimiser steps done, by the newest row or checkpoint."""
         steps = [row["step"] for row in [*self.last_rows(1), *self.history[-1:]]]
         return max([*steps, *(saved.commit["step"] for saved in self.checkpoints[-1:])], default=0)
 
     @property
     def last_sign(self) -> float | None:
-        """Time of the last row that the run wrote, in seconds since 1970."""
+        """Time of the last row that the run wrote, in seconds since 1970; None: there is no row."""
         times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
         return max((t for t in times if t is not None), default=None)
 
     @property
     def state(self) -> str:
-        """One of: not started, starting, running, stopped, finished, failed.
+        """State of the run: not started, starting, running, stopped, finished or failed.
 
-        A run holds the lock of its folder. One on another host, whose lock may not be seen here,
-        is taken to run as long as it writes rows.
+        A run holds the lock of its folder while it runs. The lock of a run on another host may not
+        be seen here; such a run counts as running while its last row is young.
         """
         event = self.history[-1] if self.history else {}
         sign = self.last_sign
@@ -155,7 +168,7 @@ class RunView:
 
 
 def is_of_metrics(row: dict[str, Any]) -> bool:
-    """Return whether a row of metrics.jsonl is whole enough for curves and rates."""
+    """Return whether a row of metrics.jsonl has all values that curves and rates need."""
     positive = all(row.get(key) for key in ("step", "epoch", "samples", "images_per_second"))
     return is_sound(row) and positive and None not in (row.get("data_wait"), row.get("time"))
 
@@ -173,13 +186,14 @@ def _saved(folder: Path) -> Saved | None:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of the folder.
+    """Return whether a process holds the lock of a run folder.
 
-    A run that begins while this looks finds the lock taken, and asks again a second later.
+    The test takes the lock for a moment. A run that starts at that moment finds the lock taken, and
+    tries again a second later.
     """
     try:
         with os.fdopen(open_descriptor(folder / ".lock")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing gives it back
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases the lock
     except BlockingIOError:
         return True
     except OSError:  # no such file, or no locks on this file system
