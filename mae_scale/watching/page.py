@@ -200,7 +200,7 @@ def _differences(runs: list[ReportedRun]) -> list[str]:
 
 
 def _details(run: ReportedRun) -> list[str]:
-    """Compose the details of a run: starts and stops with their environment, checkpoints, config."""
+    """Compose the details of a run: starts and stops with versions, checkpoints, config."""
     view = run.view
     facts = {"host": "host", "world_size": "processes", "zero_stage": "ZeRO",
              "precision": "precision", "device": "device"}  # fmt: skip
