@@ -1,7 +1,8 @@
-"""The commands that do not train, and those that only read a run."""
+"""The commands that are not tasks: making shards, planning, watching, evaluating, exporting."""
 
-# What each command does. Its module in `commands` has `parser(prog)` and `main(argv, prog) -> exit
-# code`. It imports torch and the like only after parsing: --help and typing errors must not wait.
+# Description of each command. Its module in `commands` has `parser(prog)` and `main(argv, prog) ->
+# exit code`. The module imports torch and other slow packages only after parsing, so that --help
+# and typing errors are answered at once.
 COMMANDS = {
     "shard": "make shards of ImageNet, or of any images",
     "index": "make WebDataset tars of others usable as they are",

@@ -1,4 +1,4 @@
-"""Arguments of the commands that have no config."""
+"""The parser of the commands that have no config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from mae_scale.errors import UserError, did_you_mean
 
-# Names that other programs have for options of these commands.
+# Option for each name that other programs have for it.
 HABITS = {
     "bs": "batch_size",
     "image_size": "img_size",
@@ -31,9 +31,10 @@ HABITS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line that the command line turns into exit code 2.
+    """The parser of argparse, with errors as `UserError`s of one line, which end with exit code 2.
 
-    Options are not abbreviated: one that joins later must not change what a script means.
+    Options cannot be abbreviated: an option that is added later must not change the meaning of a
+    script.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Mean, deviation and range of the bands of images, as `mae-scale stats` asks for them."""
+"""Computing mean, deviation and range of the bands of images, for `mae-scale stats`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import write_atomically
 
-_RANGE_IMAGES = 100  # of which the range of the values is shown
-_TAIL = 2  # per cent of the values that lie beyond the inner range
+_RANGE_IMAGES = 100  # number of images of which the range of the values is shown
+_TAIL = 2  # per cent of the values that lie beyond the inner range on each side
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print mean and deviation as YAML, and write it if that is asked for.
+    """Print mean and deviation as YAML, and write them if `--out` is given.
+
+    Args:
+        options: arguments of `mae-scale stats`.
 
     Raises:
-        UserError: no shards, or options that cannot be.
+        UserError: there are no shards, or an option is out of its range.
         RunError: an image cannot be decoded.
     """
     for name in ("in_chans", "most", "max_pixels"):
@@ -36,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     shards = open_shards(options.data, options.cache_dir)
     number = min(options.most, len(shards))
     samples = [i * len(shards) // number for i in range(number)]
-    some = [0.0] * options.in_chans  # its own statistics play no part in decoding
+    some = [0.0] * options.in_chans  # the statistics of `Bands` play no part in decoding
     bands = Bands(options.in_chans, tuple(some), tuple(some), value_range)
     with closing(ShardReader(shards, shard_cache(shards, options.cache_dir, None))) as reader:
         step = max(1, number // _RANGE_IMAGES)
@@ -79,7 +82,7 @@ def _decoded(
 def _range(
     shards: ShardSet, reader: ShardReader, samples: list[int], count: int, max_pixels: int
 ) -> str:
-    """Say between which values the bands of some images lie."""
+    """Describe in lines of comment between which values each band of some images lies."""
     lines, values = [], []
     for sample in samples:
         name, data = reader.read(sample)

@@ -34,6 +34,9 @@ def main(argv: list[str], prog: str) -> int:
 def script(shell: str) -> str:
     """Compose the script.
 
+    Args:
+        shell: "bash" or "zsh".
+
     Raises:
         UserError: shtab, which composes it, is not installed.
     """
@@ -45,7 +48,7 @@ def script(shell: str) -> str:
 
 
 def everything() -> argparse.ArgumentParser:
-    """One parser of all commands, for completion only."""
+    """Make one parser of all commands, for completion only."""
     from importlib import import_module
 
     whole = argparse.ArgumentParser(prog="mae-scale")
@@ -65,6 +68,7 @@ def everything() -> argparse.ArgumentParser:
     return whole
 
 
+# Config keys whose values are completed as paths.
 _PATHS = ("run_dir", "weights", "deepspeed", "data.train", "data.val", "data.cache_dir")
 
 
@@ -87,7 +91,7 @@ def _is_path(action: Any) -> bool:
 
 
 def _choices(config_class: Any, key: str) -> list[str]:
-    """The words that a key takes, if these are all it takes."""
+    """List the words that a config key takes; empty if its type names no words."""
     *sections, name = key.split(".")
     for section in sections:
         config_class = get_type_hints(config_class)[section]

@@ -1,4 +1,4 @@
-"""Computing and writing the features of images, as `mae-scale features` and `knn` ask for them."""
+"""Computing and writing the features of images, for `mae-scale features` and `mae-scale knn`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
-_ROWS = 8192  # that go into a Parquet file at a time
+_ROWS = 8192  # number of rows that are written into a Parquet file at a time
 
 
 def encoder_of(options: argparse.Namespace, world: World) -> Describer:
-    """Read what the options name, onto this rank's device.
+    """Read the encoder that the options name, onto this rank's device.
+
+    Args:
+        options: arguments that `features.add_encoder_arguments` adds.
+        world: this process among the others.
 
     Raises:
-        UserError: options or weights that cannot be.
+        UserError: an option is out of its range, or the weights cannot be used.
     """
     for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
@@ -80,8 +84,13 @@ def loader_of(
 def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     """Compute the features on all ranks; rank 0 writes them, in the order of the shards.
 
+    Args:
+        options: arguments of `mae-scale features`.
+        world: this process among the others.
+        watchdog: watchdog of the process group.
+
     Raises:
-        UserError: weights, data or options that do not fit each other.
+        UserError: weights, data or options do not fit each other.
     """
     if options.out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out {options.out} must end in .npy or .parquet")
@@ -131,7 +140,7 @@ def _write(
 
 
 def _keys(shards: ShardSet, cache_dir: str | None) -> list[str]:
-    """List the name of each image in its tar, without its ending, as webdataset does."""
+    """List the key of each image as webdataset has it: its name in the tar without the ending."""
     with closing(ShardReader(shards, shard_cache(shards, cache_dir, None))) as reader:
         names = [reader.name(sample) for sample in range(len(shards))]
     keys = []
@@ -182,5 +191,5 @@ def _write_parquet(
 
 
 def labels_of(shards: ShardSet) -> torch.Tensor:
-    """The label of each sample, int64 [N]."""
+    """Return the label of each sample, int64 [N]."""
     return torch.from_numpy(shards.index["label"].astype(np.int64))

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees in an image: names with scores, boxes and masks, coloured maps."""
+"""Drawing what a model sees in an image: names with scores, boxes and masks, coloured maps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = npt.NDArray[np.uint8]
-Color = tuple[int, int, int]
+Color = tuple[int, int, int]  # red, green, blue, from 0 to 255
 
-_PANEL = 260  # pixels, width of the text beside a picture
-_LINE = 22
-_MARGIN = 10
+_PANEL = 260  # width of the text beside a picture, in pixels
+_LINE = 22  # height of a line, in pixels
+_MARGIN = 10  # in pixels
 _SMALLEST = 320  # pixels of the long side; smaller images are enlarged by a whole factor
-_MOST_LINES = 24  # of a legend
+_MOST_LINES = 24  # largest number of lines of a legend
 
 
 def color_of(number: int) -> Color:
-    """Give each class a colour; neighbours differ by the golden angle of the colour circle."""
+    """Return the colour of a class; neighbours differ by the golden angle of the colour circle."""
     hue, value = number * 0.61803398875 % 1, (1.0, 0.8, 0.6)[number % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -31,7 +31,7 @@ def ranked_names(pixels: Pixels, names: Sequence[str], scores: Sequence[float]) 
 
     Args:
         pixels: uint8 [H, W, 3].
-        names, scores: from the best on; scores from 0 to 1.
+        names, scores: names of the classes and their scores, from 0 to 1, the best first.
     """
     lines = [(f"{score:6.1%}  {name}", None) for name, score in zip(names, scores, strict=True)]
     picture = _with_panel(_enlarged(pixels), lines)
@@ -55,9 +55,9 @@ def objects(
 
     Args:
         pixels: uint8 [H, W, 3].
-        boxes: x0, y0, x1, y1 in pixels of each.
+        boxes: x0, y0, x1, y1 of each object, in pixels.
         masks: bool [n, H, W].
-        names, numbers, scores: the class of each, its number, its score.
+        names, numbers, scores: name of the class, number of the class and score of each object.
     """
     shown = pixels.astype(np.float32)
     for mask, number in zip(masks, numbers, strict=True):
@@ -82,7 +82,7 @@ def class_map(pixels: Pixels, classes: npt.NDArray[np.int64], names: Sequence[st
     Args:
         pixels: uint8 [H, W, 3].
         classes: int64 [H, W].
-        names: Names of all classes.
+        names: names of all classes.
     """
     palette = np.array([color_of(number) for number in range(len(names))], np.float32)
     shown = (0.4 * pixels + 0.6 * palette[classes]).astype(np.uint8)
@@ -98,11 +98,12 @@ def class_map(pixels: Pixels, classes: npt.NDArray[np.int64], names: Sequence[st
 def rows_of_images(
     rows: Sequence[Sequence[tuple[Pixels, str, Color | None]]], header: Sequence[str]
 ) -> Image.Image:
-    """Images side by side, with a line of text below each and perhaps a frame in a colour.
+    """Draw rows of images, each with a line of text below it and, if wanted, a coloured frame.
 
     Args:
-        rows: for each image its pixels, uint8 [H, W, 3], all of one size, its text and its colour.
-        header: a word above each column.
+        rows: for each image its pixels, uint8 [H, W, 3], all of one size, its text, and the colour
+            of its frame; None: no frame.
+        header: text above each column; it may cover fewer columns than there are.
     """
     first = _enlarged(rows[0][0][0])
     zoom, (width, height) = first.width // rows[0][0][0].shape[1], first.size
@@ -135,7 +136,12 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _with_panel(picture: Image.Image, lines: Sequence[tuple[str, Color | None]]) -> Image.Image:
-    """Draw the picture with lines of text to its right, each perhaps with a patch of its colour."""
+    """Draw the picture with lines of text to its right.
+
+    Args:
+        picture: picture to draw.
+        lines: text of each line, and the colour of the patch before it; None: no patch.
+    """
     if len(lines) > _MOST_LINES:
         rest = len(lines) - _MOST_LINES + 1
         lines = [*lines[: _MOST_LINES - 1], (f"and {rest} more", None)]

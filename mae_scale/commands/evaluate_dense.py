@@ -28,7 +28,7 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
-TASKS = ("detect", "segment")
+TASKS = ("detect", "segment")  # tasks whose runs are evaluated here
 
 
 def run(
@@ -41,14 +41,14 @@ def run(
     """Evaluate a run of `TASKS` on all sets; rank 0 prints and writes.
 
     Args:
-        trained: the checkpoint.
-        options: Arguments of `mae-scale evaluate`.
-        sets: name and shards of each.
+        trained: checkpoint to evaluate.
+        options: arguments of `mae-scale evaluate`.
+        sets: name and shard folder of each data set.
         world: this process among the others.
-        doing: is told what this rank does, as `Watchdog.doing` wants to be.
+        doing: function that is told what this rank is doing, such as `Watchdog.doing`.
 
     Raises:
-        UserError: data or options that do not fit the run.
+        UserError: data or options do not fit the run.
     """
     task, config = trained.task.name, cast(Any, trained.config)
     for name in ("imagenet_c", "tables", "classes", "model", "img_size", "crop_ratio"):
@@ -110,7 +110,7 @@ def run(
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
 
 
-_MOST = 8  # images of a detector's batch; they are large
+_MOST = 8  # largest batch of a detector, in images, which are large
 
 
 def _segmentation(
@@ -135,13 +135,18 @@ def _segmentation(
         doing=doing,
         what=f"evaluating {name}",
     )
-    assert found is not None  # nothing stops it
+    assert found is not None  # it is None only where something stops it, and nothing can here
     ious = [100 * iou if iou == iou else None for iou in found.per_class().tolist()]
     return {**found.row(), "per_class": dict(zip(trained.classes, ious, strict=True))}
 
 
 def table(sets: dict[str, Any], scores: Any) -> str:
-    """Format the scores: a line for each set; of detection one for boxes and one for masks."""
+    """Format the scores: one line per set, and in detection one for boxes and one for masks.
+
+    Args:
+        sets: row of scores by name of the set.
+        scores: label of each score by its name, as `Task.scores`.
+    """
     kinds: dict[str, dict[str, str]] = {}
     for key, label in scores.items():
         kind, _, rest = (

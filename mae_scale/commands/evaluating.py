@@ -50,8 +50,9 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
-# Top-1 errors of AlexNet on ImageNet-C, means over the five severities, from the authors' code
-# (github.com/hendrycks/robustness). A corruption's error over AlexNet's is its corruption error.
+# Top-1 errors of AlexNet on ImageNet-C, from 0 to 1, means over the five severities, from the
+# authors' code (github.com/hendrycks/robustness). The corruption error of a corruption is a model's
+# error divided by AlexNet's.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -75,8 +76,13 @@ SEVERITIES = (1, 2, 3, 4, 5)
 def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     """Evaluate on all sets; rank 0 prints and writes.
 
+    Args:
+        options: arguments of `mae-scale evaluate`.
+        world: this process among the others.
+        watchdog: watchdog of the process group.
+
     Raises:
-        UserError: weights, data or options that do not fit each other.
+        UserError: weights, data or options do not fit each other.
     """
     for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
         if getattr(options, name) is not None and getattr(options, name) < least:
@@ -127,7 +133,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             label_of=label_of,
             confusion=options.tables is not None,
         )
-        assert found is not None  # nothing stops it
+        assert found is not None  # it is None only where something stops it, and nothing can here
         return found
 
     results: dict[str, Any] = {"weights": str(options.weights), "step": loaded.step, "sets": {}}
@@ -149,24 +155,31 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
 
 @dataclass
 class Loaded:
-    """A classifier and what is known of it."""
+    """A classifier, and the facts that evaluation needs about it."""
 
     model: Classifier
+    """The classifier, in fp32 on the CPU."""
     classes: list[str]
     """Names of the outputs, in order."""
     crop_ratio: float | None
+    """Share of the short side that the centre crop covers; None: the usual one for the size."""
     step: int | None
+    """Optimiser steps that the run had done; None: foreign weights, which do not say it."""
     max_pixels: int = MAX_PIXELS
     """Most pixels that an image may have."""
     bands: Bands = RGB
-    """Bands of its images."""
+    """Bands of the images, and how they are normalised."""
 
 
 def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
-    """The classifier that the options name, in fp32 on the CPU.
+    """Load the classifier that the options name, in fp32 on the CPU.
+
+    Args:
+        options: arguments of `mae-scale evaluate`.
+        data: data set whose classes count where neither the weights nor the options name any.
 
     Raises:
-        UserError: there is none, or it does not fit.
+        UserError: there is no classifier, or it does not fit the classes or the options.
     """
     if is_ours(options.weights):
         return _load_ours(options)
@@ -239,7 +252,7 @@ def _named(specs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _corrupted(options: argparse.Namespace) -> dict[str, ShardSet]:
-    """The 75 sets of ImageNet-C by <corruption>/<severity>."""
+    """Open the 75 sets of ImageNet-C, by <corruption>/<severity>."""
     if options.imagenet_c is None:
         return {}
     return {
@@ -252,15 +265,19 @@ def _corrupted(options: argparse.Namespace) -> dict[str, ShardSet]:
 
 
 def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the outputs of a classifier that count on a data set, and the one that each label means.
+    """Find the outputs of a classifier that count on a data set, and the output for each label.
 
-    Classes are matched by name (wnid). Of ImageNet-A and -R, which have 200 of the 1000 classes,
-    only those count, as in their authors' protocol. Classes named by the numbers 0 to n - 1, as
-    those of ImageNet-V2 are, mean the outputs of these numbers.
+    Classes are matched by name (wnid). On ImageNet-A and -R, which have 200 of the 1000 classes,
+    only the outputs of these 200 count, as in their authors' protocol. If the classes of the set
+    are named by the numbers 0 to n - 1, as in ImageNet-V2, they are the outputs of these numbers.
+
+    Args:
+        shards: data set.
+        classes: names of the classifier's n outputs, in order.
 
     Returns:
-        columns: int64 [k], numbers of the outputs.
-        label_of: int64 [labels of the set], place among these.
+        columns: int64 [k], numbers of the outputs that count, in rising order.
+        label_of: int64 [labels of the set], place of each label's output in `columns`.
 
     Raises:
         UserError: the set has classes that the classifier does not have.
@@ -285,10 +302,10 @@ def write_tables(folder: Path, name: str, classes: list[str], scores: Scores) ->
     """Write the accuracy of each class of a data set and its confusion matrix, as CSV.
 
     Args:
-        folder: for `<name>-classes.csv` and `<name>-confusion.csv`.
-        name: of the data set; what is no letter or digit in it becomes `_`.
+        folder: folder for `<name>-classes.csv` and `<name>-confusion.csv`.
+        name: name of the data set; in the names of the files `_` replaces special characters.
         classes: names of the classes, in order.
-        scores: with the counts of the confusion.
+        scores: scores with the counts of the confusion matrix.
     """
     assert scores.confusion is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -313,10 +330,16 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
 
 
 def corruption_errors(top1: dict[str, float]) -> dict[str, Any]:
-    """Corruption errors and their mean, in percent, from top-1 by <corruption>/<severity>.
+    """Compute the corruption errors and their mean, in percent.
 
-    A corruption's error is the sum of the top-1 errors over the severities, over AlexNet's sum
-    (Hendrycks & Dietterich, arXiv 1903.12261).
+    The error of a corruption is the sum of the model's top-1 errors over the severities, divided by
+    AlexNet's sum (Hendrycks & Dietterich, arXiv 1903.12261).
+
+    Args:
+        top1: top-1 accuracy in percent, by <corruption>/<severity>.
+
+    Returns:
+        "top1" as it was given, "ce" with the error of each corruption, and their mean "mce".
     """
     errors = {}
     for corruption, alexnet in ALEXNET_ERRORS.items():
@@ -326,7 +349,7 @@ def corruption_errors(top1: dict[str, float]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Format the scores, one line for each set."""
+    """Format the scores, with one line for each set."""
     lines = [f"{'set':<24}{'images':>9}{'top-1':>9}{'top-5':>9}{'loss':>10}"]
     for name, row in results["sets"].items():
         lines.append(

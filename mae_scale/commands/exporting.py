@@ -32,26 +32,26 @@ from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 log = logging.getLogger("mae_scale")
 
 SAFETENSORS, PTH = "model.safetensors", "model.pth"
-SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # that OUT may be
+SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # ending of OUT where it is a file
 
 
 def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None:
     """Write the weights of a run, and a model card, into a new folder or file.
 
-    The GPUs that trained them are not needed, and of the checkpoint's files only weights come into
-    memory, once.
+    The GPUs that trained them are not needed. Only the weights of the checkpoint are read into
+    memory, once, and no other state.
 
     Args:
-        run: run folder, or a step folder in it.
-        to: official, timm or huggingface.
-        out: folder, or a file where one is enough (`SINGLE_FILE`), with the card beside it; made
-            whole or not at all. An earlier export is replaced.
-        ema: the moving average of the weights.
+        run: run folder, or a step folder in one.
+        to: form of the weights: official, timm or huggingface.
+        out: folder to make, or a file where one is enough (`SINGLE_FILE`), with the card beside
+            it. It is written whole or not at all, and replaces an earlier export.
+        ema: whether to export the moving average of the weights.
 
     Raises:
-        UserError: no checkpoint, a place that holds something else, or a form that cannot hold
-            this model.
-        RunError: it cannot be written.
+        UserError: there is no checkpoint, `out` holds something else, or the form cannot hold this
+            model.
+        RunError: the export cannot be written.
     """
     out = Path(out)
     check_place(out, to)
@@ -81,7 +81,12 @@ def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None
 
 
 def check_place(out: Path, to: str) -> None:
-    """Raise a UserError where `out` cannot be made, or holds anything but an earlier export."""
+    """Raise a UserError where `out` cannot be made, or holds anything but an earlier export.
+
+    Args:
+        out: folder or file to write.
+        to: form of the weights.
+    """
     endings = (*SINGLE_FILE.values(), ".pt", ".bin")
     wanted = SINGLE_FILE.get(to)
     if out.suffix in endings and out.suffix != wanted:
@@ -113,10 +118,10 @@ def _is_card(path: Path) -> bool:
 
 
 def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDict:
-    """All weights by the authors' keys, in the order of the model; fp32, but for counters.
+    """Read all weights by the authors' keys, in the order of the model; all but counters are fp32.
 
     Raises:
-        UserError: they are not those of the model that the run's config describes.
+        UserError: the weights do not fit the model that the run's config describes.
     """
     expected = model.state_dict()
     state = trained.whole_weights(ema)
@@ -125,13 +130,14 @@ def _weights(trained: TrainedRun, model: torch.nn.Module, ema: bool) -> StateDic
 
 @dataclass
 class Form:
-    """The files of an export."""
+    """The contents of an export."""
 
     state: StateDict
+    """Weights by the keys of this form."""
     weights: str
-    """Name of the file of the weights in a folder."""
+    """Name of the file of the weights, where the export is a folder."""
     files: dict[str, Any]
-    """Contents of the JSON files beside the weights, by name."""
+    """Contents of the JSON files beside the weights, by file name."""
     library: str
     """Library that loads the weights, as the Hub names it."""
     code: str
@@ -139,7 +145,13 @@ class Form:
 
 
 def official(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """Everything under the authors' keys; of a detector or segmenter the encoder alone."""
+    """Make the form of the authors' code: all weights, or the encoder of a detector or segmenter.
+
+    Args:
+        trained: checkpoint to export.
+        model: its model on the meta device.
+        weights: function that reads the weights by the authors' keys.
+    """
     code = """
 import torch
 
@@ -151,10 +163,12 @@ state = torch.load("FILE", weights_only=True)["model"]  # keys of facebookresear
 
 
 def timm(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """The encoder of a masked autoencoder, or a classifier whose head is one linear layer.
+    """Make the form of timm: the encoder of a masked autoencoder, or a classifier.
+
+    Arguments are those of `official`.
 
     Raises:
-        UserError: another head.
+        UserError: the classifier's head is not one linear layer, or timm has no such encoder.
     """
     _check_encoder(model)
     _check_head(model)
@@ -179,10 +193,13 @@ model = timm.create_model({_call(name, kwargs)}, checkpoint_path="FILE")
 
 
 def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict]) -> Form:
-    """A ViTMAEForPreTraining, or a ViTForImageClassification whose head is one linear layer.
+    """Make the form of Hugging Face: a ViTMAEForPreTraining or a ViTForImageClassification.
+
+    Arguments are those of `official`.
 
     Raises:
-        UserError: they cannot hold this model.
+        UserError: the classifier's head is not one linear layer, or these classes cannot hold the
+            model.
     """
     _check_encoder(model)
     if not trained.classes:
@@ -195,12 +212,14 @@ def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict
     state = hugging_face.to_hugging_face(_folded(weights(), model))
     bands, (height, width) = Bands.of(trained.config), model.patch_embed.img_size
     sizes: dict[str, Any] = {
-        "image_processor_type": "BitImageProcessor",  # which resizes the short side, and crops
+        "image_processor_type": "BitImageProcessor",  # it resizes the short side, then crops
         "size": {"shortest_edge": int(height / _crop_ratio(trained, height))},
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
     }
-    if height != width:  # of which it would crop too little, and fill up; the other one stretches
+    if height != width:
+        # Of a rectangle the BitImageProcessor would crop too little and fill up the rest. The
+        # ViTImageProcessor stretches the image instead.
         size = {"height": height, "width": width}
         sizes = {"image_processor_type": "ViTImageProcessor", "size": size}
     preprocessor = {
@@ -233,7 +252,7 @@ FORMATS: dict[str, Callable[[TrainedRun, Any, Callable[[], StateDict]], Form]] =
 
 
 def _check_encoder(model: Any) -> None:
-    """Raise a UserError for an encoder that the models of others cannot be."""
+    """Raise a UserError for an encoder that the models of other libraries cannot represent."""
     if hasattr(model, "backbone"):
         raise UserError(
             "its models have no windows and no relative positions, which the encoder "
@@ -267,11 +286,11 @@ def _save(form: Form, path: Path, mode: int) -> None:
     if path.suffix == ".pth":
         try:
             torch.save({"model": form.state}, path)
-        except RuntimeError:  # its message is about positions in a zip file
+        except RuntimeError:  # its message speaks of positions in a zip file, which helps nobody
             raise OSError("torch.save failed; is there room on the disk?") from None
     else:
         save_file(form.state, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors leaves the file to its owner alone
+    path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def _write_folder(out: Path, form: Form, card: str) -> None:
@@ -304,7 +323,7 @@ def _write_file(out: Path, form: Form, card: str) -> None:
 
 @contextmanager
 def _unfinished(out: Path, what: str = "new") -> Iterator[Path]:
-    """Give a path beside `out`, and remove what is left there in the end."""
+    """Yield a temporary path beside `out`, and remove in the end what is left there."""
     path = out.with_name(f".{out.name}.{owner()}.{what}")
     try:
         yield path

@@ -1,7 +1,7 @@
 """Make WebDataset tars that others wrote usable, without rewriting them.
 
-Reads each tar once and writes manifest.json and an index, beside the tars or into --out. Samples
-are images with a label in .cls or .json; what is left out is counted and named.
+It reads each tar once and writes manifest.json and an index, beside the tars or into --out. Samples
+are images with a label in .cls or .json; those that are left out are counted and named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card of an export: what the weights are and how they were trained."""
+"""The model card of an export, which says what the weights are and how they were trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mae_scale.tasks.trained import TrainedRun
 from mae_scale.train.checkpoint import Commit
 from mae_scale.train.records import METRICS, VALIDATION, read_metrics
 
-MARK = "\n- mae-scale\n"  # a tag of the front matter, by which an earlier export is known
+MARK = "\n- mae-scale\n"  # tag of the front matter, by which an earlier export is recognised
 
 
 def model_card(
@@ -29,12 +29,12 @@ def model_card(
     """Write the card as Markdown, with the Hub's front matter.
 
     Args:
-        trained: the run whose weights were exported.
-        ema: whether it is the moving average of its weights.
-        to: the form of the weights.
-        library: the library that loads them.
-        code: lines of Python that load them.
-        facts: what evaluation has to know of them, from `description.facts_of`.
+        trained: checkpoint whose weights are exported.
+        ema: whether the moving average of the weights is exported.
+        to: form of the weights: official, timm or huggingface.
+        library: library that loads the weights, as the Hub names it.
+        code: lines of Python that load the weights.
+        facts: facts about the weights that evaluation needs, from `description.facts_of`.
     """
     config, commit = trained.config, Commit.read(trained.folder)
     name = config.model.name
@@ -107,7 +107,7 @@ def _steps(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
 
 
 def _data(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
-    """Name the shards, and count their images where they are still there."""
+    """Name the shards, and count their images where the shards still exist."""
     path = trained.config.data.train
     facts = [("Data", f"`{path}`"), ("Fingerprint of the data", f"`{commit.data}`")]
     if (Path(path) / MANIFEST).is_file():
@@ -121,7 +121,7 @@ def _data(trained: TrainedRun, commit: Commit) -> list[tuple[str, str]]:
 
 
 def _scores(trained: TrainedRun, step: int) -> list[tuple[str, str]]:
-    """Give the best validation up to a step, for the weights and for their moving average."""
+    """Return the best validation up to a step, for the weights and for their moving average."""
     rows = [r for r in read_metrics(trained.run_dir / VALIDATION) if r["step"] <= step]
     facts = []
     for prefix, whose in (("", ""), (AVERAGED, " of the moving average")):

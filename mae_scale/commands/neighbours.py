@@ -1,4 +1,4 @@
-"""Evaluating an encoder by nearest neighbours, as `mae-scale knn` asks for it."""
+"""Evaluating an encoder by nearest neighbours, for `mae-scale knn`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ from mae_scale.train.features import features_of
 from mae_scale.train.knn import knn_scores
 from mae_scale.world import World
 
-_DRAWN, _SHOWN = 8, 6  # images in a picture, and neighbours of each
-_RIGHT, _WRONG = (46, 125, 50), (198, 40, 40)
+_DRAWN, _SHOWN = 8, 6  # number of images in a picture, and of neighbours of each
+_RIGHT, _WRONG = (46, 125, 50), (198, 40, 40)  # colours of neighbours of the same or another class
 
 
 def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
-    """Evaluate; rank 0 prints and writes.
+    """Evaluate the encoder; rank 0 prints and writes.
+
+    Args:
+        options: arguments of `mae-scale knn`.
+        world: this process among the others.
+        watchdog: watchdog of the process group.
 
     Raises:
-        UserError: weights, data or options that do not fit each other.
+        UserError: weights, data or options do not fit each other.
     """
     if options.picture is not None and options.picture.suffix.lower() != ".png":
         raise UserError(f"--picture {options.picture} must end in .png")
@@ -103,11 +108,13 @@ def _draw(
     """Draw some images, spread over the set, and the nearest neighbours of each.
 
     Args:
-        options: of `mae-scale knn`.
-        encoder: that the features are of.
-        train, val: the sets of the images that vote, and of those that are drawn.
-        bank, queries: their features; None: those of the bank.
-        labels: int64 [M], classes of the images that are drawn.
+        options: arguments of `mae-scale knn`.
+        encoder: encoder that has computed the features.
+        train: shards of the images that vote.
+        val: shards of the images that are drawn.
+        bank: features of the images that vote, [N, D].
+        queries: features of the images that are drawn, [M, D]; None: those of the bank.
+        labels: classes of the images that are drawn, int64 [M].
     """
     asked, near = bank if queries is None else queries, labels_of(train)
     number = min(_DRAWN, len(asked))
@@ -139,7 +146,7 @@ def _draw(
 
 
 class _Images:
-    """The pixels of a set's images as the encoder sees them, uint8 [H, W, 3]."""
+    """Reads the images of a data set as the encoder sees them, uint8 [H, W, 3]."""
 
     def __init__(self, options: argparse.Namespace, encoder: Describer, shards: ShardSet) -> None:
         size = encoder.model.patch_embed.img_size

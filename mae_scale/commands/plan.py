@@ -1,8 +1,8 @@
 """Plan a recipe on a cluster: memory, time, data and saves, before anything runs.
 
-One number of GPUs and one config give a table over ZeRO stages, activation checkpointing and
-micro-batches, the setting to choose, and the command to submit. Several give a line for each. Any
-config key can be set as in training; deepspeed, train.micro_batch_size and
+For one number of GPUs and one config it prints a table over ZeRO stages, activation checkpointing
+and micro-batches, the setting to choose, and the command to submit. For several of them it prints a
+line each. Any config key can be set as in training; deepspeed, train.micro_batch_size and
 train.activation_checkpointing are chosen unless they are on the command line.
 """
 
@@ -20,7 +20,8 @@ from mae_scale.errors import UserError, did_you_mean
 from mae_scale.planning.gpus import GPU_MEMORY_GB
 from mae_scale.tasks.task import TASKS, Task, task_of_arguments
 
-PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}  # where the arguments do not say them
+# Words that stand for paths that every run needs, where the arguments do not give them.
+PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
 
 
 def parser(prog: str) -> Parser:
@@ -72,7 +73,12 @@ def main(argv: list[str], prog: str) -> int:
 
 
 def config_arguments(name: str, rest: list[str]) -> list[str]:
-    """The arguments that give a config, with places for what every run needs."""
+    """Compose the arguments that give a config, with `PLACES` for paths that are not given.
+
+    Args:
+        name: recipe or YAML file.
+        rest: config keys among the arguments of `mae-scale plan`.
+    """
     argv = ["--config", name, *rest]
     given = given_values(argv)
     return argv + [f"--{key}={place}" for key, place in PLACES.items() if key not in given]
@@ -96,10 +102,10 @@ def _check_cluster(options: argparse.Namespace) -> None:
 
 
 def gpu_name(options: argparse.Namespace) -> str:
-    """The name of the GPU as the tables have it.
+    """Return the name of the GPU as the tables of `planning.gpus` spell it.
 
     Raises:
-        UserError: no number of GPUs is given, or nothing is known of this GPU.
+        UserError: no number of GPUs is given, or the GPU is unknown and its memory is not given.
     """
     if options.gpus is None:
         raise UserError("say how many GPUs: --gpus N, or --this_machine")

@@ -1,4 +1,4 @@
-"""Planning: the settings of a config on a cluster, and the command that starts the run."""
+"""Planning: choosing the settings of a config on a cluster, and the command that starts the run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from mae_scale.planning.text import comparison, page, recomputed
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.task import Task
 
+# Config keys that are chosen unless they are on the command line.
 CHOSEN = ("deepspeed", "train.micro_batch_size", "train.activation_checkpointing",
           "train.activation_offload")  # fmt: skip
-# Where no shards are named: ImageNet-1K's training split, and what benchmarks/data_loading.py read.
+# Number of images and mean bytes of an image where no shards are given: ImageNet-1K's training
+# split, and the images that benchmarks/data_loading.py read.
 IMAGENET, IMAGE_BYTES = 1_281_167, 107_600
 
 
@@ -34,13 +36,13 @@ def plan(options: argparse.Namespace, rest: list[str], tasks: dict[str, Task], p
     """Plan each config on each cluster, print the text, and write the JSON.
 
     Args:
-        options: the arguments of `mae-scale plan`.
+        options: arguments of `mae-scale plan`.
         rest: config keys among its arguments.
-        tasks: the task of each config.
-        prog: the command's name, for messages.
+        tasks: task of each config, by the config's name.
+        prog: name of the command, for messages.
 
     Raises:
-        UserError: a cluster or a config that cannot be planned.
+        UserError: a cluster or a config cannot be planned.
     """
     clusters = _clusters(options)
     plans = []
@@ -54,10 +56,10 @@ def plan(options: argparse.Namespace, rest: list[str], tasks: dict[str, Task], p
 
 
 def _clusters(options: argparse.Namespace) -> list[Cluster]:
-    """One for each number of GPUs.
+    """Return a cluster for each number of GPUs.
 
     Raises:
-        UserError: memory or peak of the GPU are not known, or the nodes are not full.
+        UserError: memory or peak of the GPU is not known, or a number of GPUs does not fill nodes.
     """
     known_memory: float | None
     if options.this_machine:
@@ -108,7 +110,11 @@ def _clusters(options: argparse.Namespace) -> list[Cluster]:
 
 
 def _job(name: str, rest: list[str], task: Task, prog: str) -> PlannedRun:
-    """The run of a config and further `--section.key value` arguments."""
+    """Read the run that a config and further `--section.key value` arguments describe.
+
+    Raises:
+        UserError: the config cannot be used, or an epoch has fewer images than a batch.
+    """
     config = parse(task.config, config_arguments(name, rest), prog)
     images, classes, image_bytes = IMAGENET, task.num_classes, float(IMAGE_BYTES)
     if any(token.split("=")[0] == "--data.train" for token in rest):
@@ -168,7 +174,7 @@ def _command(
     """Compose the command that starts the run: sbatch, or torchrun on this machine.
 
     Returns:
-        The command, and the words in it that stand for paths that were not given.
+        The command, and the words in it that stand for paths that are not given.
     """
     task = job.config.task
     if options.this_machine:

@@ -1,4 +1,4 @@
-"""Predictions: what a trained model sees in images, as pictures, JSON and CSV."""
+"""Predicting: writing what a trained model sees in images, as pictures, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -27,26 +27,30 @@ from mae_scale.world import World
 log = logging.getLogger("mae_scale")
 
 TABLE = "predictions.csv"
-_TABLE_TOP = 5
+_TABLE_TOP = 5  # number of names of an image in the table
 
 
 class Seen(NamedTuple):
     """The objects, classes or map that a model sees in one image."""
 
-    facts: dict[str, Any]  # for the JSON
+    facts: dict[str, Any]  # content of the JSON file
     picture: Image.Image
-    class_map: np.ndarray | None = None  # uint8 [H, W], classes from 1, of a segmenter
+    class_map: np.ndarray | None = None  # uint8 [H, W], classes from 1; None: no segmenter
 
 
-Predict = Callable[[torch.Tensor], Seen]  # of an image, uint8 [3, H, W]
+Predict = Callable[[torch.Tensor], Seen]  # function of an image, uint8 [C, H, W]
 
 
 def run(options: argparse.Namespace, world: World) -> None:
     """Write what the model sees in each image.
 
+    Args:
+        options: arguments of `mae-scale predict`.
+        world: this process, whose device is used.
+
     Raises:
-        UserError: no run, no images, or options that cannot be.
-        RunError: some images could not be read; the others are written.
+        UserError: there is no run, there are no images, or an option is out of its range.
+        RunError: some images could not be read; the results of the others are written.
     """
     if options.top < 1:
         raise UserError(f"--top {options.top} must be at least 1")
@@ -90,10 +94,13 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
-    """List image files, each with the path of its outputs without their endings.
+    """List image files, each with the path of its outputs, relative to OUT and without an ending.
+
+    Args:
+        paths: image files, and folders of them.
 
     Raises:
-        UserError: there are none, or two would have the same name.
+        UserError: there are no images, or two would have the same outputs.
     """
     found: list[tuple[Path, Path]] = []
     for path in paths:
@@ -118,10 +125,10 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[TrainedRun, Predict]:
-    """Read a run; return it and a function from an image to what its model sees.
+    """Read a run, and return it and a function from an image to what its model sees.
 
     Raises:
-        UserError: there is no run, or one of a task that sees nothing.
+        UserError: there is no run, or it is a run of a task whose models cannot predict.
     """
     if not is_ours(options.weights):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reconstruction: a picture of what a pre-trained model makes of masked images."""
+"""Reconstructing: drawing what a pre-trained model makes of masked images."""
 
 from __future__ import annotations
 
@@ -41,8 +41,21 @@ def reconstruct(
 ) -> None:
     """Write the grid of original, masked, reconstruction, and reconstruction with visible patches.
 
+    Args:
+        weights: run folder, step folder, or foreign weights with a decoder.
+        images: image files, and folders of them.
+        out: PNG to write or replace.
+        most: largest number of images; more are thinned out evenly.
+        mask_ratio: share of the patches that is removed, in (0, 1); None: that of the model.
+        seed: number that decides the masks.
+        model: architecture of foreign weights that do not name it.
+        norm_pix_loss: "true" or "false": whether foreign weights predict normalised pixels; None:
+            they say it themselves.
+        max_pixels: most pixels that an image may have; None: the limit of the run.
+
     Raises:
-        UserError: no weights, no images, an image that cannot be decoded, a bad mask ratio.
+        UserError: there are no weights or no images, an image cannot be decoded, or the mask ratio
+            is out of its range.
     """
     weights, out = Path(weights), Path(out)
     if out.suffix.lower() != ".png":
@@ -85,7 +98,14 @@ def reconstruct(
 
 
 def load_mae(folder: Path) -> MaskedAutoencoderViT:
-    """The model of a checkpoint, in fp32 on the CPU, built as the run's config.yaml says."""
+    """Load the masked autoencoder of a checkpoint, in fp32 on the CPU, as the run's config says.
+
+    Args:
+        folder: step folder.
+
+    Raises:
+        UserError: the run is not one of pre-training, or the checkpoint does not fit its config.
+    """
     trained = TrainedRun.read(folder)
     if trained.task.name != "pretrain":
         raise UserError(f"{trained.run_dir} is a run of {trained.task.name}, which has no decoder")
@@ -94,10 +114,17 @@ def load_mae(folder: Path) -> MaskedAutoencoderViT:
 
 
 def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> MaskedAutoencoderViT:
-    """The model of weights from elsewhere, its sizes as the weights show them.
+    """Load the masked autoencoder of foreign weights, in fp32 on the CPU.
+
+    The sizes of the model follow from the shapes of the weights.
+
+    Args:
+        path: file or folder of weights.
+        name: architecture; None: the one that the weights name.
+        norm_pix_loss: "true" or "false"; None: what the weights say.
 
     Raises:
-        UserError: they do not fit, have no decoder, or it is not said what they are.
+        UserError: the weights do not fit or have no decoder, or nothing says what they are.
     """
     if not path.exists():
         raise UserError(f"there is no run folder, step folder or file of weights {path}")
@@ -139,14 +166,18 @@ def _find_images(paths: list[Path]) -> list[Path]:
 
 
 def _evenly(files: list[Path], most: int) -> list[Path]:
-    """At most so many of them, spread over the whole list."""
+    """Choose at most `most` files, spread evenly over the whole list."""
     if len(files) <= most:
         return files
     return [files[i * len(files) // most] for i in range(most)]
 
 
 def _read(file: Path, size: ImageSize, max_pixels: int, bands: Bands = RGB) -> torch.Tensor:
-    """The centre of an image as uint8 [C, height, width], resized so that it is covered."""
+    """Read the centre of an image, resized to cover `size`, as uint8 [C, height, width].
+
+    Raises:
+        UserError: the file cannot be read or decoded.
+    """
     try:
         return eval_crop(bands.decode(read_file(file), max_pixels), size, crop_ratio=1.0)
     except OSError as error:

@@ -1,8 +1,8 @@
 """Make WebDataset shards of ImageNet, or of any images that one has.
 
 SRC may hold ImageNet's official archives (not unpacked), the Kaggle layout, class folders, tars of
-classes, or Hugging Face's parquet files. The images keep their bytes. Stopped at any moment, the
-same command goes on. OUT takes one split.
+classes, or Hugging Face's parquet files. The images keep their bytes. If it is stopped, at whatever
+moment, the same command goes on. OUT takes one split.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mae_scale.launch.stopping import leave_before_start
 
 
 def size(text: str) -> int:
-    """Bytes from a text such as 256MB.
+    """Read a number of bytes from a text such as 256MB.
 
     Raises:
-        argparse.ArgumentTypeError: it is no size.
+        argparse.ArgumentTypeError: the text is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
     if not match or float(match[1]) <= 0:
@@ -30,10 +30,10 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0.
+    """Read a whole number above 0.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is no such number.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
@@ -41,10 +41,10 @@ def positive(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """A number between 0 and 1.
+    """Read a number between 0 and 1.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is no such number.
     """
     try:
         if 0 < (value := float(text)) < 1:
@@ -123,7 +123,7 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     """Parse the arguments.
 
     Raises:
-        UserError: they do not fit each other.
+        UserError: the arguments are wrong, or do not fit each other.
     """
     args = parser(prog).parse_args(argv)
     if args.quality is not None and args.resize_short is None:
@@ -138,11 +138,11 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and write the shards; 0 done, 85 stopped by a signal.
+    """Parse the arguments, write the shards, and return 0 (done) or 85 (stopped by a signal).
 
     Raises:
-        UserError: bad input; nothing has been written.
-        RunError: no room, or a file could not be read or written.
+        UserError: the input is wrong; nothing has been written.
+        RunError: there is no room, or a file could not be read or written.
     """
     before = leave_before_start()
     try:

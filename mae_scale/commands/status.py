@@ -1,6 +1,6 @@
 """Show how runs are doing, on one screen, read from their folders alone.
 
-A folder of runs, such as that of a sweep, gives one line for each of them.
+For a folder of runs, such as that of a sweep, it prints one line for each run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mae_scale.watching.health import Rows, duration, health, pace_of, seconds_t
 from mae_scale.watching.overview import HEAD, line, runs_below
 from mae_scale.watching.run_view import RunView
 
-ROWS = 400  # of the metrics that are looked at, the last ones
-BAR = 40  # characters
+ROWS = 400  # number of last rows of the metrics that are read
+BAR = 40  # width of the bar of progress, in characters
 COLOURS = {"running": 32, "finished": 32, "failed": 31, "!": 33}
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str], prog: str) -> int:
 
 
 def _shown(folder: Path, colours: bool) -> str:
-    """The status of a run, or a line for each run of a folder of runs."""
+    """Compose the status of a run, or one line for each run of a folder of runs."""
     found = [folder] if (folder / "config.yaml").exists() else runs_below(folder)
     if found == [folder]:
         return status(RunView(folder), colours)
@@ -72,11 +72,12 @@ def _paint(text: str, key: str) -> str:
 
 
 def status(run: RunView, colours: bool = False, now: float | None = None) -> str:
-    """The text for one run: lines of at most 80 characters, as far as names allow.
+    """Compose the text for one run, in lines of at most 80 characters, as far as names allow.
 
     Args:
-        colours: whether to mark what matters with the colours of a terminal.
-        now: seconds since 1970; None: the clock's.
+        run: run to describe.
+        colours: whether to mark state and warnings with the colours of a terminal.
+        now: seconds since 1970; None: the time of the clock.
     """
     now = time.time() if now is None else now
 
@@ -137,7 +138,10 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
 
 
 def _trend(rows: Rows) -> str | None:
-    """The change of the mean loss from the rows before to the last rows, half of them each."""
+    """Compare the mean loss of the last rows with that of as many rows before them.
+
+    None: there are fewer than four rows with a loss.
+    """
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     half = min(100, len(losses) // 2)
     if half < 2:
@@ -149,7 +153,13 @@ def _trend(rows: Rows) -> str | None:
 
 
 def _saved(run: RunView, now: float, due: float | None) -> tuple[str, str]:
-    """Describe the checkpoints; the next one comes in `due` seconds."""
+    """Describe the newest checkpoint, and all checkpoints together.
+
+    Args:
+        run: run to describe.
+        now: seconds since 1970.
+        due: seconds until the next checkpoint; None: unknown.
+    """
     if not run.checkpoints:
         return "none yet", ""
     last, size = run.checkpoints[-1], sum(saved.bytes for saved in run.checkpoints)
@@ -159,7 +169,7 @@ def _saved(run: RunView, now: float, due: float | None) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """A name without what would move the cursor."""
+    """Replace the characters of a name that would move the cursor by `?`."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -4,15 +4,16 @@ A sweep is a YAML file:
 
     title: Decoder depth (paper Table 1a)
     seeds: [0]
-    pretrain: {config: pretrain_vit_large, train.epochs: 800}     # of every row
+    pretrain: {config: pretrain_vit_large, train.epochs: 800}     # settings of every row
     finetune: {config: finetune_vit_large}
     linprobe: {config: linprobe_vit_large}
     rows:
       - {name: 1 block, pretrain: {model.decoder_depth: 1}, paper: {finetune: 84.8, linprobe: 65.5}}
 
-Each row is pre-trained, then fine-tuned and probed from that, with its own settings over those of
-every row; `null` in the place of settings leaves a task out, and without `pretrain` the others
-start from random weights. Rows with the same settings of pre-training share that run.
+For each row a model is pre-trained, and from it one is fine-tuned and one probed. The settings of a
+row win over those of every row. `null` in the place of settings leaves a task out, and without
+`pretrain` the others start from random weights. Rows with the same settings of pre-training share
+that run.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from mae_scale.world import World, is_slurm_task
 
 log = logging.getLogger("mae_scale")
 
-COLUMNS = {"finetune": "fine-tuning", "linprobe": "linear probing"}
-STEPS = ("pretrain", *COLUMNS)  # tasks of a row, in the order of their work
+COLUMNS = {"finetune": "fine-tuning", "linprobe": "linear probing"}  # heading by task
+STEPS = ("pretrain", *COLUMNS)  # tasks of a row, in the order in which they run
 SWEEPS = RECIPES / "sweeps"
 
 
@@ -73,7 +74,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Run what is missing, print the table, and give the exit code: 0 done, 85 stopped early."""
+    """Run what is missing, print the table, and return the exit code: 0 done, 85 stopped early."""
     options = parser(prog).parse_args(argv)
     world = World.from_environment()
     if world.size > 1 and not is_slurm_task(os.environ):
@@ -103,11 +104,18 @@ class Run:
     """One run of a sweep: its command without the launcher."""
 
     task: str
+    """Name of its task."""
     arguments: tuple[str, ...]
+    """Arguments behind the name of the task, `--key=value` each."""
     run_dir: Path
+    """Folder of the run."""
 
     def score(self) -> float | None:
-        """Give the deciding score at its end, of the moving average where it keeps one."""
+        """Return the deciding score of its last validation, in percent.
+
+        Where the run keeps a moving average of the weights, it is the score of that. None: the run
+        is not finished, or has no score.
+        """
         rows = read_metrics(self.run_dir / VALIDATION)
         if not rows or not _is_finished(self.run_dir):
             return None
@@ -125,24 +133,28 @@ class Sweep:
     """The runs that a sweep file asks for."""
 
     title: str
+    """Title of the table."""
     rows: list[dict[str, Any]]
-    """`name` and `paper` of each."""
+    """Rows of the file, with `name` and `paper` of each."""
     measured: list[dict[str, list[Run]]]
-    """For each row, by task, the runs that give its accuracy: one for each seed."""
+    """For each row, by task, the runs that are measured, one for each seed."""
     needed: list[list[Run]]
-    """For each row, its runs in the order of their work."""
+    """For each row, all its runs, in the order in which they run."""
 
     @property
     def runs(self) -> list[Run]:
-        """All runs, each once."""
+        """All runs of all rows, each once."""
         return list(dict.fromkeys(run for row in self.needed for run in row))
 
     def runs_of(self, row: int) -> list[Run]:
-        """Give the runs of one row."""
+        """Return the runs of one row, in the order in which they run."""
         return self.needed[row]
 
     def results(self) -> list[dict[str, Any]]:
-        """Give for each row `name`, `paper` and, by task, the score of each seed; null: not yet."""
+        """Return for each row its `name`, its `paper` and, by task, the score of each seed.
+
+        The score is None where the run is not finished.
+        """
         return [
             {
                 "name": row["name"],
@@ -162,15 +174,15 @@ def _find(name: str) -> Path:
 
 
 def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
-    """Read a file and check the settings of each of its runs; nothing is made.
+    """Read a sweep file and check the settings of each of its runs; nothing is written.
 
     Args:
-        path: File that describes the sweep.
-        run_dir: Folder for all runs: `seed0/pretrain/ROW` and so on.
-        data: config keys that all runs get.
+        path: file that describes the sweep.
+        run_dir: folder for all runs, which are named `seed0/pretrain/ROW` and so on.
+        data: config keys that all runs get, and their values.
 
     Raises:
-        UserError: it is no sweep; a row with settings that cannot be is named.
+        UserError: the file is no sweep, or a row, which the message names, has wrong settings.
     """
     try:
         content = read_yaml(path)
@@ -237,12 +249,18 @@ def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[s
 
 
 def run_all(runs: list[Run], launch: list[str]) -> int:
-    """Start the runs one after the other; a finished one says so and ends at once.
+    """Start the runs one after the other; a run that is finished says so and ends at once.
 
-    A run that fails keeps only those from running that start from it. Bad settings end the sweep.
+    If a run fails, only the runs that start from its weights are left out. Wrong settings end the
+    sweep.
+
+    Args:
+        runs: runs in the order in which they start.
+        launch: command that starts a run, without the name of the task.
 
     Returns:
-        0; 85 where a run was stopped early, 2 for bad settings; else the first failure's exit code.
+        The exit code: 0 where all runs succeed, 85 where a run was stopped early, 2 for wrong
+        settings, and otherwise the exit code of the first run that failed.
     """
     failed: dict[Path, int] = {}
     with _forwarded_signals() as child:
@@ -253,7 +271,7 @@ def run_all(runs: list[Run], launch: list[str]) -> int:
             print(f"sweep: run {number} of {len(runs)}: {run.task} in {run.run_dir}", flush=True)
             child[:] = [subprocess.Popen([*launch, run.task, *run.arguments])]
             code = child[0].wait()
-            # Told by the signal, too: torchrun ends with 1 whatever its processes end with.
+            # The signal tells of a stop, too: torchrun ends with 1 whatever its processes end with.
             if child[1:] or code == STOPPED:
                 return STOPPED
             if code == 2:
@@ -266,14 +284,18 @@ def run_all(runs: list[Run], launch: list[str]) -> int:
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[Any]]:
-    """Pass signals that stop a run on to the child; the list holds the child, then each signal."""
+    """Pass signals that stop a run on to the child process.
+
+    Yields:
+        A list into which the caller puts the child; the number of each signal is appended to it.
+    """
     child: list[Any] = []
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def forward(number: int, frame: Any) -> None:
         if child:
             child.append(number)
-            # Ctrl-C and a closed terminal have reached it already.
+            # The signals of Ctrl-C and of a closed terminal have reached the child already.
             if number in (signal.SIGTERM, signal.SIGUSR1) and child[0].poll() is None:
                 child[0].send_signal(number)
 
@@ -286,7 +308,15 @@ def _forwarded_signals() -> Iterator[list[Any]]:
 
 
 def table(title: str, results: list[dict[str, Any]]) -> str:
-    """Format the rows: mean over the seeds, lowest to highest, and the paper's number beside it."""
+    """Format the results, one line for each row.
+
+    Of several seeds a cell shows the mean and, in parentheses, the lowest and the highest score.
+    The paper's numbers stand beside those that are measured.
+
+    Args:
+        title: title of the table.
+        results: results as `Sweep.results` returns them.
+    """
     columns = [task for task in COLUMNS if any(task in row for row in results)]
     has_paper = any(row["paper"] for row in results)
     several = any(len(row.get(task, ())) > 1 for row in results for task in columns)

@@ -1,6 +1,6 @@
 """Check a folder of shards: sizes, SHA-256, tar structure, labels, and that every image decodes.
 
-Exits 0 and prints the counts, or 1 and names each damaged member.
+It exits with 0 and prints the counts, or it exits with 1 and names each damaged member.
 """
 
 from __future__ import annotations
