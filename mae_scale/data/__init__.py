@@ -1,1 +1,1 @@
-"""Images on disk and on their way to the device: shards, sample order, transforms, loader."""
+"""Reading training data: shards, sample order, transforms and loaders."""

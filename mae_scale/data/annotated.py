@@ -5,10 +5,10 @@ tensors without lists, so that it moves to a device as it is:
 
 - "image": uint8 [b, 3, S, S]; "size": int64 [b, 2], height and width of the part that is image;
   what lies outside is padding (`normalize_padded`). "sample", "epoch", "label": see `TrainLoader`.
-- detection: "objects": int64 [b], how many each image has; and of all objects of the batch, image
-  after image: "boxes": float32 [n, 4], x0, y0, x1, y1 in pixels; "classes": int64 [n], from 0 in
-  the order of the category ids; "masks": uint8 [n, S, ceil(S / 8)], one bit a pixel
-  (`unpack_masks`).
+- detection: "objects": int64 [b], the number of objects of each image. The objects of the batch
+  follow each other, image after image: "boxes": float32 [n, 4], x0, y0, x1, y1 in pixels;
+  "classes": int64 [n], from 0 in the order of the category ids; "masks": uint8
+  [n, S, ceil(S / 8)], one bit per pixel (`unpack_masks`).
 - segmentation: "segmentation": uint8 [b, S, S], classes from 0, `IGNORE` where there is none.
 """
 
@@ -49,11 +49,11 @@ class UsableOrder(SampleOrder):
         super().__init__(of_shard.astype(np.int64), seed, lanes, window)
 
     def samples(self, epoch: int, positions: npt.ArrayLike) -> Int64Array:
-        """Return global ids as `SampleOrder.samples` does, all of samples with an object."""
+        """Return global ids as `SampleOrder.samples` does, only of samples with an object."""
         return self._usable[super().samples(epoch, positions)]
 
     def replacement(self, epoch: int, sample: int, attempt: int) -> int:
-        """Draw as `SampleOrder.replacement` does, among the samples with an object."""
+        """Draw a sample id as `SampleOrder.replacement` does, only among samples with an object."""
         return int(self._usable[super().replacement(epoch, sample, attempt)])
 
 
@@ -110,7 +110,7 @@ def read_pair(dataset: TrainDataset | EvalDataset, sample: int) -> tuple[bytearr
     """Read the image file and the annotation file of a sample.
 
     Raises:
-        ValueError: one of them has other bytes than were indexed.
+        ValueError: the bytes of one of them differ from those that were indexed.
     """
     image, annotation = dataset.reader.read(sample), dataset.reader.read_annotation(sample)
     if crc32(image.data) != dataset.shards.checksums[sample]:
@@ -140,7 +140,7 @@ def joined(targets: list[Targets]) -> Targets:
 class AnnotatedTrainLoader(TrainLoader):
     """`TrainLoader` of shards with annotations; its `augment` is a `Transform`.
 
-    Images without an object are left out: an epoch has only the others.
+    An epoch leaves out images without an object.
     """
 
     def _order(self, shards: ShardSet, seed: int, lanes: int, window: int) -> SampleOrder:
@@ -158,7 +158,7 @@ class AnnotatedTrainLoader(TrainLoader):
 
 
 class _DetectionEvalDataset(EvalDataset):
-    """Whole images, the long side resized, padded; "original" is their size in the file."""
+    """Whole images, resized by the long side and padded; "original" is their size in the file."""
 
     def batch(self, key: BatchKey) -> Batch:
         targets: dict[int, Targets] = {}
@@ -202,7 +202,7 @@ def _decoded(dataset: EvalDataset, sample: int) -> torch.Tensor:
 
 
 class DetectionEvalLoader(EvalLoader):
-    """Each image once: "image", "size" as in training, and "original" int64 [b, 2]."""
+    """One pass over all images: "image", "size" as in training, and "original" int64 [b, 2]."""
 
     def _make_dataset(
         self, shards: ShardSet, img_size: ImageSize, crop_ratio: float, cache: ShardCache | None
@@ -211,7 +211,10 @@ class DetectionEvalLoader(EvalLoader):
 
 
 class SegmentationEvalLoader(EvalLoader):
-    """Each image once, alone, in its own size: "image" [1, 3, H, W], "segmentation" [1, H, W]."""
+    """One pass over single images in their own sizes: "image" uint8 [1, 3, H, W], "segmentation".
+
+    "segmentation" is uint8 [1, H, W], classes from 0, or `IGNORE`.
+    """
 
     def _make_dataset(
         self, shards: ShardSet, img_size: ImageSize, crop_ratio: float, cache: ShardCache | None

@@ -1,4 +1,4 @@
-"""Random changes of the images of detectors and segmenters, and the geometry of these images.
+"""Random changes of the images for detectors and segmenters, and their resizing and padding.
 
 Everything random follows from (seed, epoch, sample), as for classification.
 """
@@ -28,10 +28,10 @@ from mae_scale.data.transforms import decode_image, normalize
 from mae_scale.errors import UserError
 from mae_scale.randomness import Purpose, uniform
 
-Targets = dict[str, npt.NDArray[Any]]  # of one image; a batch concatenates the first axes
+Targets = dict[str, npt.NDArray[Any]]  # arrays of one image; a batch concatenates their first axes
 
 _PAD_GREY = 128
-_MIN_EXTENT = 1e-5  # pixels; a box whose part in the crop is no larger is left out
+_MIN_EXTENT = 1e-5  # pixels; a box with no larger part in the crop is left out
 
 
 class Transform(Protocol):
@@ -49,8 +49,8 @@ class Transform(Protocol):
 
         Args:
             data, annotation: contents of the image file and of the annotation file.
-            size: pixels of a side.
-            keys: seed, epoch, sample.
+            size: pixels of a side of the result.
+            keys: seed, epoch and sample.
             max_pixels: a larger image is refused before it is decoded.
 
         Raises:
@@ -60,13 +60,14 @@ class Transform(Protocol):
 
 
 class DetectionTransform:
-    """Large-scale jitter: resize, crop or pad to the size, flip; in both published recipes.
+    """Large-scale jitter of both published recipes: resize, crop or pad to the size, flip.
 
     Args:
-        categories: as the COCO file lists them; classes are numbered in the order of their ids.
+        categories: categories as the COCO file lists them; classes are numbered in the order of
+            their ids.
         recipe: "li2021" resizes, crops, pads right and bottom with grey (128) and then flips;
             "vitdet" flips first and leaves the padding to come after normalisation.
-        scale: smallest and largest ratio of the whole image's size to that of the crop.
+        scale: smallest and largest ratio of the resized image's size to that of the crop.
     """
 
     def __init__(
@@ -153,13 +154,13 @@ class DetectionTransform:
 
 
 class SegmentationTransform:
-    """ADE20K's recipe: resize, crop that no class fills, flip, change of colours, padding.
+    """ADE20K's recipe: resize, crop without a dominating class, flip, change colours, pad.
 
     Args:
         scale: smallest and largest factor f; the resized image has a short side of at most
             f * size and a long side of at most 4 * f * size pixels.
         most_of_one: largest share of the labelled pixels that one class may have; a crop in which
-            a class has more is drawn again, up to ten times.
+            one class has more is drawn again, up to ten times.
         colors: whether brightness, contrast, saturation and hue change.
     """
 
@@ -242,7 +243,7 @@ def decode_pair(
 
 
 def scaled_size(height: int, width: int, short: float) -> tuple[int, int]:
-    """Return height and width: the short side is at most `short`, the long one at most 4 * `short`.
+    """Scale height and width: the short side to at most `short`, the long one to 4 * `short`.
 
     The aspect ratio is kept; rounding is that of mmcv.
     """
@@ -253,12 +254,13 @@ def scaled_size(height: int, width: int, short: float) -> tuple[int, int]:
 def change_colors(image: torch.Tensor, u: list[float]) -> torch.Tensor:
     """Apply the photometric distortion of ADE20K's recipe; each change has a probability of 1/2.
 
-    Brightness by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, hue by up to 18
-    of 180 (36 degrees); contrast comes before or after saturation and hue.
+    Brightness changes by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, hue by
+    up to 18 of 180 (36 degrees). Contrast comes before or after saturation and hue.
 
     Args:
         image: uint8 [3, H, W].
-        u: nine uniforms in [0, 1): four that decide, four that say how much, one for the order.
+        u: nine uniforms in [0, 1): four decide which changes happen, four how large they are, one
+            the order.
     """
     brightness, contrast, saturation, hue = (value < 0.5 for value in u[:4])
     pixels = image.permute(1, 2, 0).numpy()
@@ -274,7 +276,7 @@ def change_colors(image: torch.Tensor, u: list[float]) -> torch.Tensor:
         hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
         if saturation:
             hsv[..., 1] = changed(hsv[..., 1], 0.5 + u[6])
-        if hue:  # PIL divides the circle into 256, the recipe into 180
+        if hue:  # PIL divides the circle of hues into 256, the recipe into 180
             turn = round((int(u[7] * 37) - 18) * 256 / 180)
             hsv[..., 0] = (hsv[..., 0].astype(int) + turn) % 256
         pixels = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
@@ -291,7 +293,7 @@ def padded(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def normalize_padded(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Normalise uint8 [b, 3, S, S] to float32; 0 outside of `sizes` [b, 2] (height, width)."""
+    """Normalise uint8 [b, 3, S, S] to float32, with 0 outside of `sizes` [b, 2] (height, width)."""
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     inside = (rows < sizes[:, :1])[:, None, :, None] & (columns < sizes[:, 1:])[:, None, None, :]
@@ -299,7 +301,7 @@ def normalize_padded(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """Unpack uint8 [n, S, ceil(S / 8)] to bool [n, S, S], on its device."""
+    """Unpack masks uint8 [n, S, ceil(S / 8)] to bool [n, S, S], on the same device."""
     bits = torch.arange(7, -1, -1, device=masks.device, dtype=torch.uint8)
     found = (masks[..., None] >> bits) & 1
     return found.flatten(2)[..., :size].bool()
@@ -331,7 +333,7 @@ def _extent(mask: npt.NDArray[np.uint8]) -> tuple[float, float, float, float] | 
 
 
 def evaluated_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return height and width when the long side becomes `size`, rounded as by Detectron2."""
+    """Scale height and width so that the long side is `size`, rounded as in Detectron2."""
     ratio = size / max(height, width)
     return max(1, math.floor(height * ratio + 0.5)), max(1, math.floor(width * ratio + 0.5))
 
@@ -341,10 +343,10 @@ def evaluation_input(image: torch.Tensor, size: int) -> tuple[torch.Tensor, tupl
 
     Args:
         image: uint8 [3, H, W].
-        size: pixels of the long side; the short one is padded to it.
+        size: pixels of the resized long side; the short side is padded to it.
 
     Returns:
-        uint8 [3, size, size], and height and width without padding.
+        The image uint8 [3, size, size], and its height and width without padding.
     """
     h, w = evaluated_size(image.shape[1], image.shape[2], size)
     return padded(resize_smooth(image, h, w), size), (h, w)

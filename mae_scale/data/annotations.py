@@ -18,16 +18,16 @@ from mae_scale.data.shards import ShardSet, read_manifest
 from mae_scale.errors import UserError
 
 IGNORE = 255  # value in a label map: the pixel is not counted
-_FAR = 4  # a polygon may reach so many sides of its image away
-_LONGEST = 1_000_000  # pixels of a polygon's outline
+_FAR = 4  # largest distance of a polygon's points, in lengths of the image's longer side
+_LONGEST = 1_000_000  # largest number of pixels of a polygon's outline
 
 
 @dataclass
 class Objects:
-    """The objects of one image that can be trained on: no crowd regions, nothing without area."""
+    """The objects of one image that can be trained on: no crowd regions, none without area."""
 
-    categories: npt.NDArray[np.int64]  # [n], ids of COCO
-    shapes: list[Any]  # [n], each polygons [[x, y, x, y, ...], ...] in pixels, or run lengths
+    categories: npt.NDArray[np.int64]  # [n], COCO's category ids
+    shapes: list[Any]  # [n], each run lengths, or polygons [[x, y, x, y, ...], ...] in pixels
 
 
 def read_record(data: bytes | bytearray) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def objects_of(record: dict[str, Any], height: int, width: int) -> Objects:
         height, width: pixels of the image.
 
     Raises:
-        ValueError: an object is none of COCO's, or has a shape that cannot be this image's.
+        ValueError: an object does not have COCO's form, or its shape cannot lie in this image.
     """
     try:
         kept = [
@@ -70,7 +70,7 @@ def objects_of(record: dict[str, Any], height: int, width: int) -> Objects:
 
 
 def _check_shape(shape: Any, height: int, width: int) -> None:
-    """Raise a ValueError where drawing a shape would take more than the image's size."""
+    """Raise a ValueError where drawing a shape would take more memory or time than its image."""
     if isinstance(shape, dict):
         counts = shape["counts"]
         if list(shape["size"]) != [height, width]:
@@ -89,7 +89,7 @@ def _check_shape(shape: Any, height: int, width: int) -> None:
         if points.ndim != 1 or len(points) % 2 or len(points) < 6:
             raise ValueError("a polygon that is no list of x, y, x, y, ...")
         points = points.reshape(-1, 2)
-        if not (np.abs(points) <= _FAR * max(height, width)).all():  # false for NaN, too
+        if not (np.abs(points) <= _FAR * max(height, width)).all():  # also false for NaN
             raise ValueError("a polygon far outside of its image")
         if np.abs(np.diff(points, axis=0)).sum() > _LONGEST:
             raise ValueError("a polygon whose outline is too long")
@@ -99,10 +99,10 @@ def read_label_map(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt
     """Read a PNG that gives each pixel a class, uint8 [H, W]; a palette is ignored.
 
     Args:
-        max_pixels: a larger one is refused by its header, before it takes memory.
+        max_pixels: a larger image is refused by its header, before it takes memory.
 
     Raises:
-        ValueError: it is no such image, or too large.
+        ValueError: the data are no such image, or one that is too large.
     """
     try:
         with open_image(data, max_pixels) as image:
@@ -122,7 +122,7 @@ def shape_mask(shape: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
     """Rasterise a shape as pycocotools does: 0 or 1 for each pixel, uint8 [height, width].
 
     Args:
-        shape: polygons, or run lengths of exactly this size as numbers or as text.
+        shape: polygons, or run lengths of exactly this size, as numbers or compressed to text.
     """
     if isinstance(shape, dict):
         packed = shape if isinstance(shape["counts"], str | bytes) else None
@@ -133,16 +133,17 @@ def shape_mask(shape: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
 def box_within(
     polygons: list[npt.NDArray[np.float64]], x0: float, y0: float, x1: float, y1: float
 ) -> tuple[float, float, float, float] | None:
-    """Return the bounding box of the part of some polygons in a rectangle; None if it is empty.
+    """Return the bounding box of the part of polygons in a rectangle; None if it is empty.
 
-    The extremes of that part are ends of the polygons' edges, cut to the rectangle, or corners of
-    the rectangle that lie inside a polygon.
+    The extreme points of that part are ends of the polygons' edges, cut to the rectangle, or
+    corners of the rectangle that lie inside a polygon.
 
     Args:
-        polygons: float64 [k, 2] each, x and y.
+        polygons: float64 [k, 2] each, x and y in pixels.
+        x0, y0, x1, y1: sides of the rectangle, in pixels.
 
     Returns:
-        x0, y0, x1, y1.
+        The sides x0, y0, x1, y1 of the box, in pixels.
     """
     points = []
     corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]])
@@ -188,7 +189,7 @@ def read_records(shards: ShardSet, cache: ShardCache | None = None) -> list[dict
     """Read the JSON of each sample of COCO shards, in the order of the samples.
 
     Raises:
-        UserError: one is damaged, or these are no shards of COCO.
+        UserError: a record is damaged, or these are no shards of COCO.
     """
     if shards.task != "detection":
         raise UserError(f"{shards.root} holds no objects; make it with data_prep/shard_coco.py")
@@ -206,9 +207,9 @@ def read_records(shards: ShardSet, cache: ShardCache | None = None) -> list[dict
 
 
 def coco_file(shards: ShardSet) -> dict[str, Any]:
-    """Make COCO's file of instances again from the shards of a folder, as `json.load` gives it.
+    """Rebuild COCO's file of instances, as `json.load` returns it, from the shards of a folder.
 
-    It equals the file that the shards were made of, unless images were damaged and left out.
+    It equals the file from which the shards were made, unless damaged images were left out.
 
     Raises:
         UserError: these are no shards of COCO, or a file in them is damaged.

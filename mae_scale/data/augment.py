@@ -30,20 +30,20 @@ from mae_scale.randomness import Purpose, hash64, permutation, uniform
 class Augment:
     """Crop and flip, then colour jitter, RandAugment, random erasing (paper Tables 1e and 9).
 
-    The last two are timm's. They draw from the global generators of Python, numpy and torch,
-    which are seeded anew for each image; torch's is put back. The noise of an erased rectangle is
-    normal after normalisation, as in the official code, but pixels travel as uint8: values beyond
-    black and white, 3 % of them, are clipped to these.
+    RandAugment and random erasing are timm's. They draw from the global generators of Python, numpy
+    and torch, which are seeded anew for each image; the state of torch's is restored. The noise of
+    an erased rectangle is normal after normalisation, as in the official code. But pixels travel as
+    uint8, so the values beyond black and white, 3 % of them, are clipped to these.
 
     Args:
         crop_scale: smallest and largest share of the image's area in a crop.
-        hflip: flip half of the images.
+        hflip: whether to flip half of the images.
         rand_augment: policy in timm's spelling, such as "rand-m9-mstd0.5-inc1"; None: no policy.
         erasing: share of the images in which a rectangle becomes noise.
         crop: "random" is a RandomResizedCrop; "clipped" takes the first box of one, clipped to the
-            image; "fixed" a square of fixed size; "none" the centre, never flipped.
-        color_jitter: strength s: brightness, contrast and saturation are each multiplied by a
-            factor uniform in 1 - s to 1 + s, in random order; 0: no change.
+            image; "fixed" takes a square of fixed size; "none" takes the centre and never flips.
+        color_jitter: strength s. Brightness, contrast and saturation are each multiplied by a
+            factor uniform in 1 - s to 1 + s, in random order. 0: no change.
 
     Raises:
         UserError: a value is not allowed.
@@ -69,13 +69,13 @@ class Augment:
         self._color_jitter = color_jitter
         self._rand_augment, self._erasing = rand_augment, erasing
         self._scratch = Scratch()
-        self._operations: dict[int, Any] = {}  # RandAugment by image size
+        self._operations: dict[int, Any] = {}  # RandAugment for each image size
         if rand_augment is not None:
             self._operations_for(224)
 
     @classmethod
     def of(cls, section: Any) -> Augment:
-        """Make what a config section `augment` asks for: its keys are the arguments' names."""
+        """Make the changes of a config section `augment`, whose keys are the arguments' names."""
         names = signature(cls).parameters
         return cls(**{k: v for k, v in vars(section).items() if k in names})
 
@@ -91,18 +91,18 @@ class Augment:
         """Make the pixels of an image file, decoded once, for each of the draws.
 
         Args:
-            data: the image file.
+            data: content of the image file.
             size: pixels of a side of the result, or its height and width.
-            draws: float64 [TRAIN_UNIFORMS] in [0, 1), for crop and flip.
+            draws: float64 [TRAIN_UNIFORMS] in [0, 1) each, for crop and flip.
             keys: seed, epoch and sample of each draw, for the other changes.
             max_pixels: a larger image is refused before it is decoded.
-            bands: how it is decoded; RandAugment and colour jitter take three only.
+            bands: bands of the image; RandAugment and colour jitter accept three only.
 
         Returns:
             uint8 [C, height, width] for each draw.
 
         Raises:
-            ValueError: the file is no image, or a damaged one, or one that is too large.
+            ValueError: the file is no image, or the image is damaged or too large.
         """
         crops = self._crops(data, size, draws, max_pixels, bands)
         pairs = zip(crops, keys, strict=True)
@@ -122,7 +122,7 @@ class Augment:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             try:
                 image = self._operations_for(size)(image)
-            except ValueError as error:  # a ValueError would mean that the image is damaged
+            except ValueError as error:  # callers take a ValueError to mean a damaged image
                 raise RuntimeError(f"RandAugment failed: {error}") from error
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if random.random() < self._erasing:
@@ -196,7 +196,7 @@ def _jitter(pixels: torch.Tensor, strength: float, keys: tuple[int, int, int]) -
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """Posterize as timm does, whose highest magnitude keeps 0 bits: newer Pillows refuse that."""
+    """Posterize as timm does: its highest magnitude keeps 0 bits, which newer Pillows refuse."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)

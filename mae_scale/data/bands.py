@@ -1,8 +1,8 @@
 """The bands of images: how many there are, how images are decoded to 8 bits and normalised.
 
-Ordinary images have three bands, their colours. Gray, satellite or microscope images have others:
-they are PNGs, TIFFs of any number of bands, or arrays that `numpy.save` wrote. All are decoded to 8
-bits.
+Ordinary images have three bands, their colours. Gray, satellite and microscope images have other
+numbers of bands: they are PNGs, TIFFs, or arrays that `numpy.save` wrote. All of these are decoded
+to 8 bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mae_scale.data.formats import (
 from mae_scale.data.transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image
 from mae_scale.errors import UserError
 
-_PNG_BITS = 24  # place of the byte that says how many bits a sample has
+_PNG_BITS = 24  # offset of the byte with the number of bits of a sample
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,22 @@ class Bands:
     """The bands of a run's images."""
 
     count: int = 3
+    """Number of bands."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each band, for values from 0 (black) to 1 (white)."""
+    """Mean of each band, for values from 0 (black) to 1 (white)."""
     std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of each band, for values from 0 to 1."""
     value_range: tuple[float, float] | None = None
-    """The values that become black and white, what lies beyond is clipped; None: all that integers
-    of 8 and 16 bits can hold."""
+    """Values that become black and white; values beyond are clipped. None: the smallest and largest
+    integers of 8 or 16 bits."""
 
     @classmethod
     def of(cls, config: Any) -> Bands:
-        """Make those that a run's config asks for.
+        """Make the bands of a run's config.
 
         Raises:
-            UserError: statistics for another number of bands, or none where there is no default.
+            UserError: the config has statistics for another number of bands, or none although this
+                number has no default.
         """
         count, data = getattr(config.model, "in_chans", 3), config.data
         given = [key for key in ("mean", "std", "value_range") if getattr(data, key) is not None]
@@ -79,7 +82,8 @@ class Bands:
         """Decode an image file to uint8 [bands, H, W].
 
         Raises:
-            ValueError: it is no image, a damaged or too large one, or has another number of bands.
+            ValueError: the file is no image, or the image is damaged, too large, or has another
+                number of bands.
         """
         if self.are_plain and not is_array(data):
             return decode_image(data, max_pixels)
@@ -87,7 +91,7 @@ class Bands:
         return torch.from_numpy(values).permute(2, 0, 1)
 
     def _as_bytes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """Scale [H, W, bands] of any numbers to 8 bits."""
+        """Scale [H, W, bands] of any numeric type to 8 bits."""
         if self.value_range is None:
             if values.dtype == np.uint8:
                 return np.array(values, order="C")
@@ -117,7 +121,7 @@ class Bands:
 RGB = Bands()
 
 
-@lru_cache  # a copy to a GPU waits for the work that is queued there
+@lru_cache  # kept, because a copy to a GPU waits for the work that is queued there
 def _mean_std(bands: Bands, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = (
         torch.tensor(v, device=device).view(bands.count, 1, 1) for v in (bands.mean, bands.std)
@@ -128,10 +132,11 @@ def _mean_std(bands: Bands, device: torch.device) -> tuple[torch.Tensor, torch.T
 def raw_values(
     data: bytes | bytearray, count: int, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[Any]:
-    """Read the values of an image file as they are, [H, W, count] of any numbers.
+    """Read the values of an image file unscaled, [H, W, count] of any numeric type.
 
     Raises:
-        ValueError: it is no image, a damaged or too large one, or has another number of bands.
+        ValueError: the file is no image, or the image is damaged, too large, or has another number
+            of bands.
     """
     if is_array(data):
         return _bands_last(read_array(data, max_pixels), count)
@@ -146,7 +151,7 @@ def raw_values(
 
 
 def _picture(data: bytes | bytearray, count: int, max_pixels: int) -> npt.NDArray[Any]:
-    """Read a file that is no array; PIL's errors and those of others are passed on."""
+    """Read a file that is no array; errors of PIL and tifffile are passed on."""
     if is_tiff(data):
         try:
             values = read_tiff(data, max_pixels)
@@ -169,7 +174,7 @@ class _OtherBands(ValueError):
 
 
 def _bands_last(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    """Give [H, W, count] of [H, W], [H, W, count] or [count, H, W]."""
+    """Bring [H, W], [H, W, count] or [count, H, W] into the form [H, W, count]."""
     if values.ndim == 2:
         values = values[..., None]
     if values.shape[-1] != count and values.shape[0] == count:
@@ -181,7 +186,7 @@ def _bands_last(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
 
 
 def for_display(images: torch.Tensor) -> torch.Tensor:
-    """Give three bands of [N, bands, H, W] to look at: gray of one, else the first three."""
+    """Make three bands of [N, bands, H, W] for display: gray from one, else the first three."""
     count = images.shape[1]
     if count == 1:
         return images.expand(-1, 3, -1, -1)
@@ -193,7 +198,7 @@ def for_display(images: torch.Tensor) -> torch.Tensor:
 def statistics(
     images: Iterable[torch.Tensor],
 ) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each band over all pixels, for values from 0 to 1.
+    """Compute mean and deviation of each band over all pixels, for values from 0 to 1.
 
     Args:
         images: uint8 [bands, H, W] each.

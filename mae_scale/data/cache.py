@@ -1,7 +1,7 @@
 """Remote shards, staged whole into a folder of limited size on a local disk.
 
-However many processes of a node ask for a shard, it is fetched once: they agree through file
-locks, so they need not know each other. A shard is in the folder whole or not at all.
+A shard is fetched once, however many processes of a node need it: they agree through file locks,
+so they need not know each other. A shard is in the folder whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mae_scale.errors import UserError
 from mae_scale.files import Digest
 
 _TRIES = 5
-_WAIT_S = 1.0  # before the second try; doubles
-_STALL_S = 60.0  # a transfer that brings no byte for so long is given up
+_WAIT_S = 1.0  # wait before the second try; it doubles after each
+_STALL_S = 60.0  # a transfer that brings no byte for this time is given up
 _CHUNK = 1 << 20
 _ROOM_POLL_S = 0.2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,8 +40,8 @@ class ShardCache:
     """A folder with copies of remote shards; when it is full, the least recently used is removed.
 
     Args:
-        folder: on a local disk; made if it is not there. Runs may share it.
-        max_bytes: most bytes that the copies may take together; None: no limit.
+        folder: folder on a local disk, which is made if it does not exist. Runs may share it.
+        max_bytes: largest size of all copies together, in bytes; None: no limit.
         version: fingerprint of the dataset; copies of another version are not used.
 
     Raises:
@@ -63,18 +63,18 @@ class ShardCache:
             ) from None
 
     def open(self, url: str, size: int, sha256: str | None = None) -> int:
-        """Open the local copy of a shard for reading, and fetch the shard first if need be.
+        """Open the local copy of a shard for reading, and fetch the shard first if there is none.
 
-        The descriptor that is returned stays valid when the copy is removed.
+        The returned descriptor stays valid when the copy is removed.
 
         Args:
             url: address of the shard, as `open_remote` takes it.
-            size: bytes of the shard.
+            size: size of the shard in bytes.
             sha256: SHA-256 of the shard; None accepts any content of that size.
 
         Raises:
             UserError: the shard is larger than the folder may be.
-            FetchError: it could not be fetched after several tries, or its content is another one.
+            FetchError: the shard could not be fetched after several tries, or has other content.
         """
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(
@@ -110,7 +110,7 @@ class ShardCache:
 
     def used(self, descriptor: int) -> None:
         """Note that a copy is in use, so that it is not the next to be removed."""
-        with suppress(OSError):  # somebody else may own the copy
+        with suppress(OSError):  # another user may own the copy
             os.utime(descriptor)
 
     def _open_copy(self, path: Path) -> int:
@@ -123,9 +123,9 @@ class ShardCache:
         while True:
             with _locked(self._folder / "room.lock"):
                 if self._max_bytes is None or self._evict(self._max_bytes - size, part):
-                    os.truncate(part, size)  # the bytes count from now on
+                    os.truncate(part, size)  # from now on these bytes count
                     return
-            time.sleep(_ROOM_POLL_S)  # others are fetching; their copies can be removed later
+            time.sleep(_ROOM_POLL_S)  # other processes fetch now; their copies can be removed later
 
     def _evict(self, limit: int, part: Path) -> bool:
         """Remove the least recently used copies; return whether the rest takes at most `limit`."""
@@ -187,7 +187,7 @@ def _download(url: str, stream: Any, size: int, sha256: str | None) -> None:
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    """Yield the content of a URL; raise an OSError when the transfer fails or stalls."""
+    """Yield the content of a URL in parts; raise an OSError when the transfer fails or stalls."""
     source = open_remote(url)
     process: subprocess.Popen[bytes] = source.proc
     pipe = source.stream.fileno()
@@ -218,14 +218,14 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of that name; it is freed when the process ends, however that ends."""
+    """Hold the lock of a file; it is freed when the process ends, in whatever way."""
     with path.open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def _remove_abandoned(part: Path) -> bool:
-    """Remove the part of a copy that an ended process has left; False if the process is at work."""
+    """Remove the partial copy of an ended process; return False if its process still works."""
     with part.with_suffix(".lock").open("ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Batches of decoded, cropped pixels out of shards, read by offset.
 
 This code runs in the data workers. It holds no state that matters: a batch follows from the
-positions that are asked for, whichever worker makes it and whenever.
+requested positions alone, whichever worker makes it and whenever.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BatchKey(NamedTuple):
 
     slot: int  # number of the entry of `slots` that takes the pixels
     epoch: int
-    positions: npt.NDArray[np.int64]  # in the epoch (training), or global sample ids (evaluation)
+    positions: npt.NDArray[np.int64]  # places in the epoch (training), or global sample ids
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Batch:
     slot: int
     labels: npt.NDArray[np.int64]  # [b]
     epochs: npt.NDArray[np.int64]  # [b], see `draw_epochs`
-    samples: npt.NDArray[np.int64]  # [b], global ids of what was really used
-    damaged: dict[int, str] = field(default_factory=dict)  # replaced: sample id -> name, reason
+    samples: npt.NDArray[np.int64]  # [b], global ids of the samples that were really used
+    damaged: dict[int, str] = field(default_factory=dict)  # sample id -> name, reason
     targets: dict[str, npt.NDArray] = field(default_factory=dict)  # further entries, by key
 
 
@@ -60,9 +60,9 @@ class _BatchDataset(torch.utils.data.Dataset):
     """Map-style dataset whose items are whole batches, keyed by `BatchKey`.
 
     Attributes:
-        slots: uint8 [b, C, H, W] each, in memory shared with the main process. A worker writes
-            its pixels there, so that they cross between processes without a copy, a file
-            descriptor or a byte in /dev/shm. Empty without workers.
+        slots: uint8 [b, C, H, W] each, in memory shared with the main process; empty without
+            workers. A worker writes its pixels there, so that they pass between processes without
+            a copy, a file descriptor or a byte in /dev/shm.
         bands: how images are decoded.
     """
 
@@ -72,7 +72,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         self.slots: Sequence[torch.Tensor] = ()
 
     def __getitem__(self, key: BatchKey) -> Batch | Exception:
-        # An exception is returned as a value: so the loader raises it as it is, not wrapped in
+        # An exception is returned as a value, so that the loader raises it itself, not wrapped in
         # the worker's traceback.
         try:
             return self.batch(key)
@@ -86,7 +86,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         """Apply `decode` to the image of a sample.
 
         Raises:
-            ValueError: it is damaged; the message begins with its name.
+            ValueError: the image is damaged; the message begins with its name.
         """
         name, data = self.reader.read(sample)
         if crc32(data) != self.shards.checksums[sample]:
@@ -106,7 +106,11 @@ class _BatchDataset(torch.utils.data.Dataset):
         """Make the batch: `repeats` images of each sample, which follow each other.
 
         Args:
-            views: gives the images of samples[i], and may put another id into `samples[i]`.
+            key: request for the batch.
+            samples: int64 [b / repeats], global ids.
+            views: function that returns the images of samples[i]; it may put another id into
+                `samples[i]`.
+            repeats: number of images of each sample.
         """
         count = len(samples) * repeats
         images = (
@@ -116,7 +120,7 @@ class _BatchDataset(torch.utils.data.Dataset):
         )
         self.reader.prepare(samples)
         self.reader.announce(np.sort(samples))
-        for i in np.argsort(samples):  # in the order of the shards
+        for i in np.argsort(samples):  # in the order of the shards, so that reading is sequential
             for number, pixels in enumerate(views(int(i))):
                 images[i * repeats + number] = pixels
         samples = samples.repeat(repeats)
@@ -126,10 +130,10 @@ class _BatchDataset(torch.utils.data.Dataset):
 
 
 def draw_epochs(epoch: int, repeats: int, images: int) -> npt.NDArray[np.int64]:
-    """Return the epoch from which the random draws of each image follow, int64 [images].
+    """Return the epoch that each image takes its random draws from, int64 [images].
 
-    The first view of a sample has the epoch itself; the k-th one after it has the draws of an epoch
-    that is 2^32 k later.
+    The first view of a sample takes the draws of the epoch itself; the k-th view after it takes
+    those of an epoch that is 2^32 k later.
     """
     return epoch + ((np.arange(images, dtype=np.int64) % repeats) << 32)
 
@@ -137,11 +141,11 @@ def draw_epochs(epoch: int, repeats: int, images: int) -> npt.NDArray[np.int64]:
 class TrainDataset(_BatchDataset):
     """Augmented crops of samples in training order; damaged ones are replaced.
 
-    Another sample takes the place of one that cannot be decoded; which one follows from
-    (seed, epoch, sample) alone.
+    Another sample takes the place of one that cannot be decoded; (seed, epoch, sample) alone decide
+    which one.
 
     Args:
-        repeats: images that are made of each sample, from one decoding.
+        repeats: number of images that are made of each sample, from one decoding.
         max_pixels: a larger image counts as damaged.
 
     Attributes:
@@ -225,8 +229,8 @@ class EvalDataset(_BatchDataset):
         """Decode and crop the image of a global sample id, uint8 [C, H, W].
 
         Raises:
-            ValueError: it is damaged.
-            UserError, OSError: as `ShardReader.read`.
+            ValueError: the image is damaged.
+            UserError, OSError: see `ShardReader.read`.
         """
 
         def decode(data: bytearray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Formats of images: their suffixes, the largest size, the way to RGB, the segments of a JPEG."""
+"""Formats of images: suffixes, the largest size, conversion to RGB, the segments of a JPEG."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-ARRAY_SUFFIX = "npy"  # an image of any bands; beside images of other forms it is an annotation
-# Suffixes of images in lower case, the usual ones first: where a sample of a tar has several
-# images, the first in this order is taken.
+ARRAY_SUFFIX = "npy"  # an image with any bands; beside images of other formats, an annotation
+# Suffixes of images in lower case, the usual ones first. If a sample of a tar has several images,
+# the first one in this order is taken.
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm",
     "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib", ARRAY_SUFFIX,
 )  # fmt: skip
 MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
-MAX_FILE = 1 << 30  # bytes of an image's file, or of an annotation's
+MAX_FILE = 1 << 30  # largest file of an image or an annotation, in bytes
 
 
 class TooLarge(ValueError):
@@ -39,7 +39,7 @@ def is_array_name(name: str) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the images below a folder; arrays only where there are no images of other forms."""
+    """List the images below a folder; arrays only where there are no images of other formats."""
     found = sorted(path for path in folder.rglob("*") if is_image_name(path.name))
     return [path for path in found if not is_array_name(path.name)] or found
 
@@ -56,7 +56,7 @@ def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.I
     """Open an image with PIL, which reads its header and decodes nothing.
 
     Raises:
-        TooLarge: it has too many pixels.
+        TooLarge: the image has too many pixels.
         Exception: the data are no image; the error is PIL's.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
@@ -70,7 +70,7 @@ def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.I
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB of 8 bits: gray of 16 bits is scaled, the rest is PIL's ``convert("RGB")``.
+    """Convert to RGB of 8 bits: scale gray of 16 bits, and leave the rest to ``convert("RGB")``.
 
     PIL's own conversion would clip 16 bits to white.
 
@@ -108,8 +108,8 @@ def read_array(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDA
     """Read an array of numbers, [H, W], [H, W, bands] or [bands, H, W], without unpickling.
 
     Raises:
-        TooLarge: it has too many pixels.
-        ValueError: it is another array, or not whole.
+        TooLarge: the array has too many pixels.
+        ValueError: the file is another array, or not whole.
     """
     file = io.BytesIO(data)
     try:
@@ -143,19 +143,20 @@ def is_tiff(data: bytes | bytearray) -> bool:
 
 
 def read_tiff(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
-    """Read a TIFF whose bands are samples of a pixel, or pages.
+    """Read a TIFF whose bands are stored as samples of a pixel, or as pages.
 
     Overviews and masks, which GeoTIFFs have as further pages, are left out.
 
     Returns:
-        Numbers as they are, [H, W], [H, W, bands] or [bands, H, W].
+        Unscaled numbers, [H, W], [H, W, bands] or [bands, H, W].
 
     Raises:
         ImportError: tifffile is missing.
-        TooLarge: it has too many pixels.
-        Exception: it is damaged, or of a kind that tifffile cannot read; the error is tifffile's.
+        TooLarge: the image has too many pixels.
+        Exception: the file is damaged, or of a kind that tifffile cannot read; the error is
+            tifffile's.
     """
-    import tifffile  # reads more kinds than PIL
+    import tifffile  # it reads more kinds of TIFF than PIL
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages = [page.aspage() for page in file.pages]
@@ -174,26 +175,26 @@ class Segment(NamedTuple):
     """A segment of a JPEG's header."""
 
     marker: int
-    start: int  # place of its byte FF
-    end: int  # place behind its last byte
+    start: int  # offset of its byte FF
+    end: int  # offset behind its last byte
 
 
 class Frame(NamedTuple):
     """Content of a JPEG's frame header."""
 
-    at: int  # where it begins in the file
+    at: int  # offset of its first byte in the file
     progressive: bool
     height: int
     width: int
     components: int
 
 
-FRAME_MARKERS = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what libjpeg decodes
+FRAME_MARKERS = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, which libjpeg decodes
 SCAN_MARKER, END_MARKER = 0xDA, 0xD9
 
 
 def jpeg_segments(data: bytes | bytearray, at: int = 2) -> Iterator[Segment]:
-    """Yield the segments that follow each other from byte `at` on; end where none follows."""
+    """Yield the segments of a JPEG from byte `at` on, until no further one follows."""
     end = len(data)
     while at + 4 <= end and data[at] == 0xFF:
         marker = data[at + 1]
@@ -205,7 +206,7 @@ def jpeg_segments(data: bytes | bytearray, at: int = 2) -> Iterator[Segment]:
 
 
 def jpeg_frame(data: bytes | bytearray) -> Frame | None:
-    """Return the frame header of a JPEG with one before its first scan; None for anything else."""
+    """Return the frame header before the first scan of a JPEG; None if there is none."""
     if data[:2] != b"\xff\xd8":
         return None
     for marker, at, _ in jpeg_segments(data):

@@ -1,4 +1,4 @@
-"""Shards as an ordinary dataset: any image by its number, for use outside of this program."""
+"""Shards as an ordinary PyTorch dataset, for use outside of this program."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from mae_scale.data.shards import open_shards
 
 
 class ShardDataset(torch.utils.data.Dataset):
-    """The images of a shard folder and their labels, by global sample id; map-style.
+    """A map-style dataset of the images of a shard folder and their labels, by global sample id.
 
     Each image is read by its offset, so that PyTorch's samplers, `Subset` and `DataLoader` (with
     any start method) work as on a folder of images.
 
     Args:
         spec: folder with a manifest, or a remote prefix, see `open_shards`.
-        transform: applied to the decoded image, uint8 [3, H, W]; such as one of
-            torchvision.transforms.v2. None: the image itself.
+        transform: function that is applied to the decoded image, uint8 [3, H, W], such as one of
+            torchvision.transforms.v2. None: the image is returned unchanged.
         cache_dir: folder into which remote shards are staged.
         max_pixels: a larger image is refused before it is decoded.
         bands: how images are decoded; `Bands(5, mean, std)` gives uint8 [5, H, W].
 
     Attributes:
-        shards: the `ShardSet`.
+        shards: `ShardSet` that the images come from.
         classes: names of the classes, in the order of the labels.
 
     Raises:
-        UserError: nothing is there, or it is no finished shard folder.
+        UserError: `spec` does not exist, or is no finished shard folder.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class ShardDataset(torch.utils.data.Dataset):
         self.classes = self.shards.classes
         self._transform, self._max_pixels, self._bands = transform, max_pixels, bands
         self._cache = shard_cache(self.shards, cache_dir, None)
-        self._reader: tuple[int, ShardReader] | None = None  # with its process
+        self._reader: tuple[int, ShardReader] | None = None  # id of the process, its reader
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, sample: int) -> tuple[Any, int]:
-        """Return image and label (-1: no label).
+        """Return the image, transformed, and its label (-1: no label).
 
         Raises:
             IndexError: there is no such sample.

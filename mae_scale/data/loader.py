@@ -43,7 +43,7 @@ from mae_scale.errors import RunError, UserError
 
 logger = logging.getLogger("mae_scale")
 
-_PREFETCH = 2  # batches that each worker prepares ahead
+_PREFETCH = 2  # number of batches that each worker prepares ahead
 
 
 class _Loader:
@@ -66,8 +66,8 @@ class _Loader:
         """Yield the batches of (epoch, positions), in order."""
         self.close()
         size = self._dataset.img_size
-        # There is one slot more than batches in preparation: a slot is used again only after its
-        # batch was copied and handed out.
+        # There is one slot more than batches in preparation, because a slot is used again only
+        # after its batch was copied and handed out.
         slots = self._workers * _PREFETCH + 1
         if self._workers:
             bands = self._dataset.bands.count
@@ -121,25 +121,25 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """The training stream of one rank: micro-batches, from any step on, without end.
+    """The endless training stream of one rank: micro-batches, from any step on.
 
-    Which samples a step reads depends neither on the number of ranks and workers nor on the
+    The samples that a step reads depend neither on the number of ranks and workers nor on the
     micro-batch. A damaged sample is named in the log once and replaced by another one.
 
     Args:
-        shards: the shards of the split, or their folder as `open_shards` takes it.
+        shards: shards of the split, or their folder as `open_shards` takes it.
         img_size: pixels of a side, or height and width.
         global_batch_size: samples of a step over all ranks; a multiple of
             `micro_batch_size` x `world_size`.
         micro_batch_size: samples of a batch that this loader yields; None: a rank's whole share.
         seed, lanes, window: arguments of the order, see `SampleOrder`.
-        rank, world_size: which part of each step this process reads.
-        workers: processes that decode; 0 decodes in this one.
-        start_step: the first step to yield, from 0.
-        pin_memory: put images into page-locked memory.
-        cache_dir, cache_bytes: where remote shards are staged, and how many bytes may lie there.
+        rank, world_size: number of this process, and number of processes, which share each step.
+        workers: number of processes that decode; 0 decodes in this one.
+        start_step: first step to yield, counted from 0.
+        pin_memory: whether to put images into page-locked memory.
+        cache_dir, cache_bytes: folder in which remote shards are staged, and its largest size.
         max_bad_fraction: share of the dataset's samples that may be damaged before the run ends.
-        augment: random changes of an image; None: pre-training's crop and flip.
+        augment: random changes of images; None: pre-training's crop and flip.
         repeats: number of images that a step makes of each of its samples, with different crops
             (repeated augmentation); a divisor of `micro_batch_size`. An epoch is one pass over
             the samples, so it has `repeats` times as many images and steps.
@@ -147,7 +147,7 @@ class TrainLoader(_Loader):
         bands: how images are decoded.
 
     Raises:
-        UserError: there are fewer samples than a batch has, or the batch does not divide.
+        UserError: a batch has more samples than the dataset, or cannot be divided as asked.
     """
 
     def __init__(
@@ -197,7 +197,8 @@ class TrainLoader(_Loader):
             )
         cache = shard_cache(shards, cache_dir, cache_bytes)
         if cache is not None and cache_bytes is not None:
-            # A window of a lane usually lies in two shards, and all lanes are read at a time.
+            # A window of a lane usually lies in two shards, and all lanes are read at the same
+            # time.
             need = min(int(shards.bytes.sum()), 2 * lanes * int(shards.bytes.max()))
             if cache_bytes < need:
                 logger.warning(
@@ -246,8 +247,8 @@ class TrainLoader(_Loader):
         """Yield dicts, one for each micro-batch, from a step on (counted from 0), without end.
 
         "image" uint8 [b, C, H, W] (channels_last), "label", "epoch" and "sample" int64 [b].
-        "sample" is the global id (manifest order) of what was really used; "epoch" is what the
-        random draws of an image follow from, and differs between the views of a sample (see
+        "sample" is the global id (manifest order) of the sample that was really used. "epoch"
+        decides the random draws of an image, and differs between the views of a sample (see
         `draw_epochs`).
 
         Raises:
@@ -275,7 +276,7 @@ class TrainLoader(_Loader):
             epoch, positions = step_positions(
                 step, self.steps_per_epoch, self._samples_per_step, self._rank, self._world_size
             )
-            batch = self._batch_size // self._repeats  # in samples
+            batch = self._batch_size // self._repeats  # number of samples
             for start in range(0, len(positions), batch):
                 yield epoch, positions[start : start + batch]
 
@@ -301,23 +302,24 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """One pass over all samples, each on exactly one rank, the last batch included.
 
-    A rank reads a contiguous part of the manifest's order. Parts differ by one sample at most;
+    A rank reads a contiguous part of the manifest's order. The parts differ by one sample at most,
     so ranks may have different numbers of batches.
 
     Args:
-        shards: the shards of the split, or their folder as `open_shards` takes it.
+        shards: shards of the split, or their folder as `open_shards` takes it.
         img_size: pixels of a side, or height and width.
         batch_size: samples of a batch; the last one of a rank may be smaller.
-        rank, world_size: which part this process reads.
-        workers: processes that decode; 0 decodes in this one.
-        crop_ratio: see `eval_crop`; by default 0.875 up to 224 pixels, 1.0 above (official).
+        rank, world_size: number of this process, and number of processes, which share the samples.
+        workers: number of processes that decode; 0 decodes in this one.
+        crop_ratio: share of the short side that is cropped, see `eval_crop`; by default the
+            official 0.875 up to 224 pixels, 1.0 above.
         pin_memory, cache_dir, cache_bytes: as for `TrainLoader`.
         max_pixels: a larger image is an error.
         bands: how images are decoded.
 
     Attributes:
-        img_size, batch_size, bands: the arguments.
-        num_samples: of the set, over all ranks.
+        img_size, batch_size, bands: arguments of the same names.
+        num_samples: number of samples of the set, over all ranks.
         most_batches: largest number of batches of any rank.
     """
 

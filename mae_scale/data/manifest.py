@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 ANNOTATED_VERSION = 2
 MAX_MANIFEST = 1 << 25  # bytes; 100,000 shards take less than half of it
-MAX_BYTES = 1 << 50  # largest size of a tar
+MAX_BYTES = 1 << 50  # largest size of a tar, in bytes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -34,14 +34,14 @@ class Shard:
     file: str  # name in the folder; an absolute path or URL in the index of foreign shards
     samples: int
     bytes: int
-    sha256: str  # "" where nobody has computed it (remote foreign shards)
+    sha256: str  # "" if it is not known (remote foreign shards)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a local set.
 
     Raises:
-        UserError: it is damaged, or of another version.
+        UserError: the manifest is damaged, or of another version.
     """
     return parse_manifest(manifest_bytes(folder), str(folder), folder)
 
@@ -58,17 +58,18 @@ def manifest_bytes(folder: Path) -> bytes:
 def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dict[str, Any]:
     """Parse the manifest to a dict; each entry of `shards` has the keys of `Shard` and no others.
 
-    It may come from anybody, so it is treated as data only: a tar is a file below the folder, or in
-    an index of foreign tars an address (never a command), and every count is a whole number. See
-    `_may_lead_outside` for absolute paths.
+    A manifest may come from anybody, so it is treated as data only: a tar is a file below the
+    folder, or in an index of foreign tars an address (never a command), and every count is a whole
+    number. See `_may_lead_outside` for absolute paths.
 
     Args:
         content: bytes of the manifest.
         root: name of the set for messages.
-        folder: folder of the manifest, where it is a local one.
+        folder: folder of a local manifest; None for a remote one.
 
     Raises:
-        UserError: it is damaged, of another version, or names a file that it may not name.
+        UserError: the manifest is damaged, of another version, or names a file that it may not
+            name.
     """
     try:
         if len(content) > MAX_MANIFEST:
@@ -99,10 +100,10 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
 def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -> bool:
     """Return whether an index may name tars outside of its folder, by absolute paths.
 
-    A folder that came from somebody else must not choose files on this machine, and what it says of
-    itself (`made_by`) proves nothing. So the program remembers the indexes that it has made, and
+    A folder that came from somebody else must not choose files on this machine, and its own
+    statements (`made_by`) prove nothing. So the program remembers the indexes that it has made, and
     accepts those. It also accepts an index whose tars belong to the same other user as the index,
-    who could as well have put them into the folder; and any index under --trust.
+    who could as well have put them into the folder, and any index under --trust.
     """
     if os.environ.get(TRUST) == "1" or _was_indexed_here(content):
         return True
@@ -119,7 +120,7 @@ def remember_index(content: bytes) -> None:
     """Remember that this user has made an index, if it names tars outside of its folder.
 
     Args:
-        content: bytes of its manifest.
+        content: bytes of the index's manifest.
     """
     shards = json.loads(content)["shards"]
     if not any(_is_outside(shard["file"]) for shard in shards):
@@ -150,7 +151,7 @@ def _was_indexed_here(content: bytes) -> bool:
 def _known_indexes() -> Path | None:
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError:  # no home folder
+    except RuntimeError:  # there is no home folder
         return None
     return Path(state) / "mae-scale" / "indexes"
 
@@ -160,7 +161,7 @@ def _is_outside(name: str) -> bool:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Raise a ValueError, KeyError or TypeError that says what is wrong."""
+    """Raise a ValueError, KeyError or TypeError that says what is wrong with a manifest."""
     _check(type(manifest["version"]) is int, "version is not a whole number")
     split, classes, shards = manifest["split"], manifest["classes"], manifest["shards"]
     made_by = manifest.setdefault("made_by", {})

@@ -1,4 +1,4 @@
-"""A check that the batches of an order hold as many classes as those of mixed images would."""
+"""A check that batches hold about as many classes as they would if images were mixed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import numpy as np
 from mae_scale.data.order import SampleOrder
 from mae_scale.data.shards import ShardSet
 
-_MOST_SAMPLES = 100_000_000  # the labels of larger sets are not counted
-_FEW, _ENOUGH = 0.5, 0.8  # shares of the classes that a mixed batch would have
+_MOST_SAMPLES = 100_000_000  # labels are not counted in larger sets
+_FEW, _ENOUGH = 0.5, 0.8  # shares of the number of classes in a mixed batch
 _MOST_LANES = 65_536
 
 
 def sorted_by_class(shards: ShardSet, order: SampleOrder, batch: int) -> str | None:
-    """Return a warning where the first batch holds few classes, with a number of lanes that helps.
+    """Return a warning if the first batch holds few classes, with a number of lanes that helps.
 
-    This happens where tars are sorted by class and few places of them are read at a time.
+    A batch holds few classes if tars are sorted by class and few places of them are read at a time.
 
     Args:
-        batch: samples of a step.
+        batch: number of samples of a step.
     """
     if len(shards) > _MOST_SAMPLES:
         return None

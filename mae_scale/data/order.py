@@ -1,9 +1,9 @@
 """The order in which an epoch visits the samples: a pure function of (seed, epoch, position).
 
-Nothing is stored and nothing is advanced: asking for the last position of an epoch costs what
-asking for the first one costs, so a run goes on anywhere without reading through what it has
-already seen. The order does not know of ranks, workers or accumulation; the loader decides who
-reads which position (`mae_scale.data.loader`).
+Nothing is stored and nothing is advanced: the last position of an epoch costs as much as the first
+one, so a run goes on anywhere without reading again the samples that it has seen. The order does
+not know of ranks, workers or accumulation; the loader decides which process reads which position
+(`mae_scale.data.loader`).
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from mae_scale.randomness import Purpose, hash64, permutation
 
 Int64Array = npt.NDArray[np.int64]
 
-# Entries that the kept window permutations may have together (32 MiB): all the windows that a
-# rank has open at once for any usual `lanes` and `window`, whatever the size of the dataset.
+# Largest number of entries of all kept window permutations together (32 MiB). This suffices for all
+# windows that a rank has open at once, with any usual `lanes` and `window` and any dataset.
 _KEPT_ENTRIES = 4 * 2**20
 
 
 class _Line(NamedTuple):
     """The shards of one epoch, permuted and laid end to end."""
 
-    shards: Int64Array  # [num_shards] shard numbers in the order of the line
-    starts: Int64Array  # [num_shards + 1] where each begins on the line
+    shards: Int64Array  # [num_shards], shard numbers in the order of the line
+    starts: Int64Array  # [num_shards + 1], place on the line where each shard begins
 
 
 class SampleOrder:
     """The sample at each position of an epoch.
 
-    An epoch permutes the shards and lays their samples in one line of N. The line is cut into
+    An epoch permutes the shards and lays their N samples in one line. The line is cut into
     `lanes` pieces whose lengths differ by one at most; position p lies in lane p mod `lanes`, so
     that neighbouring positions come from all over the dataset. Each lane is shuffled in windows
     of `window` samples, so that a reader of one lane goes through few shards at a time.
 
     Args:
-        shard_samples: int64 [num_shards], the number of samples in each shard.
-        seed: the seed of the run.
-        lanes: pieces of the line. Ranks that divide it read nearly in sequence.
-        window: samples shuffled together within a lane.
+        shard_samples: int64 [num_shards], number of samples in each shard.
+        seed: seed of the run.
+        lanes: number of pieces of the line. If the number of ranks divides it, each rank reads
+            nearly in sequence.
+        window: number of samples that are shuffled together within a lane.
 
-    Memory is O(num_shards), and does not grow with the samples.
+    Memory is O(num_shards), and does not grow with the number of samples.
     """
 
     def __init__(self, shard_samples: Int64Array, seed: int, lanes: int, window: int) -> None:
@@ -68,11 +69,11 @@ class SampleOrder:
         """Return the global sample ids (manifest order) at `positions` of an epoch.
 
         Args:
-            epoch: from 0.
+            epoch: number of the epoch, from 0.
             positions: int64 [n], each in [0, N), in any order.
 
         Returns:
-            int64 [n].
+            int64 [n], global sample ids.
 
         Raises:
             IndexError: a position lies outside the epoch.
@@ -99,7 +100,7 @@ class SampleOrder:
         return self._starts[line.shards[i]] + on_line - line.starts[i]
 
     def replacement(self, epoch: int, sample: int, attempt: int) -> int:
-        """Draw the sample id that replaces a damaged one; `attempt` counts the draws, from 0."""
+        """Draw the sample id that replaces a damaged sample; `attempt` counts the draws, from 0."""
         key = hash64(Purpose.REPLACEMENT, self.seed, epoch, sample, attempt)
         return int(key % np.uint64(len(self)))
 
@@ -134,15 +135,17 @@ def step_positions(
     """Return the positions that one rank reads at one step.
 
     Step t takes the `global_batch_size` positions behind those of step t - 1; the incomplete batch
-    at the end of an epoch is left out. A rank takes those positions p for which
-    p mod `world_size` = `rank`.
+    at the end of an epoch is left out. A rank takes the positions p with p mod `world_size` =
+    `rank`.
 
     Args:
-        step: from 0.
-        steps_per_epoch: full batches of an epoch.
+        step: number of the step, from 0.
+        steps_per_epoch: number of full batches of an epoch.
+        global_batch_size: number of samples of a step, over all ranks.
+        rank, world_size: number of this process, and number of processes.
 
     Returns:
-        The epoch, and int64 positions in it, ascending.
+        The epoch, and the positions in it, int64, ascending.
     """
     epoch, batch = divmod(step, steps_per_epoch)
     positions = np.arange(batch * global_batch_size, (batch + 1) * global_batch_size)

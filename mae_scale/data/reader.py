@@ -20,14 +20,14 @@ from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
 from mae_scale.files import NotAFile, open_descriptor
 
-_OPEN_SHARDS = 512  # most that a worker keeps open; a process may usually have 1024 files
+_OPEN_SHARDS = 512  # most shards that a worker keeps open; the usual limit of a process is 1024 files
 _READ_TRIES = 4
-_READ_WAIT_S = 0.5  # before the second try; doubles
-_FETCHES = 8  # remote shards that a worker fetches at a time
+_READ_WAIT_S = 0.5  # wait before the second try; it doubles after each
+_FETCHES = 8  # number of remote shards that a worker fetches at a time
 
 
 class Member(NamedTuple):
-    """An image as it lies in its shard."""
+    """An image's file in a shard: its name and content."""
 
     name: str
     data: bytearray
@@ -37,8 +37,8 @@ class ShardReader:
     """Reader of the images of any samples: one `preadv` of header and data on a file kept open.
 
     Args:
-        shards: the set to read from.
-        cache: stages remote shards; None for local ones.
+        shards: set to read from.
+        cache: cache in which remote shards are staged; None for local shards.
     """
 
     def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
@@ -68,8 +68,8 @@ class ShardReader:
     def announce(self, samples: npt.NDArray[np.int64]) -> None:
         """Tell the kernel what will be read, so that it reads many places at the same time.
 
-        Copies in the cache have just been written and are left out. A shard that cannot be opened
-        is left to `read`, which raises the error.
+        This leaves out copies in the cache, which have just been written, and shards that cannot be
+        opened: `read` raises the error.
         """
         for sample in samples:
             shard = int(self._shard_of(sample))
@@ -85,7 +85,7 @@ class ShardReader:
         """Read the image file of a global sample id.
 
         Raises:
-            UserError: the shard is not what was indexed.
+            UserError: the shard has changed since it was indexed.
             OSError: the shard cannot be read, after several tries; the message names it.
         """
         return self._member(sample, "offset", "size")
@@ -101,7 +101,7 @@ class ShardReader:
         return found.name
 
     def read_annotation(self, sample: int) -> Member:
-        """Read the annotation file of a global sample id, in shards that have them; see `read`."""
+        """Read the annotation file of a global sample id, if shards have them; see `read`."""
         return self._member(sample, "extra_offset", "extra_size")
 
     def _member(self, sample: int, offset_field: str, size_field: str) -> Member:
@@ -181,7 +181,7 @@ class ShardReader:
 def shard_cache(
     shards: ShardSet, folder: str | Path | None, max_bytes: int | None
 ) -> ShardCache | None:
-    """Return the cache that stages the remote shards of a set; None if all shards are local.
+    """Make the cache that stages the remote shards of a set; return None if all shards are local.
 
     Raises:
         UserError: there are remote shards, but no folder for them.

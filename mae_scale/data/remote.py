@@ -9,7 +9,7 @@ from typing import Any
 
 from mae_scale.errors import UserError
 
-# Schemes that webdataset opens. A manifest may name only those of ADDRESSES; a command (pipe:) runs
+# Schemes that webdataset opens. A manifest may name only those in ADDRESSES; a command (pipe:) runs
 # only if the user has typed it.
 ADDRESSES = ("https", "http", "s3", "gs", "hf")
 SCHEMES = (*ADDRESSES, "pipe", "sftp", "ftps", "scp", "ais", "htgs")
@@ -39,7 +39,7 @@ def join(root: str, name: str) -> str:
 
 
 def has_secrets(spec: str) -> bool:
-    """Return whether a name may hold a secret: any command, and URLs with a password or query."""
+    """Return whether a name may hold a secret, as commands and URLs with password or query may."""
     if scheme_of(spec) == "pipe":
         return True
     return is_remote(spec) and re.search(r"^[^/]*//[^/]*@|[?#]", spec) is not None
@@ -61,7 +61,7 @@ def shown(spec: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape the characters of a text from outside that act on a terminal."""
+    """Escape the characters of an untrusted text that act on a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 

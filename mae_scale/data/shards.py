@@ -1,4 +1,4 @@
-"""The shard format: plain WebDataset tars of one split, and what lies beside them.
+"""The shard format: plain WebDataset tars of one split, and the files beside them.
 
 A folder holds
 
@@ -7,13 +7,13 @@ A folder holds
 - ``manifest.json``: version, split, class names, and per shard file, samples, bytes, SHA-256;
 - ``index.npy``: where each image lies in its tar, and its label (`INDEX_DTYPE`), in manifest order;
 - ``checksums.npy``: the CRC-32 of each image's bytes, in the same order;
-- ``_info.json`` and ``sizes.json``: the same counts as timm and open_clip want them.
+- ``_info.json`` and ``sizes.json``: the same counts in the forms of timm and open_clip.
 
 The manifest is written last and atomically: a folder without one is not finished.
 
 Shards with annotations have version 2. Instead of ``<key>.cls`` there is ``<key>.json`` (COCO:
 the original annotations of the image) or ``<key>.seg.png`` (ADE20K: the class of each pixel), the
-index says where it lies too (`ANNOTATED_DTYPE`), and the manifest names the task.
+index holds its place, too (`ANNOTATED_DTYPE`), and the manifest names the task.
 """
 
 from __future__ import annotations
@@ -61,36 +61,36 @@ NO_LABEL = -1  # label of samples without a class, in foreign shards
 ANNOTATED_DTYPE = np.dtype(
     [
         *((name, INDEX_DTYPE[name]) for name in ("offset", "size", "label")),
-        ("extra_offset", "<i8"),  # the annotation: where it lies, bytes, CRC-32
+        ("extra_offset", "<i8"),  # offset, size and CRC-32 of the annotation
         ("extra_size", "<i4"),
         ("extra_checksum", "<u4"),
-        ("objects", "<i4"),  # number that can be trained on: no crowd, and with an area
+        ("objects", "<i4"),  # number of objects to train on: no crowd, and with an area
     ]
 )
-_BLOCK = 1 << 20  # entries of the index that are checked together
+_BLOCK = 1 << 20  # number of entries of the index that are checked together
 
 
 @dataclass(frozen=True, repr=False)
 class ShardSet:
-    """The shards of one split, as a loader reads them. A pickle leaves out index and checksums.
+    """The shards of one split, for a loader. A pickle leaves out index and checksums.
 
     A sample's global id is its place in manifest order: ``starts[shard] + i``.
     """
 
-    root: str  # folder, URL prefix or command, as messages may show it
+    root: str  # folder, URL prefix or command, without secrets, for messages
     split: str
     classes: list[str]
     files: Sequence[str]  # absolute path or URL of each shard
-    samples: npt.NDArray[np.int64]  # [num_shards]
+    samples: npt.NDArray[np.int64]  # [num_shards], number of samples of each shard
     bytes: npt.NDArray[np.int64]  # [num_shards], size of each tar
-    sha256: Sequence[str]  # of each tar
+    sha256: Sequence[str]  # [num_shards], SHA-256 of each tar
     starts: npt.NDArray[np.int64]  # [num_shards + 1], cumulative samples
     index: np.ndarray  # [num_samples] of INDEX_DTYPE or ANNOTATED_DTYPE, memory-mapped
     checksums: np.ndarray  # uint32 [num_samples], CRC-32 of each image's bytes, memory-mapped
     fingerprint: str  # SHA-256 of manifest.json
     index_file: str
     checksums_file: str
-    task: str = "classification"  # or detection, or segmentation
+    task: str = "classification"  # "detection" or "segmentation" with annotations
     categories: Sequence[dict[str, Any]] = ()  # for detection, as in the COCO file
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ def _open_array(path: Path, name: str, dtype: np.dtype, expected: int, root: str
 
 
 def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
-    """Fetch manifest, index and checksums of a remote set; keep the last two under their hash."""
+    """Fetch manifest, index and checksums of a remote set; store the last two under their hash."""
     names = (MANIFEST, INDEX, CHECKSUMS)
     paths = []
     try:
@@ -152,10 +152,10 @@ def _fetch(root: str, cache_dir: Path) -> tuple[bytes, Path, Path]:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """Return the place of the index, and that of the tars if they are elsewhere.
+    """Return the place of the index, and the place of the tars if they lie elsewhere.
 
-    ``FOLDER+COMMAND`` (or ``FOLDER+URL``), with ``{}`` for a tar's name, reads the index of
-    FOLDER and the tars through the command; so the command is not written into the index.
+    ``FOLDER+COMMAND`` (or ``FOLDER+URL``), with ``{}`` for a tar's name, reads the index in
+    FOLDER and the tars through the command. So the command is not written into the index.
     """
     match = re.fullmatch(rf"(.+?)\+((?:{'|'.join(SCHEMES)}):.+)", spec, re.DOTALL)
     if match is None or is_remote(match[1]):
@@ -172,10 +172,10 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         spec: folder with a manifest; or, for remote shards, a URL prefix (``https://…/train``)
             or a ``pipe:`` command in which ``{}`` stands for the file name; or both, see
             `split_spec`.
-        cache_dir: where the index of remote shards is kept.
+        cache_dir: folder in which the index of remote shards is kept.
 
     Raises:
-        UserError: nothing is there, it is not a finished shard folder, or it holds no samples.
+        UserError: `spec` does not exist, is not a finished shard folder, or holds no samples.
     """
     root, tars = split_spec(str(spec))
     if is_remote(root):
@@ -230,7 +230,7 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
 
 
 def opened(shards: ShardSet | str | Path, cache_dir: str | Path | None) -> ShardSet:
-    """Open the shards of a folder, unless they are open."""
+    """Open the shards of a folder; return shards that are open already unchanged."""
     return shards if isinstance(shards, ShardSet) else open_shards(shards, cache_dir)
 
 
@@ -281,7 +281,7 @@ def _check_labels(index: np.ndarray, classes: int, root: str) -> None:
 
 
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
-    """Raise a UserError where a name could act as more than a name in a shell command."""
+    """Raise a UserError where a shell could read more into a tar's name than a name."""
     for shard in shards:
         name = shard["file"]
         if not is_remote(name) and re.fullmatch(r"[\w./][\w./=+@%,:-]*", name, re.ASCII) is None:
@@ -315,19 +315,19 @@ def write_shard_set(
 ) -> None:
     """Write the files beside the tars, the manifest last.
 
-    Files for timm and open_clip that somebody else has put there stay as they are.
+    Files for timm and open_clip that somebody else has put there are not replaced.
 
     Args:
-        index: [num_samples] of INDEX_DTYPE, in the order of `shards`; of ANNOTATED_DTYPE where
+        index: [num_samples] of INDEX_DTYPE, in the order of `shards`; of ANNOTATED_DTYPE if
             there are annotations.
         checksums: uint32 [num_samples], CRC-32 of each image's bytes.
-        made_by: how the shards were made, for the manifest.
+        made_by: entry of the manifest about how the shards were made.
         annotations: entries of the manifest about the annotations, at least "task".
     """
     total = sum(shard.samples for shard in shards)
     if index.shape != (total,) or checksums.shape != (total,):
         raise ValueError(f"{index.shape}, {checksums.shape} entries for {total} samples")
-    # Files that this program has written before: their manifest is still there.
+    # Files that this program has written before; the manifest from that time is still there.
     ours = files_for_others(split, _old_shards(folder)) if (folder / MANIFEST).exists() else {}
     dtype = INDEX_DTYPE if annotations is None else ANNOTATED_DTYPE
     write_atomically(folder / INDEX, _npy(index.astype(dtype, copy=False)))

@@ -1,4 +1,4 @@
-"""The headers of tars, as shards have them: ustar, a block of 512 bytes before each file."""
+"""The headers of tars in shards: ustar, a block of 512 bytes before each file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mae_scale.data.remote import printable
 
 BLOCK = tarfile.BLOCKSIZE
 _EMPTY_HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
-_EMPTY_HEADER[148:156] = b" " * 8  # the checksum counts itself as spaces
+_EMPTY_HEADER[148:156] = b" " * 8  # the checksum is computed with spaces in its own place
 
 
 class Header(NamedTuple):
@@ -32,7 +32,7 @@ def make_header(name: str, size: int) -> bytes:
 
 
 def read_header(block: bytes | bytearray) -> Header | None:
-    """Parse the header in a block of 512 bytes; None where its checksum says that it is none.
+    """Parse the header in a block of 512 bytes; return None if its checksum is wrong.
 
     The result is that of ``TarInfo.frombuf``, several times faster.
     """

@@ -1,8 +1,8 @@
 """Decoding and cropping of images to uint8 pixels of the model's size, and their normalisation.
 
-Pixels stay uint8 until they are on the device: a quarter of the memory traffic of floats, and the
-resize of uint8 tensors is several times as fast. Images are [3, H, W] tensors whose memory is laid
-out row, column, channel (`torch.channels_last`), as the JPEG decoder writes them.
+Pixels stay uint8 until they are on the device: they cause a quarter of the memory traffic of
+floats, and uint8 tensors are resized several times as fast. Images are [3, H, W] tensors whose
+memory is laid out row, column, channel (`torch.channels_last`), as the JPEG decoder writes them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_RATIO = 0.875  # share of the short side that a crop of fixed size covers
-_MAX_ASPECT = 32  # limit when resizing by the short side; longer images are cut
+_MAX_ASPECT = 32  # largest aspect ratio when resizing by the short side; longer images are cut
 _TRIES = 10  # tries of RandomResizedCrop, before it takes the centre
-TRAIN_UNIFORMS = 2 * _TRIES + 3  # numbers for `train_crop`: area and ratio per try, x, y, flip
+TRAIN_UNIFORMS = 2 * _TRIES + 3  # area and ratio per try, x, y, flip; for `train_crop`
 
 
 def decode_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode an image file to the RGB pixels of PIL's ``convert("RGB")``.
 
-    Anything PIL opens will do, whatever its name says: PNG, CMYK or grayscale JPEG, broken EXIF.
-    Gray of 16 bits is scaled to 8, see `to_rgb`. The orientation that EXIF asks for is not applied
-    (as in the official pipeline).
+    All images that PIL opens are accepted, whatever their names say: PNG, CMYK or grayscale JPEG,
+    broken EXIF. Gray of 16 bits is scaled to 8, see `to_rgb`. The orientation that EXIF asks for is
+    not applied (as in the official pipeline).
 
     Args:
         max_pixels: a larger image is refused by its header, before it takes memory.
@@ -75,11 +75,11 @@ def _from_rows(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
 def _quick_frame(data: bytes | bytearray, max_pixels: int) -> Frame | None:
     """Return the frame header of a whole gray or colour JPEG; None for anything else.
 
-    A file without an end marker is cut off, and not whole. CMYK is left to PIL, whose conversion
+    A file without an end marker is cut off, and so not whole. CMYK is left to PIL, whose conversion
     is the reference.
 
     Raises:
-        TooLarge: it has too many pixels.
+        TooLarge: the image has too many pixels.
     """
     frame = jpeg_frame(data)
     if frame is None or frame.components not in (1, 3) or not frame.height or not frame.width:
@@ -98,17 +98,21 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Make the box of a RandomResizedCrop, distributed as torchvision's, from given uniforms.
 
-    Up to ten times, an area is drawn uniformly in `scale` of the image's, and an aspect ratio
-    log-uniformly in `ratio`; the first box that fits is placed uniformly. If none fits, the result
-    is the largest centred box of an allowed ratio.
+    Up to ten times, an area is drawn uniformly in `scale`, as a share of the image's, and an aspect
+    ratio log-uniformly in `ratio`; the first box that fits is placed uniformly. If none fits, the
+    result is the largest centred box of an allowed ratio.
 
     Args:
+        height, width: size of the image in pixels.
         u: float64 [TRAIN_UNIFORMS] in [0, 1).
-        clips: take the first box and clip its sides to the image's, as the authors' linear probe
-            does. Boxes that do not fit are then kept, so that crops are larger on average.
+        scale: smallest and largest share of the image's area in a crop.
+        ratio: smallest and largest width divided by height of a crop.
+        clips: whether to take the first box and clip its sides to the image's, as the authors'
+            linear probe does. Boxes that do not fit are then kept, so that crops are larger on
+            average.
 
     Returns:
-        top, left, height, width.
+        The box's top, left, height and width, in pixels.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     draws = u.tolist()
@@ -132,7 +136,7 @@ def crop_box(
 
 
 def aspect_of(size: ImageSize) -> tuple[float, float]:
-    """Return the aspect ratios of a RandomResizedCrop that is resized to a size.
+    """Return the smallest and largest aspect ratio of a RandomResizedCrop for a size.
 
     They are 3/4 to 4/3 of the size's own, so that a crop is stretched no more than for a square.
     """
@@ -154,8 +158,8 @@ def train_crop(
         image: uint8 [C, H, W].
         size: pixels of a side of the result, or its height and width.
         u: float64 [TRAIN_UNIFORMS] in [0, 1); nothing else is random.
-        scale: area of the crop as a part of the image's.
-        hflip: flip half of the images.
+        scale: smallest and largest share of the image's area in a crop.
+        hflip: whether to flip half of the images.
         clips: as for `crop_box`.
 
     Returns:
@@ -175,7 +179,7 @@ class Scratch:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def at_least(self, size: int) -> npt.NDArray[np.uint8]:
-        """Return uint8 [>= size]; its earlier content is lost."""
+        """Return memory of at least `size` bytes, uint8; its earlier content is lost."""
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)  # aligned, unlike a bytearray
         return self._memory.numpy()
@@ -191,13 +195,16 @@ def decode_train_crops(
     max_pixels: int = MAX_PIXELS,
     clips: bool = False,
 ) -> list[torch.Tensor]:
-    """Return `train_crop` of `decode_image` for each draw: the same pixels, decoded once.
+    """Return the pixels of `train_crop` of `decode_image` for each draw, but decode only once.
 
     No row below the lowest crop is decoded.
 
     Args:
-        data: an image file.
+        data: content of the image file.
+        size: pixels of a side of the result, or its height and width.
         draws: float64 [TRAIN_UNIFORMS] for each crop.
+        scratch: memory for decoding.
+        scale, hflip: as for `train_crop`.
         max_pixels: as for `decode_image`.
         clips: as for `crop_box`.
 
@@ -228,8 +235,8 @@ def decode_train_crops(
 def _decode_rows(data: bytearray, frame: Frame, rows: int, scratch: Scratch) -> torch.Tensor:
     """Decode at least the first `rows` rows: uint8 [3, >= rows, W], in `scratch`.
 
-    The decoder is told that the image is no higher than that, and stops there. It needs two more
-    rows to interpolate the colours of the last one.
+    The decoder is told that the image ends there, and stops. It needs two more rows to interpolate
+    the colours of the last one.
     """
     height = min(rows + 2, frame.height) if not frame.progressive else frame.height
     buffer = scratch.at_least(height * frame.width * 3)
@@ -259,7 +266,7 @@ def fixed_crop(
         image: uint8 [C, H, W].
         size: pixels of a side of the result, or its height and width.
         u: float64 [TRAIN_UNIFORMS] in [0, 1); only the numbers for place and flip are used.
-        hflip: flip half of the images.
+        hflip: whether to flip half of the images.
 
     Returns:
         uint8 [C, height, width].
@@ -279,12 +286,13 @@ def default_crop_ratio(size: ImageSize) -> float:
 def eval_crop(
     image: torch.Tensor, size: ImageSize, crop_ratio: float = _CROP_RATIO
 ) -> torch.Tensor:
-    """Resize so that the centre crop of `size` covers `crop_ratio` of the short side; crop.
+    """Resize so that the centre crop of `size` covers `crop_ratio` of the short side, and crop.
 
     Args:
         image: uint8 [C, H, W].
         size: pixels of a side of the result, or its height and width.
-        crop_ratio: 0.875 up to 224 pixels, 1.0 above, in the official evaluation.
+        crop_ratio: share of the short side; in the official evaluation 0.875 up to 224 pixels, 1.0
+            above.
 
     Returns:
         uint8 [C, height, width].
@@ -295,13 +303,13 @@ def eval_crop(
 
 
 def _resize_to_cover(image: torch.Tensor, size: ImageSize, crop_ratio: float) -> torch.Tensor:
-    """Resize an image as little as it may be, so that a crop of `size` covers that share of it."""
+    """Shrink or enlarge an image so that a crop of `size` covers `crop_ratio` of it."""
     height, width = sides(size)
     if height == width:
         return _resize_short(image, int(height / crop_ratio))
     least = int(height / crop_ratio), int(width / crop_ratio)
     scale = max(least[0] / image.shape[1], least[1] / image.shape[2])
-    # What lies beyond the crop's proportions by far is cut before it takes memory.
+    # Sides that exceed the crop's proportions by far are cut before they take memory.
     most = [max(1, math.ceil(_MAX_ASPECT * n / scale)) for n in least]
     top, left = (max(0, n - m) // 2 for n, m in zip(image.shape[1:], most, strict=True))
     image = image[:, top : top + most[0], left : left + most[1]]
@@ -322,7 +330,7 @@ def _resize_short(image: torch.Tensor, short: int) -> torch.Tensor:
 
 
 def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    # Contiguous channels_last takes the vectorised kernel; a view of a crop does not.
+    # The vectorised kernel needs contiguous channels_last memory; a view of a crop has none.
     batch = image[None].contiguous(memory_format=torch.channels_last)
     return interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
@@ -339,7 +347,7 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return (images.to(torch.float32) * std + mean).clamp(0, 1)
 
 
-@lru_cache  # a copy to a GPU waits for the work that is queued there
+@lru_cache  # kept, because a copy to a GPU waits for the work that is queued there
 def _mean_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
     return mean, torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)

@@ -12,15 +12,15 @@ import psutil
 
 from mae_scale.launch.parent import when_parent_ends
 
-GRACE_S = 2.0  # time for a worker to finish its batch when the loader is closed
+GRACE_S = 2.0  # seconds for a worker to finish its batch when the loader is closed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class DataWorker:
     """Set-up of a worker, which ignores the signals that stop a run and ends by itself.
 
-    It ends with its parent, however that ends. When the loader is closed it ends within seconds,
-    even in the middle of a read that hangs.
+    The worker ends with its parent, in whatever way that ends. When the loader is closed it ends
+    within seconds, even in the middle of a read that hangs.
     """
 
     def __init__(self, parent: int, stop: mmap.mmap) -> None:
