@@ -20,7 +20,7 @@ from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
 from mae_scale.files import NotAFile, open_descriptor
 
-_OPEN_SHARDS = 512  # most shards that a worker keeps open; the usual limit of a process is 1024 files
+_OPEN_SHARDS = 512  # most shards that a worker keeps open, as a process may have 1024 files
 _READ_TRIES = 4
 _READ_WAIT_S = 0.5  # wait before the second try; it doubles after each
 _FETCHES = 8  # number of remote shards that a worker fetches at a time
