@@ -56,7 +56,7 @@ def plan(chain: Chain, count: int) -> Iterator[tuple[str, str, str]]:
         for moment in MOMENTS:
             kinds += [(launch, fault, moment) for fault in ("SIGTERM", "SIGUSR1", "SIGTERM twice")]
             kinds += [(launch, "SIGKILL all ranks", moment)]
-            # Before the ranks have met, those that are left wait for whoever started them.
+            # Before the ranks have met, the remaining ones wait for the process that started them.
             if launch != ALONE and moment != "start-up":
                 kinds += [(launch, "SIGKILL a rank", moment)]
             if launch in (TORCHRUN, DEEPSPEED):
@@ -105,7 +105,7 @@ def main() -> None:
                     break
                 chain.leg(launch, fault, moment)
                 number += 1
-                if len(chain.rows) > 1:  # the one before: now its "done again" is known
+                if len(chain.rows) > 1:  # its repeated steps are known now
                     show(name, number - 1, chain.rows[-2])
             steps = chain.finish()
             if chain.rows:

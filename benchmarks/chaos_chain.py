@@ -58,7 +58,7 @@ SETTINGS = {
     "checkpoint.keep": 3,
 }
 CLOCK = ("images_per_second", "data_wait", "memory_gb", "mfu", "time")
-FEW = 30  # steps that a leg goes on at most before its fault, so that chains stay short
+FEW = 30  # most steps of a leg before its fault, so that chains stay short
 PATIENCE_S = 600  # a loaded machine is slow; only a run that hangs takes so long
 
 DECODER = {"model.decoder_embed_dim": 64, "model.decoder_depth": 1}
@@ -190,7 +190,7 @@ class Chain:
         found = {}
         for rank, process in training.values():
             with contextlib.suppress(psutil.Error):
-                if process.ppid() not in training:  # else it is a data worker
+                if process.ppid() not in training:  # other processes are data workers
                     found[rank] = process
         return [found[rank] for rank in sorted(found)]
 
@@ -300,7 +300,7 @@ class Chain:
                 return any(phases[moment](new) for new in self.folders() if new not in known)
             return False
 
-        # Pruning is short; who misses it strikes a little later.
+        # Pruning is short; a fault that misses it strikes a little later.
         self.wait(started, has_come, seconds=5 if moment == "save: pruning" else PATIENCE_S)
 
     def wait(
@@ -370,7 +370,7 @@ class Chain:
         """Check that the run does some more steps in spite of a fault, and stop it."""
         done = len(self.metrics())
         if fault == "no room for records":
-            time.sleep(3)  # its rows wait
+            time.sleep(3)  # the rows of the record wait
             undo()
 
         def goes_on() -> bool:
@@ -414,7 +414,7 @@ class Chain:
         """Return the output of the run."""
         return (self.folder / "log").read_text(errors="replace")
 
-    # What must hold after it
+    # The checks after a fault
 
     def check(self, row: Row, codes: list[int], before: Path | None, starts: list[int]) -> None:
         """Check exit codes, output, and where the run went on; raise `Broken` where one is

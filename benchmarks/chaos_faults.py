@@ -38,7 +38,7 @@ OUTPUTS = (
     "reader stuck",
     "terminal gone",
 )
-SILENT = ("output closed", "output full", "output read-only")  # what the run says is lost
+SILENT = ("output closed", "output full", "output read-only")  # the output of the run is lost
 CLOCKS = ("clock forward", "clock back")
 # After these the run goes on; it is stopped by SIGTERM two steps later.
 LASTING = (
@@ -50,7 +50,7 @@ LASTING = (
     "shards replaced",
     "shards away",
 )
-# After these it may also end with exit code 1, when it needs what is not there.
+# After these the run may also end with exit code 1, when it needs what is missing.
 PERHAPS_FAILING = ("/dev/shm full", "shards away")
 SMALL_SHARED_MEMORY = (
     "unshare", "--mount", "sh", "-c",

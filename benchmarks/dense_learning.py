@@ -29,7 +29,7 @@ from mae_scale.sharding.run import shard
 from mae_scale.tasks.dense import open_annotated
 
 SIZE = 64  # pixels of a side of the scenes
-BATCH = 8  # images of a process
+BATCH = 8  # images of a process in a step
 ENCODER = {
     "model.name": "mae_vit_tiny_patch16", "model.drop_path": 0.0, "optim.warmup_steps": 50,
 }  # fmt: skip

@@ -35,7 +35,7 @@ from mae_scale.launch.outputs import one_line
 
 MOST_BYTES = 1 << 30
 MOST_SECONDS = 20
-MOST_LETTERS = 2000  # of a message
+MOST_LETTERS = 2000  # characters of a message
 
 
 class Finding(AssertionError):

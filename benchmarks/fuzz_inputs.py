@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# Values that no program expects where it has written something else.
+# Values that a program does not expect where it wrote another value.
 STRANGE = [
     None, True, -5, 0, 7, 1e30, 1e308, -1e308, float("nan"), float("inf"), 10**30, 2**63, -(2**31),
     "", "x" * 5000, "a\nb", "\x1b[2J\x07", "<script>alert(1)</script>", '"><img src=x>', "../x",

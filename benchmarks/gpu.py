@@ -55,7 +55,7 @@ MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14
 SMALL = ("mae_vit_tiny_patch16",)
 Result = dict[str, Any]
 
-# Processes for single results are forked from one that has imported everything and begun nothing.
+# Processes for single results are forked from one that has imported everything and run nothing.
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["mae_scale.train.step", "mae_scale.train.engine"])
 
@@ -383,4 +383,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # threads of gloo may still hold what is gone (see mae_scale.cli.entry)
+    os._exit(0)  # threads of gloo may still use freed objects (see mae_scale.cli.entry)

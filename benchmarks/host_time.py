@@ -63,7 +63,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Neither views by their schema nor work for a device.
+# Operators that are no views by their schema, but no work for a device either.
 NO_KERNELS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view",
               "aten::new_empty", "aten::new_empty_strided", "aten::set_", "aten::_reshape_alias",
               "profiler::_record_function_enter_new", "profiler::_record_function_exit",

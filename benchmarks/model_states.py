@@ -80,7 +80,7 @@ def measure(model_name: str, stage: int, precision: str) -> dict[str, float]:
         weights |= storages(getattr(p, "ds_tensor", None) for p in parameters)
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         masters = [p for group in inner.param_groups for p in group["params"]]
-        masters += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # of stage 3
+        masters += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # stage 3
         state = [value for values in inner.state.values() for value in values.values()]
         optimizer = storages([*masters, *(v for v in state if torch.is_tensor(v))])
     known = {**weights, **optimizer}

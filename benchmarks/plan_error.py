@@ -179,7 +179,7 @@ def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
     saved = saved_bytes(model, loss_of)
     peak = peak_of(model, loss_of) + pixels.nbytes
     planned_peak = peak_bytes(parts, batch)
-    if device.type == "cpu":  # which is the host as well
+    if device.type == "cpu":  # the CPU is the host as well
         planned_peak += batch * host_bytes(parts)
     return saved, batch * kept_bytes(parts), peak, planned_peak
 
@@ -220,7 +220,7 @@ def step(stage: str, precision: str, way: str) -> dict[str, float]:
     zero = config["zero_optimization"]
     states = model_states(run, zero, world.size)
     messages = traffic(run, zero, world.size, ACCUMULATION)
-    # A ring passes on a share of what it is given: the plan counts what is passed on.
+    # A ring passes on a share of its input: the plan counts the bytes that are passed on.
     share = (world.size - 1) / world.size
     passed = {"allreduce_": 2 * share, "_allgather_base_": share, "_reduce_scatter_base_": share}
     return {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from photographs import TRAIN, VAL
 
 KINDS = ("disk", "square", "triangle")
-PHOTOGRAPH = len(KINDS) + 1  # value in a label map: what is no shape
+PHOTOGRAPH = len(KINDS) + 1  # value of the photograph in a label map
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Scene:
     """An image and the shapes that can be seen on it."""
 
     pixels: npt.NDArray[np.uint8]  # [S, S, 3]
-    masks: list[npt.NDArray[np.bool_]]  # [S, S] each, of what others don't cover
-    kinds: list[int]  # places in KINDS
+    masks: list[npt.NDArray[np.bool_]]  # [S, S] each, without the pixels that other shapes cover
+    kinds: list[int]  # positions in KINDS
 
 
 def scenes(photographs: list[Path], count: int, size: int, seed: int) -> Iterator[Scene]:

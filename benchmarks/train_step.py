@@ -164,7 +164,7 @@ def main() -> None:
             ways.append(Way(name, False, precision, checkpointing, compiled == "yes"))
         official = float("nan")
         for way in ways:
-            # In a process of its own: the memory of one row does not stay for the next.
+            # Each row has a process of its own, so that its memory is freed before the next one.
             with ProcessPoolExecutor(1, processes) as pool:
                 job = pool.submit(measure, way, batch, args.rounds, args.steps, args.warm_up)
                 try:

@@ -30,7 +30,7 @@ from mae_scale.train.run_dir import read_history
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-BATCH = 32  # of the recipe
+BATCH = 32  # batch of the recipe
 
 
 def demo(own: Path | None, steps: int, out: Path) -> None:
@@ -52,7 +52,7 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
     say(3, "Pre-training on two processes with DeepSpeed ZeRO-2, stopped half-way by SIGTERM")
     epochs = max(1, round(steps * BATCH / len(open_shards(shards))))
     pretrain = [
-        # `deepspeed` itself; the script of that name does not start from a path with a space in it.
+        # This module is `deepspeed`, whose script does not start from a path with a space in it.
         # It would call the stop below an error.
         sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical", "--num_gpus", 2,
         "--module", "--master_port", free_port(), "mae_scale", "pretrain", "--config", "demo",

@@ -39,7 +39,7 @@ TRAIN = [
 ]
 VAL = [SKIMAGE / "chelsea.png"]
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MOST = 100  # photographs of the user's that are taken
+MOST = 100  # most photographs of the user's to take
 
 
 def pieces(photograph: Path, side: int, stride: int) -> Iterator[Image.Image]:

@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("busy")
 
 # Workers run side by side, so that each has one thread; set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Where the program remembers the indexes that it made; not the developer's own.
+# The folder where the program remembers its indexes must not be the developer's own.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mae-scale-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
@@ -35,7 +35,7 @@ CLASSES = 250
 
 warm.install()
 
-# Ignored where pytest runs in the background or under nohup, and so in all that the tests start.
+# In the background or under nohup pytest ignores these signals, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

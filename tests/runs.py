@@ -92,7 +92,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             process_group=0,
-            cwd=self.shards.parent,  # not the checkout
+            cwd=self.shards.parent,  # a folder other than the checkout
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 

@@ -34,7 +34,7 @@ LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.la
 MODULES = ("mae_scale", *LAUNCHERS)
 TESTS = Path(__file__).parent
 SCRIPTS = (TESTS / "unit", TESTS / "integration", TESTS / "slurm")
-# What is imported when it is first needed. DeepSpeed's Muon brings the compiler to every run.
+# Modules that programs import at first use. DeepSpeed's Muon imports the compiler in every run.
 AT_FIRST_USE = (
     "torch._dynamo",
     "torch.utils.tensorboard",
@@ -54,7 +54,7 @@ class Server:
 
     connection: socket.socket | None = None
     pid: int | None = None
-    env: dict[str, str] | None = None  # that it was started with
+    env: dict[str, str] | None = None  # environment with which it was started
 
 
 def execute_child(self: Any, *args: Any) -> None:
@@ -111,7 +111,7 @@ def ask(request: dict[str, Any], files: list[int]) -> int:
     if Server.connection is None:
         Server.connection = start_server()
     content = json.dumps(request).encode()
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes a child of this one
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
     try:
         socket.send_fds(Server.connection, [len(content).to_bytes(4, "little")], files)
         Server.connection.sendall(content)
@@ -237,7 +237,7 @@ def start_a_launchers_server() -> None:
         if (request := serve(its)) is None:
             os._exit(0)
         become(request)
-        sys.exit()  # not back into the launcher
+        sys.exit()  # so that control does not return to the launcher
     its.close()
     Server.connection, Server.env = ours, dict(os.environ)
     install()

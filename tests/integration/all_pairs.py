@@ -170,7 +170,7 @@ def compare(folder: Path, world: World, precision: str, tolerance: float) -> Non
     reference = truths[folder / "1-zero0"]["losses"]
     for config in CONFIGS:
         for number, (run, truth) in enumerate(truths.items()):
-            if number % 5 == 0:  # for most, one that has trained already: to be overwritten wholly
+            if number % 5 == 0:  # mostly one that has trained already: loading must overwrite all
                 engine, order = make_engine(world, config, precision, seed=2)
             pair = f"{run.name} -> {world.size}-{config}"
             step_folder = run / "checkpoints" / "step-00000002"

@@ -18,8 +18,8 @@ from mae_scale.train.nonfinite import StepGuard
 from mae_scale.train.optimizers import make_optimizer
 
 CLIP, LR = 0.5, 1e-2
-# AdamW does not see the length of a gradient, but that some are longer than others. Of these the
-# first is below the limit.
+# AdamW does not depend on the scale of all gradients, but on the ratios between steps. The first
+# of these gradients is below the limit.
 FACTORS = (0.01, 30.0, 1.0, 300.0)
 
 

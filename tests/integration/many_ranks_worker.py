@@ -38,7 +38,7 @@ def take_a_step(stage: int, rank: int) -> dict[str, Any]:
         )  # fmt: skip
     engines.fill_in(model, 0, config)
     for parameter in model.parameters() if stage == 3 else ():
-        # This group gathers a rank's own share again and again, padding included.
+        # This group gathers copies of the rank's own share, padding included.
         parameter.ds_tensor.data.fill_(0.01)
     engine = engines.build_engine(model, OPTIM, config)
     guard = StepGuard(engine, OPTIM.clip_grad)
@@ -60,7 +60,7 @@ def take_a_step(stage: int, rank: int) -> dict[str, Any]:
 
 
 os.environ["LOCAL_RANK"] = "0"
-# A group that sends nothing sends no objects, and compares nothing.
+# A group that sends nothing can neither exchange objects nor compare them.
 engines.on_rank0 = lambda function: function()
 for module in stage3_modules:
     module.assert_ints_same_as_other_ranks = lambda ints: None
@@ -72,6 +72,6 @@ for stage in (1, 2, 3):
         _destroy()
     print(stage, found, flush=True)
     assert found[0]["layout"] == found[1]["layout"]
-    # Some groups have fewer values than ranks: of those the last rank has padding only.
+    # Some groups have fewer values than ranks: the last rank then has padding only.
     assert 0 < found[1]["moved"] < found[0]["moved"], found
     print(f"stage {stage} works", flush=True)

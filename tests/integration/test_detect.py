@@ -49,7 +49,7 @@ TINY = {
     "optim.warmup_steps": 2,
     "checkpoint.every_steps": 1,
 }
-TOTAL = 8  # steps of two epochs of 17 // 4 images that have an object
+TOTAL = 8  # steps: two epochs; 17 images with an object, in batches of 4
 LI_2021 = {
     "model.pyramid": "fpn",
     "model.norm": "batch",
@@ -174,7 +174,7 @@ def test_it_goes_on_at_other_world_sizes_and_stages(whole: Run, tmp_path: Path) 
     rows, undisturbed = run.rows(), whole.rows()
     assert [row["samples"] for row in rows] == [row["samples"] for row in undisturbed]
     assert [row["lr"] for row in rows] == [row["lr"] for row in undisturbed]
-    # Which proposals train the heads is drawn on each process, so that losses agree in part only.
+    # Each process draws the proposals that train the heads, so losses agree only in part.
     for row, other in zip(rows, undisturbed, strict=True):
         assert math.isclose(row["loss"], other["loss"], rel_tol=0.25)
 

@@ -29,7 +29,7 @@ def test_all_pairs_of_world_sizes_and_stages(tmp_path: Path, precision: str, siz
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if " -> " in line]
     compared = [line for line in lines if "compared 63" in line]
-    # From 5 configs at each size into each, but for what is read as it is: the same size and stage
+    # Pairs of 5 configs at each size, without those read unconverted: the same size and stage
     # (three stages with one config, and zero3 and zero3_offload).
     assert len(compared) == (5 * len(sizes)) ** 2 - 7 * len(sizes), done.stdout
     assert lines == compared, [line for line in lines if line not in compared]
@@ -80,11 +80,11 @@ def test_a_conversion_killed_anywhere_is_made_again(run: Run) -> None:
         assert convert_and_die(folder, order, writes) == (-signal.SIGKILL if killed else 0)
         assert unfinished.exists() is killed and (folder / "universal").exists() is not killed
     whole = checksums(folder / "universal")
-    # A damaged one is made again, and is the same.
+    # A damaged conversion is made again, with the same content.
     (folder / "universal" / "common.pt").write_bytes(b"")
     elastic.convert(folder, 2, order)
     assert checksums(folder / "universal") == whole
-    # It is no part of the checkpoint: damage in it does not spoil the checkpoint, which goes on.
+    # The conversion is no part of the checkpoint: damage in it leaves the checkpoint valid.
     next((folder / "universal" / "zero").rglob("*.pt")).unlink()
     run.settings |= {"deepspeed": "zero0", "train.max_steps": 5, "checkpoint.keep": 1}
     output = run.finish()

@@ -194,7 +194,7 @@ def test_hugging_faces_processor_prepares_images_as_our_evaluation(
         theirs = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
     expected = normalize(eval_crop(decode_image(file.read_bytes()), 32)[None])[0]
     assert theirs.shape == (3, 32, 32)
-    assert (theirs - expected).abs().mean() < 0.05  # other decoders and roundings
+    assert (theirs - expected).abs().mean() < 0.05  # image decoders and rounding differ
 
 
 def test_evaluate_and_reconstruct_take_every_form(
@@ -284,7 +284,7 @@ def test_the_card_says_what_it_is(trained: dict[str, Path], shards: Path, tmp_pa
         assert part in body, part
     code = body.split("```python\n")[1].split("```")[0]
     scope: dict[str, Any] = {}
-    exec(code, scope)  # as it stands
+    exec(code, scope)  # the card's code, unchanged
     with torch.no_grad():
         assert_same(scope["model"].eval()(IMAGES), ours(run)(IMAGES))
 
@@ -297,7 +297,7 @@ def test_the_same_export_again_and_places_that_hold_something_else(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     export(run, "timm", out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    export(run, "official", out)  # another form: nothing of the first one stays
+    export(run, "official", out)  # another form; no file of the first one stays
     assert {path.name for path in out.iterdir()} == {"README.md", "model.pth"}
     file = export(run, "timm", tmp_path / "file.safetensors")
     export(run, "timm", file)

@@ -163,9 +163,9 @@ def test_the_linear_classifier_is_ridge_regression() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 4  # every second image has an even class
     features = torch.randn(120, 16, generator=generator)
-    features[torch.arange(120), labels] += 2  # which tells much, but not all
+    features[torch.arange(120), labels] += 2  # the neighbours predict it often, but not always
     found = linear_scores(features, labels, 4)
-    inside = torch.arange(120) // 4  # place of an image among those of its class
+    inside = torch.arange(120) // 4  # position of an image among those of its class
     right = 0
     for tested in (0, 1):
         own = inside % 2 == tested

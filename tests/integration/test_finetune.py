@@ -21,7 +21,7 @@ from mae_scale.cli import main
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.models import build_mae
 
-TOTAL = 20  # steps of two epochs of 250 // 24
+TOTAL = 20  # steps: two epochs of 250 // 24 steps
 CLASSIFIER = {"model.depth": 3, "train.precision": "fp32"}
 
 

@@ -116,12 +116,12 @@ def own_command(words: list[str]) -> list[str] | None:
     return None
 
 
-MISSING = (  # what a command may miss that was read whole
+MISSING = (  # messages of a command that was read whole and lacks its input
     "does not exist", "no file or folder", "neither a run folder", "no run folder", "is no folder",
     "is no run", "there is no", "arguments are required", "is neither a file nor a recipe",
     "holds no",
 )  # fmt: skip
-# Two steps of a narrow model in the place of a recipe's, with the same heads for all.
+# Settings for two steps of a narrow model, with the same heads for all sizes.
 SHRUNK = {
     "model.embed_dim": 96, "model.num_heads": 8, "model.depth": 2, "train.global_batch_size": 4,
     "train.micro_batch_size": 2, "train.max_steps": 2, "data.workers": 0, "train.log_every": 1,
@@ -189,13 +189,13 @@ def test_the_commands_of_all_pages(
             # /data/shards and /runs of README and slurm.md, in this folder
             arguments = [re.sub("^(val=)?/(data/)?", r"\1", word) for word in arguments]
             task, code, error = arguments[0], 0, ""
-            if task != "sweep":  # of full-size runs, which nothing shrinks
+            if task != "sweep":  # a sweep has full-size runs, which nothing shrinks
                 make_room(arguments, given)
             data = option(arguments, "--data.train")
             if task in TRAINING and data is not None and data.exists():
                 code, error = train(task, *arguments[1:])
             else:
-                with suppress(SystemExit):  # of --help
+                with suppress(SystemExit):  # --help exits
                     code = main(arguments)
                 error = capfd.readouterr().err.strip()
             if code and (code != 2 or not any(text in error for text in MISSING)):

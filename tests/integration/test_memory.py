@@ -99,12 +99,12 @@ with process_group(world, 600):
 def test_a_sharded_model_is_never_whole_on_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Freed memory goes back at once, so that what is resident is what is held.
+    # Freed memory goes back at once, so that resident memory is memory in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     shares = [found["share"] for found in on_ranks(4, BUILD, tmp_path)]
     assert len(shares) == 4
-    assert max(shares) < 0.7  # a quarter, one layer whole, and what gloo and DeepSpeed need
+    assert max(shares) < 0.7  # a quarter, one whole layer, and what gloo and DeepSpeed need
 
 
 REDUCE = """

@@ -57,7 +57,7 @@ def test_old_runs_go_on(tmp_path: Path, size: int) -> None:
     for name, run in runs.items():
         assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]
         for row, expected in zip(run.rows()[3:], story["runs"][name]["rows"], strict=True):
-            # Another vector unit sums up in another order.
+            # CPUs with other vector units sum in another order.
             right = (
                 expected
                 if same_kernels

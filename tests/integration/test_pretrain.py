@@ -19,7 +19,7 @@ from runs import Run, handles_sigterm, ranks, send
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.train.run_dir import read_history
 
-TOTAL = 20  # steps of two epochs of 250 // 24
+TOTAL = 20  # steps: two epochs of 250 // 24 steps
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run: Run, undisturbed: Ru
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    unfinished = checkpoints / "step-00000008"  # as a kill during the save leaves it
+    unfinished = checkpoints / "step-00000008"  # the state that a kill during the save leaves
     unfinished.mkdir()
     (unfinished / "mp_rank_00_model_states.pt").write_bytes(b"half of it")
     run.settings["train.max_steps"] = TOTAL

@@ -242,7 +242,7 @@ def test_the_states_of_a_run(copy: Path) -> None:
     assert RunView(copy).state == "failed"
     assert "it ended without saying why" in status(RunView(copy))
     rewrite(copy, 100, now)
-    assert RunView(copy).state == "failed"  # it is this host's, and its lock is free
+    assert RunView(copy).state == "failed"  # the run is this host's, and its lock is free
     lock = (copy / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert RunView(copy).state == "starting"
@@ -257,7 +257,7 @@ def test_the_states_of_a_run(copy: Path) -> None:
     for name in ("history.jsonl", "metrics.jsonl", ".lock"):
         (copy / name).unlink()
     assert RunView(copy).state == "not started"
-    assert "step           6\n" in status(RunView(copy))  # its checkpoint says so
+    assert "step           6\n" in status(RunView(copy))  # the checkpoint says so
 
 
 def test_a_probe_leaves_the_lock_free(copy: Path) -> None:
@@ -331,7 +331,7 @@ def test_status_again_and_again_until_it_is_interrupted(pretrained: Path) -> Non
     assert p.returncode == 0 and errors == ""
 
 
-# Puts into the title how wide the page is, which texts of a chart overlap, and what is to be seen.
+# This script puts the page's width, overlapping texts of charts and visible parts into the title.
 MEASURE = """<script>
 const overlaps = [];
 for (const svg of document.querySelectorAll('svg')) {

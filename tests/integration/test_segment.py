@@ -40,7 +40,7 @@ SMALL = {
     "checkpoint.every_steps": 3,
     "data.window": 4,
 }
-TOTAL = 16  # steps of four epochs of 17 // 4
+TOTAL = 16  # steps: four epochs of 17 // 4 steps
 
 
 @pytest.fixture(scope="module")

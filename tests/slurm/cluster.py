@@ -19,13 +19,13 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SBIN = "/usr/sbin"  # not on every user's PATH
 NODES = ("n1", "n2")
-CPUS = 4  # of each node, whatever the machine has
-CRED_EXPIRE_S = 5  # a requeued job waits for so long
-NODE_TIMEOUT_S = 10  # a node that does not answer is down
+CPUS = 4  # CPUs of each node, however many the machine has
+CRED_EXPIRE_S = 5  # seconds that a requeued job waits
+NODE_TIMEOUT_S = 10  # seconds after which a silent node is down
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
-# Partitions: batch preempts by what each has of PriorityTier. `low` gives 60 s to save, `harsh`
-# none beyond KillWait.
+# Partitions with a higher PriorityTier preempt those with a lower one. `low` gives 60 s to save,
+# `harsh` none beyond KillWait.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -134,7 +134,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        other = ("SLURM", "SBATCH_", "MAE_")  # settings of a cluster that the tests may run on
+        other = ("SLURM", "SBATCH_", "MAE_")  # settings of a cluster that runs the tests
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(other)}
         self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}

@@ -13,7 +13,7 @@ from runs import SMALL
 
 pytestmark = pytest.mark.alone
 
-# What a user's own batch script holds, besides ARGUMENTS.
+# A user's own batch script; ARGUMENTS is replaced.
 SCRIPTS = {
     "srun": "srun {python} -m mae_scale pretrain {arguments}",
     "torchrun": (

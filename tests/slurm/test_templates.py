@@ -31,7 +31,7 @@ class Training:
     cluster: Cluster
     templates: Path
     shards: Path
-    folder: Path  # of the logs and the run
+    folder: Path  # folder of the logs and the run
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -53,5 +53,5 @@ def read_only_disk(folder: Path) -> Iterator[Path]:
         folder.chmod(0o555)
         yield folder
         folder.chmod(0o755)
-    else:  # root in a container, to which this is read-only
+    else:  # root in a container, where /sys is read-only
         yield Path("/sys")

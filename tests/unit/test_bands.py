@@ -237,13 +237,13 @@ def test_crops_of_other_proportions(photograph: Image.Image) -> None:
             data = bytearray(saved(photograph, "JPEG"))
             views = augment(data, size, list(draws), [(0, 0, 0), (0, 0, 1)])
             assert [view.shape for view in views] == [(3, *size)] * 2
-    # A wide crop is stretched no more than a square one: of 3/4 to 4/3 of the size's proportions.
+    # A wide crop is stretched no more than a square one: by 3/4 to 4/3 of the size's proportions.
     ratios = []
     for draws in np.random.default_rng(1).random((500, TRAIN_UNIFORMS)):
         _, _, height, width = crop_box(400, 1200, draws, (0.05, 0.2), (1.5, 8 / 3))
         ratios.append(width / height)
     assert 1.45 < min(ratios) < 1.6 and 2.5 < max(ratios) < 2.75
-    # What a square crop sees, a wide one of a wide image sees in the same proportions.
+    # A wide crop of a wide image has the same proportions as a square crop of a square image.
     stretched = torch.cat([image, image], dim=2)
     wide = eval_crop(stretched, (20, 60), 1.0)
     assert wide.shape == (3, 20, 60)
@@ -287,13 +287,13 @@ def test_a_model_of_wide_images_of_five_bands() -> None:
     drawn, removed = model.reconstruct(images, noise)
     assert drawn.shape == images.shape and removed.shape == (3, 1, 16, 32)
     assert model.features(images, "mean").shape == (3, 192)
-    # What chooses patches before it projects them sees the same ones.
+    # Projecting only the chosen patches gives the same tokens.
     few = build_mae(
         "mae_vit_tiny_patch16", img_size=(16, 32), in_chans=5, fewer_passes=True, **SIZES
     )
     few.load_state_dict(model.state_dict())
     torch.testing.assert_close(few(images, noise)[0], loss)
-    # A patch of the mask is a patch of the image.
+    # A patch of the mask covers a patch of the image.
     assert removed.view(3, 2, 8, 4, 8).amax(dim=(2, 4)).flatten(1).equal(mask)
     with pytest.raises(UserError, match="img_size 20 is no multiple of patch_size 8"):
         build_mae("mae_vit_tiny_patch16", img_size=(16, 20), **SIZES)

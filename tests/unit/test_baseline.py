@@ -88,5 +88,5 @@ def test_shards_of_baseline_images(
     index = open_shards(out).index
     images = [tar[e["offset"] : e["offset"] + e["size"]] for e in index]
     assert files["a/2.jpg"] in images and not any(map(is_progressive, images))
-    assert main([*command, "--baseline"]) == 0  # it is finished
+    assert main([*command, "--baseline"]) == 0  # sharding is finished
     assert main(command) == 2  # other options

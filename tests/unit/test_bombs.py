@@ -81,7 +81,7 @@ def test_shards(tmp_path: Path) -> None:
         if path.suffix != ".tar":
             path.unlink()
     index_shards([str(folder)])
-    assert len(open_shards(folder)) == 1  # the other one is left out
+    assert len(open_shards(folder)) == 1  # the other image is left out
 
 
 def test_pictures(tmp_path: Path) -> None:

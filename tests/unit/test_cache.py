@@ -310,7 +310,7 @@ def test_a_fetcher_that_is_killed_leaves_nothing_that_counts(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not files_in(tmp_path, ".tar")
-    # Its part makes way for others, though nobody asks for that shard again.
+    # The partial file is removed for others, though nobody asks for that shard again.
     other = "train-000000.tar"
     size = (folder / other).stat().st_size
     cache = ShardCache(tmp_path, max_bytes=size + 1000)
@@ -400,7 +400,7 @@ def test_the_loader_reads_remote_shards_as_local_ones(
     server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     local = open_shards(folder)
-    # One lane, with room for two of four shards: some go, and come again in the next epoch.
+    # One lane has room for two of four shards: some are removed, and fetched again next epoch.
     limit = 2 * int(local.bytes.max())
     server.trouble = {NAME: ["cut", "stall"], "train-000003.tar": ["short", "fail"]}
     loader = train_loader(
@@ -410,7 +410,7 @@ def test_the_loader_reads_remote_shards_as_local_ones(
     assert torch.equal(stream(loader, 10), stream(train_loader(local, lanes=1), 10))
     assert sum(server.requests.values()) > 4 + 4
     assert sum(path.stat().st_size for path in files_in(tmp_path / "two", ".tar")) <= limit
-    # All four are read at a time in four lanes: that is more than there is room for.
+    # Four lanes read all four shards at a time, which is more than there is room for.
     expected = stream(train_loader(local), 10)
     loader = train_loader(remote(local, server), cache_dir=tmp_path / "two", cache_bytes=limit)
     assert "4 lanes of" in caplog.text

@@ -152,7 +152,7 @@ def test_shared_tables_are_the_tables_of_all_blocks() -> None:
 
 def test_a_table_has_a_row_for_each_offset() -> None:
     index = RelativeTable(3, 1).index()
-    assert index[0, 0] == index[4, 4] == 12  # no offset: the middle of 5 x 5
+    assert index[0, 0] == index[4, 4] == 12  # no offset: the middle of the 5 x 5 table
     assert index[0, 8] == 0 and index[8, 0] == 24
     assert index[1, 0] == 13 and index[3, 0] == 17
 

@@ -45,7 +45,7 @@ def test_truth_from_shards_gives_the_official_numbers(
     ours = average_precision(truth, detections, library("pycocotools"))
     assert 5 < ours["box_ap"] < 95 and 5 < ours["mask_ap"] < 95
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        # As in Detectron2 the area of a detection is its mask's, and not its box's, for masks.
+        # As in Detectron2, for masks the area of a detection is that of its mask, not of its box.
         own = {"bbox": "bbox", "segm": "segmentation"}[kind]
         keys = ("image_id", "category_id", "score", own)
         results = official.loadRes([{key: found[key] for key in keys} for found in detections])
@@ -59,7 +59,7 @@ def test_truth_from_shards_gives_the_official_numbers(
 
 
 def test_counts_give_what_mmsegmentation_defines() -> None:
-    # Class 2 is nowhere; class 3 is predicted but in no label.
+    # Class 2 occurs nowhere; class 3 is predicted but occurs in no label.
     confusion = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 4], [0, 0, 0, 0], [0, 0, 0, 0]])
     row = SegmentationScores(confusion, 2).row()
     assert row["miou"] == pytest.approx(100 * (6 / 9 + 3 / 10 + 0) / 3)

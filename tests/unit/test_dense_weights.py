@@ -85,7 +85,7 @@ def test_patches_of_14_pixels_become_patches_of_16() -> None:
     mae = build_mae("mae_vit_tiny_patch16", **{**MAE, "img_size": 56, "patch_size": 14})
     model = encoder()
     model.load_state_dict(fit_to_dense(mae.state_dict(), model))
-    # An image that is one patch, enlarged: the resampled projection answers as the first did.
+    # For an enlarged patch the resampled projection gives the output of the first one.
     small = torch.nn.functional.interpolate(
         torch.randn(1, 3, 4, 4), (14, 14), mode="bicubic", antialias=True
     )

@@ -168,7 +168,7 @@ def test_boxes_stay_fp32_where_the_rest_is_bf16() -> None:
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {boxes.dtype for boxes in seen} == {torch.float32}
     assert {each["boxes"].dtype for each in found} == {torch.float32}
-    # A box of the targets, which are proposals too, is not rounded to the 3 digits of bf16.
+    # Boxes of the targets, which are proposals, too, are not rounded to the 3 digits of bf16.
     assert any((boxes == targets()[0]["boxes"][1]).all(dim=1).any() for boxes in seen)
     anchors = model.rpn.anchor_generator(
         ImageList(images, [(128, 128)]), [torch.zeros(1, 1, 32, 32, dtype=torch.bfloat16)] * 5
@@ -285,5 +285,5 @@ def test_padding_is_shown_as_in_training(recipe: Literal["vitdet", "li2021"]) ->
     assert torch.equal(padding, grey if recipe == "li2021" else torch.zeros_like(grey))
     assert found["boxes"].tolist() == [[0, 0, 100, 50]] and found["classes"].tolist() == [0]
     assert found["masks"].shape == (1, 100, 200)
-    # The corners of a box lie between the mask and nothing.
+    # The corners of a box lie at the border of the mask, so they are left out.
     assert found["masks"][0, 2:48, 2:98].all() and not found["masks"][0, 50:].any()

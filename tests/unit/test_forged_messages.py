@@ -25,6 +25,6 @@ def test_a_forged_message_counts_for_nothing(forged: str) -> None:
         time.sleep(2.5)
         assert watchdog._verdict is None
         assert watchdog._records[0]["doing"] == "starting"
-        watchdog.stop()  # it would end this process
-        watchdog._tell("rank 0 failed: really")  # takes the place of the forged one
+        watchdog.stop()  # a verdict would end this process
+        watchdog._tell("rank 0 failed: really")  # replaces the forged record
         assert watchdog._read(VERDICT) == "rank 0 failed: really"

@@ -88,7 +88,7 @@ def test_a_batch_is_what_the_order_and_the_hash_say(
     assert alone["epoch"].tolist() == [e for e in (0, 1) for _ in range(96)] + [2] * 24
     for epoch in (0, 1):
         seen = alone["sample"][alone["epoch"] == epoch]
-        assert len(seen.unique()) == 96  # of 97, each at most once
+        assert len(seen.unique()) == 96  # of 97 samples, each at most once
     assert torch.equal(alone["label"], alone["sample"] % 10)
     for i in range(0, 9 * 24, 7):
         epoch, sample = int(alone["epoch"][i]), int(alone["sample"][i])
@@ -107,7 +107,7 @@ def test_repeats_are_other_views_of_the_samples_of_a_step(
     assert torch.equal(got["sample"][::3][:96], alone["sample"][:96])
     assert torch.equal(got["image"][::3][:96], alone["image"][:96])
     assert got["sample"].view(-1, 3).eq(got["sample"][::3, None]).all()
-    assert len(got["sample"][: 12 * 24].unique()) == 96  # an epoch sees each at most once
+    assert len(got["sample"][: 12 * 24].unique()) == 96  # an epoch has each sample at most once
     for i in range(0, 13 * 24, 7):
         epoch, sample = int(got["epoch"][i]), int(got["sample"][i])
         assert epoch == (i // 288) + (i % 3 << 32)
@@ -122,7 +122,7 @@ def test_repeats_are_other_views_of_the_samples_of_a_step(
     both = {
         key: torch.cat([r[key].view(2, 12, *r[key].shape[1:]) for r in ranks], 1) for key in got
     }
-    for step in (0, 1):  # the order of the ranks aside
+    for step in (0, 1):  # up to the order of the ranks
         one, other = both["image"][step], got["image"][step * 24 : step * 24 + 24]
         assert sorted(map(hash, map(str, one.flatten(1).tolist()))) == sorted(
             map(hash, map(str, other.flatten(1).tolist()))
@@ -365,7 +365,7 @@ def test_a_shard_that_changed_is_an_error(
     content = victim.read_bytes()
     if change == "other size":
         victim.write_bytes(content + bytes(512))
-    elif change == "another image":  # of another length, in a file of the same one
+    elif change == "another image":  # another length, in a file of the same length
         others = make_shards(tmp_path / "others", photographs[::-1], SAMPLES)
         other = (others / victim.name).read_bytes()
         victim.write_bytes(other[: len(content)].ljust(len(content), b"\0"))

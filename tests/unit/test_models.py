@@ -237,7 +237,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-# --- against an implementation that nobody here wrote ---------------------------------------------
+# --- compared with transformers' implementation ---------------------------------------------------
 
 
 def to_transformers(model: MaskedAutoencoderViT) -> dict[str, torch.Tensor]:
@@ -352,7 +352,7 @@ def test_gradients_agree_with_transformers(imagenet_tree: Path):
     model(images, noise)[0].backward()
     twin(images, noise=noise).loss.backward()
     gradients = dict(twin.named_parameters())
-    # Our gradients under their names: put them in place of our weights.
+    # The gradients get transformers' names by taking the place of our weights.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros(()) if parameter.grad is None else parameter.grad)
@@ -383,7 +383,7 @@ def test_bf16_weights_keep_targets_and_loss_in_fp32(imagenet_tree: Path, autocas
     assert loss.dtype == torch.float32 and mask.dtype == torch.float32
     assert torch.equal(mask, expected_mask)
     assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
-    # From bf16 predictions on, everything is fp32: the loss is that of these very predictions.
+    # The loss of bf16 predictions is computed in fp32, from these predictions.
     target = patchify(images.double(), 8)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     again = (((pred.double() - target) ** 2).mean(-1) * mask).sum() / mask.sum()

@@ -16,8 +16,8 @@ import pytest
 
 from mae_scale.launch.outputs import one_line, printable
 
-# Prints, logs, shows a bar and raises in a thread, as a run does; says in a file that it has come
-# to its end, which is what none of these may prevent.
+# This program prints, logs, shows a bar and raises in a thread, as a run does. At its end it writes
+# a file, which no failing output may prevent.
 PROGRAM = """
 import logging, sys, threading, warnings
 from mae_scale.launch.outputs import take_over
@@ -115,7 +115,7 @@ def test_what_can_be_written_is(tmp_path: Path) -> None:
 
 def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> None:
     run(tmp_path, ">&- 2>&-")
-    assert (tmp_path / "end").read_text() == "done"  # and nothing of what was printed
+    assert (tmp_path / "end").read_text() == "done"  # none of the printed lines
 
 
 def test_a_command_whose_product_is_its_output_says_that_it_is_lost(tmp_path: Path) -> None:

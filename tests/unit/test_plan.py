@@ -108,7 +108,7 @@ def test_peak_of_a_step(way: tuple[Any, bool], precision: str) -> None:
     gradient."""
     shape = {"name": "mae_vit_small_patch16", "precision": precision, "way": way, "batch": 8,
              "img_size": 80, "patch_size": 8, "depth": 4}  # fmt: skip
-    saved, planned, peak, planned_peak = activations(shape)  # on a CPU with what is on the host
+    saved, planned, peak, planned_peak = activations(shape)  # a CPU is its own host
     assert planned == pytest.approx(saved, abs=16)
     assert planned_peak == pytest.approx(peak, rel=0.1)
     assert peak > saved
@@ -187,7 +187,7 @@ def test_messages() -> None:
     sent = [traffic(run, zero, 4, accumulation=8) for zero in zeros]
     assert [t.gradients / 10**9 for t in sent] == [6, 6, 48, 24]
     assert sent[0].weights == 0 and sent[1].weights == sent[2].weights == 1.5 * 10**9
-    assert sent[3].weights == pytest.approx(8 * 1.9 * 1.5 * 10**9)  # all but 1e8 a second time
+    assert sent[3].weights == pytest.approx(8 * 1.9 * 1.5 * 10**9)  # all but 1e8 come twice
     halved = traffic(ParameterStates(10**9, 10**9, "bf16", grad_reduce="bf16"), zeros[1], 4, 8)
     assert halved.gradients == sent[1].gradients / 2
     assert all(traffic(run, zero, 1, 8).gradients == 0 for zero in zeros)

@@ -15,7 +15,7 @@ def test_numpy_and_torch_give_the_same_bits():
 
 
 def test_known_values_never_change():
-    # A run that goes on after an upgrade must see the same stream: these are part of the format.
+    # A run that goes on after an upgrade must see the same stream: these numbers never change.
     assert [int(hash64(1, k)) for k in (0, 1, 2)] == [
         15979313559291895140,
         14110609333922398835,

@@ -207,7 +207,7 @@ def test_stopped_at_any_moment_the_same_command_goes_on(
         send(run.pid, number)  # type: ignore[arg-type]
         run.join()
         assert run.exitcode in (0, STOPPED, -number), name
-        # Whatever carries a final name is whole.
+        # Every file with a final name is whole.
         for tar in out.glob("*.tar"):
             assert contents(reference)[tar.name] == hashlib.sha256(tar.read_bytes()).hexdigest()
         if number != signal.SIGKILL:

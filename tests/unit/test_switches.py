@@ -124,7 +124,7 @@ def test_mask_tokens_in_the_encoder() -> None:
     assert model.mask_token.grad.abs().sum() > 0
     changed = unpatchify(torch.where(mask[..., None] > 0, pixels, pixels + 1), 8)
     assert not torch.allclose(model(changed, noise)[1], pred)
-    # The same weights without mask tokens give others: the encoder then sees kept patches only.
+    # Without mask tokens the outputs differ: the encoder then sees kept patches only.
     assert mae().encoder_tokens == 5
 
 
@@ -269,7 +269,7 @@ def test_dalles_encoder_out_of_its_own_keys(tmp_path: Path) -> None:
         "blocks.output.conv.b",
     ):
         assert key in state
-    assert "blocks.group_1.block_1.id_path.w" not in state  # of the same width
+    assert "blocks.group_1.block_1.id_path.w" not in state  # a block that keeps the width has none
     save_file(state, tmp_path / "dvae.safetensors")
     tokenizer = Tokenizer(tmp_path / "dvae.safetensors", 224, 196, 30)
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)

@@ -190,7 +190,7 @@ def test_foreign_shards_become_usable_as_they_are(imagenet_tree: Path, tmp_path:
     assert as_rows(shards) == rows
     assert {name: (tmp_path / "cc" / name).read_bytes() for name in before} == before
     assert verify(tmp_path / "cc").problems == []
-    assert script("index_shards.py", tmp_path / "cc")[0] == 0  # once more is fine
+    assert script("index_shards.py", tmp_path / "cc")[0] == 0  # indexing again is allowed
 
 
 def test_brace_specs_and_an_index_elsewhere(imagenet_tree: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_brace_specs_and_an_index_elsewhere(imagenet_tree: Path, tmp_path: Path)
     remote = open_shards(f"{tmp_path}/remote+pipe:cat {tmp_path}/cc/{{}}")
     assert list(remote.files) == [f"pipe:cat {tmp_path}/cc/cc-00{n}.tar" for n in (0, 1)]
     assert len(remote) == 8
-    assert script("index_shards.py", pipe)[0] == 2  # where to?
+    assert script("index_shards.py", pipe)[0] == 2  # --out is missing
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

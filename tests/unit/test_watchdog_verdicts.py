@@ -56,7 +56,7 @@ def test_of_those_that_are_as_far_it_is_who_is_not_in_a_collective() -> None:
         second(group, beat, moves=[8] * 6, waits=[True] * 5 + [False])
     assert find_stuck(group, LIMIT) == "rank 5 (n2) hangs: a step for 30 s"
     for peer in group:
-        peer.record["waits"] = True  # then nobody can tell
+        peer.record["waits"] = True  # then no rank can be blamed
     expected = "rank 0 (n0), rank 1 (n0), rank 2 (n1) and 3 more hangs: a step for 30 s"
     assert find_stuck(group, LIMIT) == expected
 

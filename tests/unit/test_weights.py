@@ -81,7 +81,7 @@ def test_timms_folder_and_file(tmp_path: Path) -> None:
 def test_hugging_faces_mae(tmp_path: Path, shards: int) -> None:
     theirs = ViTMAEForPreTraining(ViTMAEConfig(**HF, mask_ratio=0.0, layer_norm_eps=1e-6)).eval()
     theirs.save_pretrained(tmp_path)
-    if shards == 2:  # as large models are
+    if shards == 2:  # sharded as large models are
         state = load_file(tmp_path / "model.safetensors")
         (tmp_path / "model.safetensors").unlink()
         names = sorted(state)
@@ -94,7 +94,7 @@ def test_hugging_faces_mae(tmp_path: Path, shards: int) -> None:
     fitting = fit_to_classifier(read_weights(tmp_path), model)
     assert set(model.state_dict()) - set(fitting) == {"head.weight", "head.bias"}
     model.load_state_dict(fitting, strict=False)
-    noise = torch.arange(16.0).expand(2, -1)  # keeps all, in order
+    noise = torch.arange(16.0).expand(2, -1)  # keeps all patches, in order
     expected = theirs.vit(IMAGES, noise=noise).last_hidden_state
     torch.testing.assert_close(model.norm(features(model)), expected, rtol=1e-4, atol=1e-5)
 

@@ -17,7 +17,7 @@ from mae_scale.launch.distributed import World
 from mae_scale.train.run_dir import IDLE_RESTARTS, note_restart, read_history
 from mae_scale.world import compute_threads, cpus, data_workers, gpu_evidence
 
-# As srun sets them for the first task of the second of three nodes with 2, 2 and 1 tasks.
+# The variables of srun for the first task of the second of three nodes with 2, 2 and 1 tasks.
 TASK = {
     "SLURM_PROCID": "2",
     "SLURM_STEP_ID": "0",
@@ -137,7 +137,7 @@ def test_the_drivers_version_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert gpu_evidence({}, device) is None
     device.touch()
     assert gpu_evidence({}, device) == f"there is {device}"
-    assert gpu_evidence({"CUDA_VISIBLE_DEVICES": ""}, device) is None  # hidden on purpose
+    assert gpu_evidence({"CUDA_VISIBLE_DEVICES": ""}, device) is None  # GPUs are hidden on purpose
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n")
     monkeypatch.setattr(world, "DRIVER_FILE", version)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
@@ -177,7 +177,7 @@ def test_a_recipes_micro_batch_is_an_upper_bound(
 
 def test_restarts_that_get_nowhere_end(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     note_restart(tmp_path, 0)
-    assert read_history(tmp_path) == []  # the first start of a job is none
+    assert read_history(tmp_path) == []  # the first start of a job is no restart
     set_all(monkeypatch, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"})
     for step in (0, 0, 40, 40):  # progress in between
         note_restart(tmp_path, step)
