@@ -92,7 +92,7 @@ def read_file(path: str | Path, most: int = 1 << 30) -> bytes:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it, synced to disk before it is renamed."""
+    """Write a file through a temporary one beside it, which is synced to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -88,11 +88,15 @@ class World:
 
 
 def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | None:
-    """Say in words what shows that this process has GPUs; None if nothing does.
+    """Say in words what shows that this process has GPUs; None: nothing does.
 
     A CUDA_VISIBLE_DEVICES that names no GPU hides those of a machine on purpose, but not those
     that Slurm has given to the job. DeepSpeed's launcher names as many GPUs as processes are asked
     for, whether there are GPUs or not; the variable is no evidence there.
+
+    Args:
+        env: environment variables.
+        device_file: file that exists where a driver has found a GPU.
     """
     on_node = env.get("SLURM_GPUS_ON_NODE", "0")
     if on_node not in ("", "0"):

@@ -65,7 +65,14 @@ def encoder_of(options: argparse.Namespace, world: World) -> Describer:
 def loader_of(
     shards: ShardSet, encoder: Describer, options: argparse.Namespace, world: World
 ) -> EvalLoader:
-    """Make the loader of this rank's part of some shards."""
+    """Make the loader of this rank's part of some shards, with the crop that an encoder wants.
+
+    Args:
+        shards: shards to load.
+        encoder: encoder that the images are for.
+        options: arguments that `features.add_encoder_arguments` adds.
+        world: this process among the others.
+    """
     return EvalLoader(
         shards,
         img_size=encoder.model.patch_embed.img_size,

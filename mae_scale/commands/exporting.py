@@ -218,7 +218,7 @@ def huggingface(trained: TrainedRun, model: Any, weights: Callable[[], StateDict
         "crop_size": {"height": height, "width": width},
     }
     if height != width:
-        # Of a rectangle the BitImageProcessor would crop too little and fill up the rest. The
+        # The BitImageProcessor would crop too little of a rectangle, and fill up the rest. The
         # ViTImageProcessor stretches the image instead.
         size = {"height": height, "width": width}
         sizes = {"image_processor_type": "ViTImageProcessor", "size": size}

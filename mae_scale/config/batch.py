@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
     """Return the micro-batches per optimiser step: global batch / (micro-batch x world size).
 
+    Args:
+        train: section `train` of the config.
+        world_size: number of processes of the run.
+
     Raises:
         UserError: the quotient is no whole number; the message names settings that would do.
     """
@@ -66,6 +70,10 @@ def fit_micro_batch(train: TrainConfig, world_size: int) -> None:
     many images fit into a GPU; with many processes, each may have fewer images than that. Where
     the global batch does not divide among the processes, nothing is changed: `accumulation_steps`
     then raises the error.
+
+    Args:
+        train: section `train` of the config, which is changed.
+        world_size: number of processes of the run.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
     if batch < 1 or micro < 1 or batch % world_size or batch % (micro * world_size) == 0:
@@ -82,6 +90,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Return the optimiser steps of a run: those of its epochs, or `train.max_steps` if fewer."""
+    """Return the optimiser steps of a run: those of its epochs, or `train.max_steps` if fewer.
+
+    Args:
+        train: section `train` of the config.
+        steps_per_epoch: optimiser steps of an epoch.
+    """
     steps = train.epochs * steps_per_epoch
     return steps if train.max_steps is None else min(steps, train.max_steps)

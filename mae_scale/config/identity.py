@@ -13,7 +13,12 @@ from mae_scale.config.sections import CHANGEABLE, DataConfig
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested keys into dotted ones: {"train": {"epochs": 1}} becomes {"train.epochs": 1}."""
+    """Turn nested keys into dotted ones: {"train": {"epochs": 1}} becomes {"train.epochs": 1}.
+
+    Args:
+        nested: values by key, where a dict is a section.
+        prefix: text before each key of the result.
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):

@@ -36,7 +36,7 @@ class _Parser(ArgumentParser):
     """Class of the config that this parser reads; None where it does not belong to a command."""
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Give the text of `--help`."""
+        """Return the text of `--help`."""
         if self.config_class is None:
             return super().format_help(formatter)
         names = [n for n in recipe_names() if n.startswith(self.prog.split()[-1])]

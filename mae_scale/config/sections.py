@@ -31,7 +31,7 @@ def changeable(default: Any) -> Any:
 
 
 def given(section: Any, *without: str) -> dict[str, Any]:
-    """Give the keys of a section that are not null, as keyword arguments.
+    """Return the keys of a section that are not null, as keyword arguments.
 
     Args:
         section: a config section.

@@ -1,4 +1,4 @@
-"""What fine-tuning and probing share: classes, initial weights, validation."""
+"""The code that fine-tuning and probing share: classes, initial weights, validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What detection and segmentation share: shards, initial weights, operations, loaders."""
+"""The code that detection and segmentation share: shards, weights to start from, FLOPs, loaders."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def reconstructions(config: PretrainConfig, train: ShardSet) -> Pictures | None:
             return None
         model, inputs = engine.module, bands.normalize(pixels)
         noise = model.noise(config.seed, torch.zeros_like(sample), sample)
-        # The compiled blocks are for training: they would be compiled again for these images,
-        # whose number is another one.
+        # The compiled blocks are for training: they would be compiled again for a batch of this
+        # size.
         eager = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
         with eager:
             reconstruction, mask = model.reconstruct(inputs, noise)
