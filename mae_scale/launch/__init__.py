@@ -1,1 +1,1 @@
-"""Processes of a run: how they meet, watch each other, are stopped, and what they print."""
+"""Processes of a run: how they start together, watch each other, stop, and print."""

@@ -1,4 +1,4 @@
-"""Lines, sizes and progress that the data tools show a person."""
+"""Lines, sizes and progress as shown on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ tqdm.set_lock(threading.RLock())
 
 
 class Progress:
-    """A bar with images/s and the time left on a terminal, a line now and then elsewhere."""
+    """Progress of a data tool: a bar on a terminal, a line every 30 seconds elsewhere.
+
+    Both show the rate and the time left.
+
+    Args:
+        total: number of units in the whole work.
+        unit: name of what is counted; "bytes" are shown in powers of 1000.
+    """
 
     def __init__(self, total: int, unit: str = "images") -> None:
         self.bar = tqdm(
@@ -36,6 +43,7 @@ class Progress:
         self.bar.close()
 
     def show(self, done: int) -> None:
+        """Show that `done` units are done."""
         if not self.bar.disable:
             self.bar.update(done - self.bar.n)
             return
@@ -50,7 +58,7 @@ class Progress:
 
 
 def size_text(size: float) -> str:
-    """Bytes as people write them, in powers of 1000."""
+    """Return a number of bytes as people write it, in powers of 1000."""
     unit = "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
@@ -60,11 +68,11 @@ def size_text(size: float) -> str:
 
 
 def say(line: str) -> None:
-    """A line on stdout, beside a progress bar if there is one."""
+    """Print a line on stdout, above a progress bar if there is one."""
     tqdm.write(one_line(line), file=sys.stdout)
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr, above a progress bar if there is one."""
     tqdm.write(one_line(line), file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Limits of a process. Of open files: connections to the other ranks take them, and so do shards.
+"""Limits of a process: on open files, of which connections and shards take many; on core dumps.
 
-Every rank is connected to every other one, and rank 0 serves the store that all ranks talk to. The
-usual soft limit of 1024 is too low for some hundred ranks, the hard limit rarely is.
+Every rank is connected to every other rank, and rank 0 serves the store that all ranks use. The
+usual soft limit of 1024 open files is too low for several hundred ranks; the hard limit rarely is.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from mae_scale.errors import UserError
 
 log = logging.getLogger("mae_scale")
 
-# Counted with gloo (tests/integration/test_descriptors.py), and something to spare.
+# Numbers of descriptors, counted with gloo (tests/integration/test_descriptors.py) and rounded up:
+# those that a rank needs by itself, and those for each rank of the run.
 OWN = 100
 PER_RANK, PER_RANK_ON_RANK0 = 1, 3
-SHARDS = 512  # that a data worker, or a rank without any, keeps open
+SHARDS = 512  # number that a data worker, or a rank without workers, keeps open
 
 
 def raise_limit() -> int:
-    """Raise this process's limit of open files as far as it may go, and return it."""
+    """Raise this process's limit on open files as far as permitted, and return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # "unlimited" beyond what the kernel allows
+        except (OSError, ValueError):  # the hard limit is above what the kernel allows
             return soft
     return hard
 
 
 def needed(rank: int, world_size: int) -> int:
-    """Descriptors that a rank takes besides shards, with something to spare."""
+    """Return how many descriptors a rank takes besides shards, rounded up."""
     return OWN + (PER_RANK if rank else PER_RANK_ON_RANK0) * world_size
 
 
 def make_room(rank: int, world_size: int) -> None:
-    """Raise the limit, and check it against the number of ranks.
+    """Raise the limit on open files, and check that it suffices for the number of ranks.
 
     Raises:
-        UserError: the ranks could not all be connected.
+        UserError: the limit is too low to connect all ranks.
     """
     limit = raise_limit()
     if limit == resource.RLIM_INFINITY:
@@ -58,6 +59,6 @@ def make_room(rank: int, world_size: int) -> None:
 
 
 def omit_core_dumps() -> None:
-    """Let this process write no core dump: those of all ranks would fill a shared file system."""
+    """Forbid core dumps of this process: those of all ranks would fill a shared file system."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))

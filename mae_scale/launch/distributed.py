@@ -26,19 +26,19 @@ T = TypeVar("T")
 
 log = logging.getLogger("mae_scale")
 
-# What `start` sets for DeepSpeed and torch, where a launcher has not.
+# Environment variables that `start` sets for DeepSpeed and torch where a launcher has not.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# What torch does by default when a peer is gone or hangs ends this process, and names nobody.
-# - With 2, its watchdog only ends the communication. The next collective raises, and the watchdog
-#   of this project says which rank it was.
-# - The monitor of its watchdog would end the process after 8 minutes in which a CUDA call hangs.
+# By default torch ends this process when a peer is gone or hangs, without naming a rank.
+# - With 2, torch's watchdog only ends the communication. The next collective then raises an error,
+#   and the watchdog of this project names the rank.
+# - The monitor of torch's watchdog would end the process when a CUDA call hangs for 8 minutes.
 NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
-END_S = 60  # for the process group to end, once all ranks have come there
+END_S = 60  # longest wait for the process group to end, once all ranks are ready to leave
 
-# Stores that this process serves. They outlive their process group: a slower rank may still be
-# reading there, and the next group of the same processes meets at the same port.
+# Stores that this process serves. They outlive their process group: a slower rank may still read
+# from one, and the next group of the same processes meets at the same port.
 _served: list[dist.Store] = []
 
 
@@ -46,14 +46,15 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
     """Join the process group: gloo for CPU tensors, NCCL for those on a GPU.
 
     Args:
-        stop: may have been set while the process was still starting.
-        problem: what this rank is to tell the others; then it needs no GPU.
+        world: this rank.
+        stop: request to stop this process, which may have been set while it was starting.
+        problem: error that this rank is to tell the others; then the rank needs no GPU.
 
     Returns:
         A prefix for keys in the store that no other group of these processes uses.
 
     Raises:
-        UserError: it has no usable device, or too few file descriptors.
+        UserError: the rank may open too few files, or it is not known where rank 0 is.
     """
     make_room(world.rank, world.size)
     omit_core_dumps()
@@ -65,18 +66,18 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
     os.environ.update({name: str(value) for name, value in ranks.items()})
     backend = "gloo"
     if device.type == "cuda":
-        if device.index < torch.cuda.device_count():  # else the preflight names this rank
+        if device.index < torch.cuda.device_count():  # otherwise the preflight names this rank
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is used
         backend = "cpu:gloo,cuda:nccl"
         for name, setting in NCCL.items():
             os.environ.setdefault(name, setting)
     if "OMP_NUM_THREADS" not in os.environ:
-        # Beside a GPU the data workers need the CPUs; without one it is the arithmetic.
+        # With a GPU the data workers need the CPU cores; without one the arithmetic needs them.
         torch.set_num_threads(compute_threads() if device.type == "cuda" else cpus())
     timeout = timedelta(minutes=10)
     if world.size == 1:
-        # A port of the kernel's choice: two runs on one machine must not meet.
+        # The kernel chooses the port: two runs on one machine must not meet.
         alone = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port))
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
@@ -104,7 +105,7 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
 def common_secret() -> bytes:
     """Make 32 random bytes that all ranks of the process group know, and its store does not.
 
-    They go over the connections between the ranks.
+    The bytes are sent over the connections between the ranks.
     """
     secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).clone()
     dist.broadcast(secret, src=0)
@@ -119,19 +120,20 @@ def process_group(
     *,
     stop: StopRequest | None = None,
 ) -> Iterator[Watchdog]:
-    """All ranks together from `start` to a common end, which leaves the environment as it was.
+    """Keep all ranks together, from `start` to a common end that restores the environment.
 
-    A rank that fails alone tells the others why and leaves, and they end with that; a `UserError`
-    or `CommonError` is raised on all ranks and ends as orderly as success does. A process may have
-    one group after the other.
+    A rank that fails alone tells the others why and leaves, and they end with its message. A
+    `UserError` or `CommonError` is raised on all ranks, and the group ends in order as after a
+    success. A process may have several groups, one after the other.
 
     Args:
+        world: this rank.
         hang_timeout: seconds without any progress after which the ranks end.
-        problem: what this rank has found wrong before it came here.
-        stop: request to stop this process, if it trains.
+        problem: error that this rank has found before it came here; None: it has found none.
+        stop: request to stop this process; None if it does not train.
 
     Yields:
-        The watchdog of the group, which wants to be told what this rank does.
+        The watchdog of the group, which is to be told what this rank does.
     """
     with _environment_kept():
         try:
@@ -154,7 +156,7 @@ def process_group(
         except Exception as error:
             failure = _in_one_line(error)
             watchdog.report(failure)
-            if world.size == 1:  # else the others are gone, and destroying could wait for them
+            if world.size == 1:  # with others, which may be gone, it could wait for them
                 _destroy()
             raise failure from error
         if isinstance(wrong, UserError):
@@ -165,7 +167,7 @@ def process_group(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Take back what `start` sets."""
+    """Restore the environment variables that `start` sets, at the end of the context."""
     before = {name: os.environ.get(name) for name in (*VARIABLES, *NCCL)}
     try:
         yield
@@ -178,7 +180,7 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _raise_together(problem: UserError | None) -> None:
-    """Raise on all ranks what any of them has found wrong, naming the rank unless it is all."""
+    """Raise on all ranks the error that any of them has found; name the rank unless all have it."""
     found = gather_to_all((host(), None if problem is None else str(problem)))
     texts = {text for _, text in found}
     if texts == {None}:
@@ -217,9 +219,12 @@ def _in_one_line(error: Exception) -> Exception:
 
 
 def set_collective_timeout(hang_timeout: float) -> None:
-    """Give the collectives of all groups a longer time-out than the watchdog has.
+    """Give the collectives of all groups a time-out that is longer than the watchdog's.
 
     So the watchdog ends the run first, and its message names the rank that is to blame.
+
+    Args:
+        hang_timeout: time-out of the watchdog in seconds.
     """
     # Public since torch 2.15 only.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
@@ -230,8 +235,8 @@ def set_collective_timeout(hang_timeout: float) -> None:
 def finish(watchdog: Watchdog) -> None:
     """Leave the process group when all ranks have come this far.
 
-    Everything is done by then. So a rank whose group does not come to an end, as NCCL's may not if
-    another rank is gone, says so and goes on without.
+    All work is done by then. The end of a group may hang, as that of NCCL does if another rank is
+    gone; after `END_S` seconds the rank logs a warning and goes on.
     """
     watchdog.leave()
     dist.barrier()
@@ -244,7 +249,7 @@ def finish(watchdog: Watchdog) -> None:
 
 
 def _destroy() -> None:
-    """Destroy the process group, also in the eyes of DeepSpeed, which remembers groups of it."""
+    """Destroy the process group, through DeepSpeed if that has remembered groups of it."""
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()
@@ -253,9 +258,9 @@ def _destroy() -> None:
 
 
 def on_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give its result, or raise its exception, on every rank.
+    """Call `function` on rank 0, and return its result or raise its exception on every rank.
 
-    Without a process group the only process is rank 0.
+    All ranks call. Without a process group the only process is rank 0.
     """
     if not dist.is_initialized():
         return function()
@@ -273,7 +278,7 @@ def on_rank0(function: Callable[[], T]) -> T:
 
 
 def gather_to_all(value: T) -> list[T]:
-    """The values of all ranks, in rank order, on every rank."""
+    """Return the values of all ranks in rank order, on every rank; all ranks call."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]

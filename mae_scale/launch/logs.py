@@ -1,4 +1,4 @@
-"""Log lines of a run: rank 0 tells what happens, the other ranks only what is wrong."""
+"""Log lines of a run: rank 0 logs what happens, the other ranks only warnings and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mae_scale.world import World
 
 
 class _OneLine(logging.Formatter):
-    """Shows line ends and control characters as escapes: a file's name must not forge a line."""
+    """Formatter that escapes line ends and control characters: a file name can forge no line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)
@@ -20,14 +20,14 @@ class _OneLine(logging.Formatter):
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes to stderr without tearing a progress bar apart."""
+    """Handler that writes to stderr above a progress bar, without breaking the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
         except Exception:
-            self.handleError(record)  # says what is wrong with the message, and raises nothing
+            self.handleError(record)  # prints the error, and raises nothing
 
 
 def set_up_logging(world: World) -> None:

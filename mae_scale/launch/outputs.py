@@ -1,9 +1,9 @@
-"""Standard output and error as a long run needs them: what cannot be written is dropped.
+"""Standard output and error for a long run: text that cannot be written is dropped.
 
-A log is not worth a run. The reader of a pipe may have gone (Ctrl-C ends `tee`, too), the terminal
-may have been closed, the disk with the log may be full, or the shell may have closed the
-descriptor. Whatever writes, such as print, a logging handler, a progress bar, a traceback or the
-interpreter at its end, must neither fail nor wait for ever because of it.
+A run must not end because of its log. The reader of a pipe may have gone (Ctrl-C ends `tee`, too),
+the terminal may have been closed, the disk with the log may be full, or the shell may have closed
+the descriptor. Code that writes, such as print, a logging handler, a progress bar, a traceback or
+the interpreter at its end, must neither fail nor wait for ever because of that.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import sys
 import time
 from contextlib import suppress
 
-PATIENCE_S = 5.0  # for a pipe or terminal whose reader does not read, before text is dropped
-PIECE = 4096  # bytes that a pipe takes whole once it is writable (PIPE_BUF)
+PATIENCE_S = 5.0  # longest wait for a reader of a pipe or terminal, before text is dropped
+PIECE = 4096  # number of bytes that a writable pipe takes at once (PIPE_BUF)
 
-# Line feeds, tabs, carriage returns, and the few sequences that tqdm and `status` use are kept.
-# Text from outside, such as the name of a file, must not move the cursor or rename the window.
+# Line feeds, tabs, carriage returns, and the few sequences that tqdm and `status` use are kept. All
+# else is escaped: text such as a file's name must not move the cursor or rename the window.
 OWN = r"\x1b\[(?:A|H\x1b\[2J|0m|3[123]m)"
 UNWANTED = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 CONTROL = re.compile(rf"({OWN})|[{UNWANTED}]")
 
 
 def one_line(text: object) -> str:
-    """Return a text for a message, in which control characters and line ends are escapes."""
+    """Return a text for a message, with control characters and line ends escaped."""
     return "".join(c if c.isprintable() else _escape(c) for c in str(text))
 
 
 def printable(text: str) -> str:
-    """Return a text of several lines, in which what would move the cursor is an escape."""
+    """Return a text of several lines, with everything escaped that would move the cursor."""
     return CONTROL.sub(lambda match: match[1] or _escape(match[0]), text)
 
 
@@ -47,7 +47,7 @@ def say_at_once(line: str) -> None:
         poll = select.poll()
         poll.register(2, select.POLLOUT)
         if poll.poll(0):
-            start = "\n" if os.isatty(2) else ""  # a progress bar may stand there
+            start = "\n" if os.isatty(2) else ""  # a progress bar may be on this line
             os.write(2, f"{start}{one_line(line)}\n".encode(errors="backslashreplace"))
 
 
@@ -56,9 +56,9 @@ class Descriptor(io.RawIOBase):
 
     Args:
         number: number of the descriptor.
-        drops: whether text that cannot be written is dropped; otherwise it raises an `OSError`.
-            Text is also dropped while the reader of a pipe or terminal does not read, once it has
-            not read for `PATIENCE_S` seconds.
+        drops: whether text that cannot be written is dropped; otherwise writing it raises an
+            `OSError`. Text is also dropped once the reader of a pipe or terminal has not read for
+            `PATIENCE_S` seconds, until it reads again.
     """
 
     def __init__(self, number: int, drops: bool) -> None:
@@ -68,15 +68,19 @@ class Descriptor(io.RawIOBase):
         self._stuck = False
 
     def writable(self) -> bool:
+        """Return True."""
         return True
 
     def fileno(self) -> int:
+        """Return the number of the descriptor."""
         return self._number
 
     def isatty(self) -> bool:
+        """Return whether the descriptor is a terminal."""
         return os.isatty(self._number)
 
     def write(self, data: object) -> int:
+        """Write bytes or drop them; return their number in both cases."""
         rest = memoryview(data).cast("B")  # type: ignore[arg-type]
         size = len(rest)
         try:
@@ -86,7 +90,7 @@ class Descriptor(io.RawIOBase):
                 piece = rest[:PIECE] if self._waits else rest
                 try:
                     rest = rest[os.write(self._number, piece) :]
-                except BlockingIOError:  # somebody who shares it made it non-blocking
+                except BlockingIOError:  # a process that shares it has made it non-blocking
                     time.sleep(0.01)
         except OSError:
             if not self.drops:
@@ -104,9 +108,10 @@ class Descriptor(io.RawIOBase):
 
 
 class Output(io.TextIOWrapper):
-    """A stream of text for people: it prints any name in any locale, and moves no cursor."""
+    """A stream of text that prints any name in any locale, and lets no text move the cursor."""
 
     def write(self, text: str) -> int:
+        """Write a text, escaped by `printable`; return its length."""
         super().write(printable(text))
         return len(text)
 
@@ -114,13 +119,13 @@ class Output(io.TextIOWrapper):
 def take_over(drops: bool = True) -> None:
     """Replace `sys.stdout` and `sys.stderr`, before anything else keeps a reference to them.
 
-    Descriptors that the shell has closed lead to /dev/null from now on: else the next file that
-    is opened, such as a checkpoint, would get the number and the output.
+    Descriptors that the shell has closed lead to /dev/null from now on. Otherwise the next file
+    that is opened, such as a checkpoint, would get the number and so the output.
 
     Args:
-        drops: whether text that stdout cannot take is dropped. Otherwise it raises, which a
-            command needs whose product is what it prints. What stderr cannot take is always
-            dropped.
+        drops: whether text that stdout cannot take is dropped. Otherwise writing it raises an
+            error, as a command needs whose product is what it prints. Text that stderr cannot take
+            is always dropped.
     """
     for number in (0, 1, 2):  # first of all: a file opened below must not get one of them
         try:
@@ -136,8 +141,8 @@ def take_over(drops: bool = True) -> None:
             before.buffer.drops = drops or number == 2  # type: ignore[attr-defined]
             continue
         if before is not None and not _is_descriptor(before, number):
-            continue  # a test or a notebook has put its own there
-        # Not buffered a second time: a forked process must not inherit text or a lock.
+            continue  # a test or a notebook has put its own stream there
+        # There is no second buffer: a forked process must not inherit its text or its lock.
         output = Output(
             Descriptor(number, drops or number == 2),  # type: ignore[arg-type]
             encoding=getattr(before, "encoding", None) or "utf-8",

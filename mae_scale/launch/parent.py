@@ -1,4 +1,4 @@
-"""Ending with the process that started this one."""
+"""Ending this process together with the process that started it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def when_parent_ends(
     `PR_SET_PDEATHSIG` this does not depend on which thread of the parent started the process.
 
     Args:
-        parent: process id; None means the parent of this process now. A process that was forked
-            should be told, since its parent may have ended before it asks.
-        grandparent: process id of the parent's parent, if the end of that one counts, too.
+        action: function to call; it runs in a daemon thread.
+        parent: process id of the parent; None means the present parent. A forked process should
+            be given it, since the parent may end before this call.
+        grandparent: process id of the parent's parent, if the end of that process counts, too.
     """
     expected = os.getppid() if parent is None else parent
 

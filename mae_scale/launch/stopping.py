@@ -1,4 +1,4 @@
-"""Stopping a run: a signal sets a flag, the training loop saves and the process exits with 85."""
+"""Stopping a run: a signal sets a flag, the training loop saves, and the process exits with 85."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mae_scale.launch.parent import when_parent_ends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LAUNCHER_ENDED = "the end of the launcher"
 TIME_IS_UP = "train.max_hours"
-GRACE_S = 10
+GRACE_S = 10  # longest wait for other ranks after a signal
 
 
 class StopRequest:
@@ -31,24 +31,25 @@ class StopRequest:
     gets an answer at once, on rank 0.
 
     Args:
-        reason: what has asked already.
-        is_early: no run has begun, so that Ctrl-C may end the process, if it is alone.
+        reason: reason of a request that came before; None: there was none.
+        is_early: whether no run has begun, so that Ctrl-C may end a process that is alone at once.
 
     Attributes:
-        doing: tells what this rank does and for how many seconds; None: no run has begun.
-        step_seconds: length of the last step; None before the first one.
+        doing: function that returns what this rank does and for how many seconds it has done so;
+            None: no run has begun.
+        step_seconds: duration of the last step; None before the end of the first one.
     """
 
     def __init__(self, reason: str | None = None, *, is_early: bool = False) -> None:
         self._reason, self._is_early = reason, is_early
-        self._presses = 0  # of Ctrl-C
+        self._presses = 0  # number of times that Ctrl-C was pressed
         self.doing: Callable[[], tuple[str, float]] | None = None
         self.step_seconds: float | None = None
         self._ends_at: float | None = None  # on the monotonic clock
 
     @property
     def reason(self) -> str | None:
-        """The first signal, `LAUNCHER_ENDED` or `TIME_IS_UP`; None while nothing asks to stop."""
+        """Name of the first signal, `LAUNCHER_ENDED` or `TIME_IS_UP`; None without a request."""
         if self._reason is None and self._ends_at is not None and time.monotonic() > self._ends_at:
             self._reason = TIME_IS_UP
         return self._reason
@@ -59,7 +60,7 @@ class StopRequest:
             self._reason = reason
 
     def after(self, hours: float) -> None:
-        """Ask the run to stop when so many hours have passed from now on."""
+        """Ask the run to stop `hours` hours from now."""
         self._ends_at = time.monotonic() + hours * 3600
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -74,7 +75,7 @@ class StopRequest:
                 say_at_once(f"mae-scale: {self.answer()}")
 
     def answer(self) -> str:
-        """Say to who pressed Ctrl-C what comes before the end, and for how long."""
+        """Return the answer to Ctrl-C: what is done before the end, and for how long so far."""
         again = "press again to see how long"
         if self.doing is None:
             return f"stopping once all processes are there; {again}"
@@ -99,9 +100,9 @@ def catch_signals_early() -> None:
     """Take over the signals of `SIGNALS` before the slow imports, and watch the launcher.
 
     The run that begins later learns of a signal that came before it; but Ctrl-C ends a process that
-    is alone, since nothing has begun. SIGHUP stays ignored under
-    nohup. A launcher that is killed cannot pass a signal on, and its ranks would train on as
-    orphans. The ranks of torchrun are its children; those of `deepspeed` are its grandchildren.
+    is alone, since nothing has begun. SIGHUP stays ignored under nohup. The launcher is watched
+    because one that is killed cannot pass a signal on, and its ranks would train on as orphans. The
+    ranks of torchrun are its children; those of `deepspeed` are its grandchildren.
     """
     early = StopRequest(is_early=True)
     _set_handlers(early)
@@ -114,7 +115,7 @@ def catch_signals_early() -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # also wakes a main thread that waits for others
 
     grandparent = None
-    if "CROSS_SIZE" in os.environ:  # the launcher `deepspeed` starts its launch.py, that the ranks
+    if "CROSS_SIZE" in os.environ:  # `deepspeed` starts its launch.py, which starts the ranks
         grandparent = psutil.Process(os.getppid()).ppid()
     when_parent_ends(launcher_ended, grandparent=grandparent)
 
@@ -123,8 +124,11 @@ def catch_signals_early() -> None:
 def catching_signals() -> Iterator[StopRequest]:
     """Give one run a stop request of its own, and put the handlers back when the run is over.
 
-    A signal that came before the run, to `catch_signals_early`, counts for it. Outside of the main
-    thread, where Python allows no handlers, the request can be set by others only.
+    A signal that `catch_signals_early` took before the run counts for the run. Outside of the main
+    thread Python allows no handlers; there only other code can set the request.
+
+    Yields:
+        The stop request of the run.
     """
     early = _installed()
     request = StopRequest(early.reason if early else None)
@@ -140,7 +144,7 @@ def catching_signals() -> Iterator[StopRequest]:
 
 
 def _set_handlers(request: StopRequest) -> dict[signal.Signals, signal.Handlers]:
-    """Install the handlers; gives those that were there before."""
+    """Install the handlers of a request, and return the previous ones."""
     before = {}
     for number in SIGNALS:
         old = signal.getsignal(number)
@@ -151,7 +155,7 @@ def _set_handlers(request: StopRequest) -> dict[signal.Signals, signal.Handlers]
 
 
 def _installed() -> StopRequest | None:
-    """The stop request that gets SIGTERM at present."""
+    """Return the stop request that handles SIGTERM at present; None if there is none."""
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return owner if isinstance(owner, StopRequest) else None
 
@@ -160,11 +164,12 @@ def _installed() -> StopRequest | None:
 def waiting_for_others(stop: StopRequest | None) -> Iterator[None]:
     """Let a signal end the process while the main thread waits inside C++ for other ranks.
 
-    There Python's handlers do not run, and the ranks may never come. If the wait does not end in
-    `GRACE_S` seconds the process exits with 85: nothing has begun, so nothing is lost.
+    Python's handlers do not run during that wait, and the other ranks may never come. If the wait
+    does not end within `GRACE_S` seconds after a signal, the process exits with 85: nothing has
+    begun, so nothing is lost.
 
     Args:
-        stop: may have been set before the wait begins.
+        stop: request that may have been set before the wait begins; it counts as a signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python has no wake-up file descriptor for other threads
@@ -174,7 +179,7 @@ def waiting_for_others(stop: StopRequest | None) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while number := reader.recv(1):  # written by the handler in C
+        while number := reader.recv(1):  # Python's handler in C writes the signal's number
             if number[0] in SIGNALS and not over.wait(GRACE_S):
                 os._exit(STOPPED)
 
@@ -191,10 +196,10 @@ def waiting_for_others(stop: StopRequest | None) -> Iterator[None]:
 
 
 def leave_before_start() -> dict[int, signal.Handlers]:
-    """Let Ctrl-C and SIGTERM end the process at once, with exit code 85, as long as nothing began.
+    """Let Ctrl-C and SIGTERM end the process at once, with exit code 85, while no run has begun.
 
     Returns:
-        The handlers that were there before.
+        The previous handlers, by the number of the signal.
     """
 
     def leave(*_: object) -> None:

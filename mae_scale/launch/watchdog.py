@@ -1,9 +1,9 @@
-"""Ranks that watch each other: one that dies or hangs is named, and takes the others down.
+"""Ranks that watch each other: when one dies or hangs, all ranks end, and a message names it.
 
-PyTorch names nobody: gloo's error holds an address, NCCL waits for minutes and then aborts those
-that waited, and a launcher sees its own machine only. Here each rank writes a record into the
-process group's store every second, rank 0 looks at all of them, the others look at rank 0's.
-Two threads do it; training itself only assigns a few variables.
+PyTorch does not name it: gloo's error holds an address, NCCL waits for minutes and then aborts the
+ranks that waited, and a launcher sees only its own machine. Here each rank writes a record into the
+process group's store every second; rank 0 reads all records, and the others read that of rank 0.
+Two threads do this; the training itself only assigns a few variables.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from mae_scale.launch.outputs import one_line
 from mae_scale.launch.stopping import LAUNCHER_ENDED, StopRequest
 from mae_scale.world import World, host
 
-BEAT_S = 1.0
-SILENCE_S = 60  # without a sign of life: dead, frozen, or the host cannot be reached
-SILENCE_AFTER_BREAK_S = 5  # the same, when a rank has lost a connection
-VERDICT = "verdict"
+BEAT_S = 1.0  # seconds between two records of a rank
+SILENCE_S = 60  # after so long a silence a rank is dead or frozen, or its host cannot be reached
+SILENCE_AFTER_BREAK_S = 5  # the same, once a rank has lost a connection
+VERDICT = "verdict"  # key in the store of the message with which all ranks end
 
 
 @dataclass
 class Peer:
-    """A rank as others know it: its last record, and the seconds for which that has not changed."""
+    """A rank as the others see it: its last record, and for how many seconds it has not changed."""
 
     rank: int
+    """Number of the rank."""
     record: dict[str, Any] = field(default_factory=dict)
+    """Last record that the rank has written; empty before the first."""
     silent: float = 0.0
     """Seconds since the last sign of life."""
     still: float = 0.0
@@ -48,7 +50,8 @@ class Peer:
     def update(self, record: dict[str, Any]) -> None:
         """Take in the record of this second.
 
-        Seconds are counted and not measured: a job that was suspended as a whole does not hang.
+        Seconds are counted and not measured, so that a job that was suspended as a whole does not
+        seem to hang.
         """
         same = record.get("beat") == self.record.get("beat")
         self.silent = self.silent + BEAT_S if same else 0.0
@@ -62,7 +65,7 @@ class Peer:
 
 
 def find_lost(peers: list[Peer], limit: float) -> str | None:
-    """Name the ranks that gave no sign of life for `limit` seconds; None if there is none."""
+    """Describe the ranks that gave no sign of life for `limit` seconds; None if there are none."""
     silent = [peer for peer in peers if peer.silent >= limit]
     if not silent:
         return None
@@ -70,10 +73,11 @@ def find_lost(peers: list[Peer], limit: float) -> str | None:
 
 
 def find_stuck(peers: list[Peer], limit: float) -> str | None:
-    """Name the ranks for which all others have waited `limit` seconds; None if there is none.
+    """Describe the ranks that have kept all others waiting for `limit` seconds; None if none have.
 
-    All ranks do the same things in the same order, so the ranks that are behind keep the others
-    waiting. Where several are equally far, it is those that are not in a collective operation.
+    All ranks do the same things in the same order, so the ranks that are furthest behind keep the
+    others waiting. Of several that are equally far behind, those outside of a collective operation
+    are to blame.
     """
     if not all(peer.still >= limit for peer in peers):
         return None
@@ -91,15 +95,15 @@ def _names(peers: list[Peer]) -> str:
 class Watchdog:
     """Tells the other ranks about this one, and ends this process when one of them is gone.
 
-    Each process group has a watchdog of its own; the process group must be there.
+    Each process group has its own watchdog. The group must exist before the watchdog is made.
 
     Args:
         world: this rank.
-        hang_timeout: seconds without any progress on any rank after which all end.
-        store_prefix: of the keys in the store; the same on all ranks, and used only once.
-        secret: of the process group. Whoever reaches the port can write into the store; what is not
-            signed with the secret counts for nothing.
-        stop: is set where the launcher has ended; None if this process does not train.
+        hang_timeout: number of seconds without progress on any rank, after which all ranks end.
+        store_prefix: prefix of the keys in the store; the same on all ranks, and used only once.
+        secret: secret of the process group. Anybody who reaches the port can write into the store;
+            values that are not signed with the secret are ignored.
+        stop: request that is set when the launcher ends; None if this process does not train.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class Watchdog:
         self._leaving = False
         self._threads: list[threading.Thread] = []
         self._peers = [Peer(r) for r in (range(world.size) if world.rank == 0 else [0])]
-        # A connection of its own: the process group's may be waiting for an answer.
+        # This connection is its own, since that of the process group may wait for an answer.
         self._tcp = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -137,23 +141,26 @@ class Watchdog:
         self._rounds, self._store_is_gone = 0, False
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the threads that write and watch records."""
         self._talk()
         for target in (self._keep_talking, self._watch):
             self._threads.append(threading.Thread(target=target, daemon=True))
             self._threads[-1].start()
 
     def doing(self, what: str) -> None:
-        """Say what this rank does from now on. All ranks say the same in the same order."""
+        """Take note of what this rank does from now on.
+
+        All ranks give the same texts in the same order.
+        """
         self._record["doing"], self._since = what, time.monotonic()
-        self._record["moves"] += 1  # after it, so that what is said always fits the count
+        self._record["moves"] += 1  # after it, so that the text always fits the count
 
     def now(self) -> tuple[str, float]:
-        """Tell what this rank does, and for how many seconds."""
+        """Return what this rank does, and for how many seconds it has done so."""
         return self._record["doing"], time.monotonic() - self._since
 
     def leave(self) -> None:
-        """From now on other ranks may end, and the store may end with rank 0."""
+        """Allow the other ranks, and with rank 0 the store, to end from now on."""
         self._leaving = True
 
     def stop(self) -> None:
@@ -161,25 +168,25 @@ class Watchdog:
         self._stop.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(2 * BEAT_S)  # one that waits for a store which is gone is left alone
+                thread.join(2 * BEAT_S)  # a thread that waits for a lost store is left behind
 
     def report(self, error: Exception) -> None:
-        """Tell the others why this rank fails.
+        """Tell the other ranks why this one fails.
 
-        If it is because another one is gone, wait for its name, and end with that.
+        If it fails because another rank is gone, wait until that is named, and end with its name.
         """
         what = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         what = " ".join(what.split())[:500]
         if _is_broken_connection(error):
             self._record["broken"] = what
-            self._threads[-1].join(2 * SILENCE_S)  # it ends the process
+            self._threads[-1].join(2 * SILENCE_S)  # this thread ends the process
             return
         self.stop()
         if not self._store_is_gone:
             self._tell(f"{Peer(self._world.rank, self._record)} failed: {what}")
 
     def _tell(self, verdict: str) -> None:
-        """Set the verdict, if there is none yet; the store stays until the others have read it."""
+        """Write the verdict unless there is one; rank 0 then gives the others time to read it."""
         try:
             if not self._store.check([VERDICT]) or self._read(VERDICT) is None:
                 self._write(VERDICT, verdict)
@@ -189,7 +196,7 @@ class Watchdog:
             time.sleep(3 * BEAT_S)
 
     def _talk(self) -> None:
-        """Write this rank's record, read those of the peers and the verdict."""
+        """Write this rank's record, and read the verdict and the records of the peers."""
         self._record["beat"] += 1
         self._record["waits"] = _is_in_a_collective()
         self._write(str(self._world.rank), json.dumps(self._record))
@@ -198,10 +205,10 @@ class Watchdog:
         keys = [str(peer.rank) for peer in self._peers]
         if self._store.check(keys):
             values = self._store.multi_get(keys)
-        else:  # one died before its first word, or will come yet
+        else:  # one has died before its first record, or has yet to write it
             values = [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
         texts = [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
-        # A record that is forged or not there yet is no sign of life.
+        # A forged record is no sign of life, and neither is a missing one.
         self._records = [
             peer.record if text is None else json.loads(text)
             for peer, text in zip(self._peers, texts, strict=True)
@@ -218,7 +225,7 @@ class Watchdog:
         return self._opened(key, self._store.get(key))
 
     def _opened(self, key: str, value: bytes) -> str | None:
-        """The text of a value that a rank of this group has written, else None."""
+        """Return the text of a value that a rank of this group has signed; None for others."""
         signature, _, text = value.partition(b" ")
         good = hmac.compare_digest(signature, self._signature(key, text))
         return text.decode() if good else None
@@ -255,10 +262,10 @@ class Watchdog:
                 self._end(verdict)
 
     def _go_without_store(self, me: Peer) -> None:
-        """Decide what follows from a store that does not answer.
+        """Decide what to do when the store does not answer.
 
-        It is part of rank 0 and has ended with that. Under torchrun it is part of the launcher;
-        then this process stops as if it had been asked to.
+        The store is part of rank 0 and ends with it. Under torchrun the store is part of the
+        launcher; then this process stops as if it had been asked to.
         """
         torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if torchruns and self._store_is_gone and self._stop_request is not None:
@@ -271,27 +278,31 @@ class Watchdog:
             self._end(f"lost {self._peers[0]}: its store does not answer")
 
     def _end(self, verdict: str) -> NoReturn:
-        # The main thread may wait for ever, so it is not asked to end. Data workers end with it.
-        with suppress(OSError):  # a terminal that was closed
+        # The main thread may wait for ever, so the process ends without it; data workers end, too.
+        with suppress(OSError):  # the terminal was closed
             print(f"mae-scale: error: {one_line(verdict)}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def _is_broken_connection(error: Exception) -> bool:
-    """Whether another rank is the cause: gloo raises a plain RuntimeError, NCCL a DistError."""
+    """Return whether another rank caused an error.
+
+    In that case gloo raises a plain RuntimeError, and NCCL a DistError.
+    """
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
 
 
-# Where the host waits for what a GPU has been given to do: for a collective, where others are late.
+# Files of the functions in which the host waits for a GPU. The GPU may wait in a collective for a
+# rank that is late.
 WAITING_FOR_A_STREAM = ("/torch/cuda/streams.py", "/torch/cuda/__init__.py")
 
 
 def _is_in_a_collective() -> bool:
-    """Whether a thread is inside a call of torch.distributed, or waits for the end of one.
+    """Return whether a thread is in a call of torch.distributed, or waits for the end of one.
 
-    It waits in DeepSpeed, or for a stream of the GPU, into which NCCL puts its collectives.
+    It may wait inside DeepSpeed, or for a stream of the GPU, into which NCCL puts its collectives.
     """
     for innermost in sys._current_frames().values():
         file = innermost.f_code.co_filename

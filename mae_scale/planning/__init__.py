@@ -1,1 +1,1 @@
-"""Arithmetic about a run before it starts: operations, memory, time."""
+"""Planning of a run before it starts: operations, memory, time and the choice of settings."""

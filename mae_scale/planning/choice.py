@@ -1,4 +1,4 @@
-"""Compute what a run needs of a cluster and what it gets from it: memory, time, data, saves.
+"""Rows of a plan: memory, time, traffic and checkpoints of a run for each possible setting.
 
 Nothing is started and no weights are made. Memory follows from `planning.memory` and
 `planning.model_states`; time follows from the model's operations, the GPU's peak and a stated share
@@ -27,40 +27,42 @@ from mae_scale.planning.memory import (
 )
 from mae_scale.planning.model_states import model_states, traffic, trained_by
 
-HEADROOM = 0.1  # of the memory: the CUDA context, NCCL, what the allocator cannot use
+HEADROOM = 0.1  # share of the memory for the CUDA context, NCCL and the allocator's losses
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 CHECKPOINTING: tuple[tuple[str | int, bool], ...] = (
     ("none", False), (4, False), (2, False), ("full", False), ("full", True),
 )  # fmt: skip
-BUSY_TOKENS = 2048  # rows of the encoder's matrices from which on a GPU can reach its MFU
-HOST_OF_STAGE_3 = 2  # times as long as under other stages the host takes for a block
-BACKWARD = 2 / 3  # of the time of a step, in which gradients can be sent
+BUSY_TOKENS = 2048  # rows of the encoder's matrices, from which on a GPU can reach its MFU
+HOST_OF_STAGE_3 = 2  # ratio of the host's time for a block under stage 3 to that under others
+BACKWARD = 2 / 3  # share of a step's time in which gradients can be sent
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what is assumed of them."""
+    """GPUs, or processes on a CPU, and what is assumed of them."""
 
     gpus: int
+    """Number of GPUs, or of processes on a CPU."""
     gpus_per_node: int
+    """Number of GPUs in a node."""
     name: str
-    """Name of the GPU, or CPU."""
+    """Name of the GPU, or "CPU"."""
     memory_gb: float
     """Memory of a GPU, or of a process on a CPU, in 1e9 bytes."""
     tflops: float | None
-    """Dense bf16 peak of a GPU."""
+    """Dense bf16 peak of a GPU in TFLOP/s; None if it is not known."""
     mfu: float
-    """Share of the peak that goes into the model's operations while a GPU computes."""
+    """Share of the peak, 0 to 1, that goes into the model's operations while a GPU computes."""
     network_gbs: float
-    """GB/s in which collectives pass a node's links, all of them together."""
+    """GB/s at which collectives pass all links of a node together."""
     disk_gbs: float
-    """GB/s that all ranks together write to the run folder."""
+    """GB/s at which all ranks together write to the run folder."""
     images_per_core: float
-    """Images that a core decodes and crops in a second."""
+    """Number of images that a core decodes and crops in a second."""
     restart_minutes: float
-    """From the end of a job to its next step."""
+    """Minutes from the end of a job to the next step of its successor."""
     host_ms: float
-    """Milliseconds that the host takes to hand over a block, forward and backward."""
+    """Milliseconds that the host takes to hand a block to the GPU, forward and backward."""
 
     @property
     def nodes(self) -> int:
@@ -78,79 +80,90 @@ class PlannedRun:
     """A run to be planned."""
 
     config: RunConfig
+    """Config of the run."""
     model: Encoder
-    """On the meta device, frozen as the task does it."""
+    """Model on the meta device, with the same frozen parameters as in the run."""
     flops: int
-    """Operations of an image, forward and backward."""
+    """Floating-point operations for an image, forward and backward."""
     images: int
-    """Images of an epoch."""
+    """Number of images in an epoch."""
     image_bytes: float
     """Bytes of an image on disk."""
     fixed: frozenset[str]
-    """Config keys that are not to be chosen."""
+    """Config keys whose values are given and not to be chosen."""
 
     @property
     def total_images(self) -> int:
-        """Images that the whole run trains on."""
+        """Number of images that the whole run trains on."""
         batch = self.config.train.global_batch_size
         return total_steps(self.config.train, self.images // batch) * batch
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting and what follows from it; bytes are those of a rank."""
+    """A setting and what follows from it; bytes are those of one rank unless stated otherwise."""
 
     deepspeed: str
+    """Name of a file in ds_configs/, or a path."""
     checkpointing: str | int
+    """Value of `train.activation_checkpointing`."""
     offload: bool
+    """Value of `train.activation_offload`."""
     micro_batch: int
+    """Number of images in a micro-batch of a rank."""
     accumulation: int
+    """Number of micro-batches in a step."""
     weights: float
+    """Bytes of the weights."""
     gradients: float
+    """Bytes of the gradients."""
     optimizer: float
+    """Bytes of the optimiser's masters and states."""
     activations: float
     """Bytes that the forward pass keeps for the backward pass."""
     buffers: float
-    """All else at the worst moment: for sending, temporary tensors, what is computed again."""
+    """Bytes of all else at the worst moment: sending, temporary tensors, recomputed activations."""
     host: float
+    """Bytes in host memory."""
     fits: bool
+    """Whether the setting fits into the memory."""
     sent: float
-    """Bytes that a rank sends for a step."""
+    """Bytes that a rank sends in a step."""
     network_s: float
-    """Seconds of a step that are spent waiting for the network."""
+    """Seconds of a step in which a GPU waits for the network."""
     compute_s: float | None
-    """Seconds of computing in a step; None where the peak is not known, as on a CPU."""
+    """Seconds of a step in which a GPU computes; None where the peak is not known."""
     host_s: float
-    """Seconds in which the host hands a step over to the device; a step takes no less."""
+    """Seconds that the host takes to hand a step to the device; a step takes no less."""
     recompute_share: float
-    """Share of the computing that activation checkpointing adds."""
+    """Share of the computing that is due to activation checkpointing, 0 to 1."""
     images_per_second: float | None
-    """Images per second of all ranks together."""
+    """Images per second of all ranks together; None where the peak is not known."""
     checkpoint: float
-    """Bytes of a checkpoint, of all ranks."""
+    """Bytes of a checkpoint, all ranks together."""
     busy: bool
     """Whether the micro-batch is large enough for the stated MFU, and for the host to keep up."""
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a step: of computing and of waiting, or what the host takes."""
+        """Seconds of a step: computing plus waiting for the network, or the host's if longer."""
         return self.compute_s and max(self.compute_s + self.network_s, self.host_s)
 
     @property
     def memory(self) -> float:
-        """Bytes of a rank on its device at the worst moment."""
+        """Bytes on the device of a rank at the worst moment."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return {**asdict(self), "memory": self.memory}
 
 
 def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
-    """Compute a row for each setting that is worth a look; settings that are fixed stay so.
+    """Compute a row for each setting worth considering; settings in `job.fixed` are kept.
 
     Raises:
-        UserError: the batch does not divide among the GPUs, or a fixed setting cannot be.
+        UserError: the batch does not divide among the GPUs, or a fixed setting is not possible.
     """
     train, fixed = job.config.train, job.fixed
     stages: tuple[str, ...] = STAGES
@@ -178,10 +191,11 @@ def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
 
 
 def micro_batches(job: PlannedRun, gpus: int) -> list[int]:
-    """List the powers of two that divide a GPU's share of the global batch.
+    """List the possible micro-batches: powers of two that divide a GPU's share of a batch.
 
     Raises:
-        UserError: there is no such share.
+        UserError: the global batch does not divide among the GPUs, or the shares are odd and images
+            are mixed in pairs.
     """
     train = job.config.train
     batch, most = train.global_batch_size, train.micro_batch_size
@@ -276,36 +290,41 @@ def _row(
 
 
 def _passes(model: Encoder) -> int:
-    """Count the passes through a block in a micro-batch, a backward one for two."""
+    """Count the passes through blocks in a micro-batch; a backward pass counts as two."""
     blocks = [*model.blocks, *getattr(model, "decoder_blocks", ())]
     return sum(3 if any(p.requires_grad for p in block.parameters()) else 1 for block in blocks)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A config on a cluster."""
+    """Plan of a config on a cluster."""
 
     name: str
+    """Name of the config."""
     job: PlannedRun
+    """The run that is planned."""
     cluster: Cluster
+    """The cluster that it is planned for."""
     rows: list[Row]
+    """All settings that were considered."""
     chosen: Row | None
+    """The setting that was chosen; None if none fits."""
     checkpoint_minutes: float | None
-    """Between two checkpoints; None where it is in steps and their time is not known."""
+    """Minutes between two checkpoints; None if they are set in steps of unknown duration."""
     command: str
     """The command that starts the run."""
     hint: str
-    """Advice to read before it is started."""
+    """Advice to read before the run is started."""
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of the whole run, without validation and restarts."""
+        """Seconds of the whole run without validation and restarts; None if unknown."""
         rate = self.chosen and self.chosen.images_per_second
         return self.job.total_images / rate if rate else None
 
     @property
     def room(self) -> float:
-        """Bytes that the checkpoints take while one is being written."""
+        """Bytes of all checkpoints that exist while one is being written."""
         assert self.chosen is not None
         return (self.job.config.checkpoint.keep + 1) * self.chosen.checkpoint
 
@@ -316,9 +335,9 @@ class RunPlan:
         return self.chosen.checkpoint / (self.cluster.disk_gbs * 1e9)
 
     def lost_minutes(self) -> tuple[float, float] | None:
-        """Minutes that a job loses when it is killed without a warning: on average, at the worst.
+        """Return the minutes that a job killed without a warning loses: on average and at most.
 
-        The restart is included.
+        The restart is included. None if the time between checkpoints is not known.
         """
         if self.checkpoint_minutes is None:
             return None
@@ -326,7 +345,7 @@ class RunPlan:
         return self.checkpoint_minutes / 2 + write + again, self.checkpoint_minutes + write + again
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan for JSON."""
         lost = self.lost_minutes() if self.chosen else None
         rate = self.chosen and self.chosen.images_per_second
         per_gpu = rate and rate / self.cluster.gpus

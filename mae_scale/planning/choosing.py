@@ -1,20 +1,21 @@
-"""Pick one of the settings of a run on a cluster, and say why."""
+"""Choice of a setting for a run on a cluster, and its reason in words."""
 
 from __future__ import annotations
 
 from mae_scale.planning.choice import BUSY_TOKENS, CHECKPOINTING, Row
 
-# Of settings that are as fast the first one is chosen. zero0 is there to compare with.
+# Of equally fast settings the first in this order is chosen. zero0 is only for comparison.
 PREFERENCE = ("zero1", "zero2", "zero3", "zero3_offload")
-FIRST = ("zero1", "zero2")  # ZeRO-3 stops for weights before each block
-AS_FAST = 0.98  # of the fastest: the estimates are no better than that
+FIRST = ("zero1", "zero2")  # preferred, since ZeRO-3 waits for weights before each block
+AS_FAST = 0.98  # share of the best rate that counts as equal: estimates are no better than that
 
 
 def choose(found: list[Row]) -> Row | None:
-    """Pick the fastest setting that fits; of equally fast ones the first in the docs' order.
+    """Choose the fastest setting that fits; of equally fast ones, the first in `PREFERENCE`.
 
-    ZeRO-3 is for what does not fit otherwise. Settings that wait for host memory come last, since
-    their speed is not known; before them come micro-batches that do not keep a GPU busy.
+    ZeRO-3 is for models that do not fit otherwise. Settings that use host memory are the last
+    resort, since their speed is not known; the last but one are micro-batches that do not keep a
+    GPU busy. None if nothing fits.
     """
     some = _candidates(found)
     if not some:
@@ -24,7 +25,7 @@ def choose(found: list[Row]) -> Row | None:
 
 
 def _candidates(found: list[Row]) -> list[Row]:
-    """Settings among which `choose` goes by speed."""
+    """List the settings from which `choose` takes the fastest."""
     fitting = [row for row in found if row.fits]
     if len({row.deepspeed for row in found}) > 1:
         fitting = [row for row in fitting if row.deepspeed in PREFERENCE]
@@ -35,7 +36,7 @@ def _candidates(found: list[Row]) -> list[Row]:
 
 
 def reason(found: list[Row], chosen: Row) -> str:
-    """Say in words why `choose` chose a setting, above all one that looks worse than others."""
+    """Explain why `choose` chose a setting, above all if another one looks faster."""
     some = _candidates(found)
     if len(some) < 2:
         return "It is the only one that fits." if len(found) > 1 else "It was asked for."

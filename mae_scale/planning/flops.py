@@ -1,10 +1,10 @@
-"""Floating-point operations of an image, by formula.
+"""Floating-point operations for an image, by formula.
 
-Counted are matrix products (attention's among them) and the projection of patches, 2 operations
+Matrix products (attention's among them) and the projection of patches are counted, 2 operations
 for a multiply-add, as in the definition of model FLOPs utilisation (PaLM, arXiv 2204.02311,
-appendix B). Norms, activations, softmax and the optimiser are not, and neither are activations
-computed again under activation checkpointing: they are a cost of the implementation, not of the
-model.
+appendix B). Norms, activations, softmax and the optimiser are not counted, and neither are
+activations computed again under activation checkpointing: they are a cost of the implementation,
+not of the model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from mae_scale.models.mae import MaskedAutoencoderViT
 
 
 def blocks_flops(depth: int, tokens: int, width: int, hidden: int | None = None) -> int:
-    """Forward operations of `depth` transformer blocks on `tokens` tokens of `width` channels.
+    """Count the forward operations of transformer blocks on an image.
 
     Args:
+        depth: number of blocks.
+        tokens: number of tokens of the image.
+        width: channels of a token.
         hidden: channels of the MLPs' hidden layers; None: 4 x width.
     """
     hidden = 4 * width if hidden is None else hidden
@@ -29,22 +32,22 @@ def blocks_flops(depth: int, tokens: int, width: int, hidden: int | None = None)
 
 
 def _hidden(blocks: Any) -> int:
-    """Channels of the hidden layers of the MLPs of some blocks."""
+    """Return the channels of the hidden layers in the blocks' MLPs."""
     return blocks[0].mlp.fc1.out_features
 
 
 def patch_embed_flops(patches: int, patch_size: int, width: int, channels: int = 3) -> int:
-    """Forward operations of the projection of so many patches."""
+    """Count the forward operations of projecting `patches` patches to `width` channels."""
     return 2 * patches * patch_size**2 * channels * width
 
 
 def _projected(model: MaskedAutoencoderViT) -> int:
-    """Count the patches of an image that are projected: all of them, kept or not, by default."""
+    """Count the patches of an image that are projected: by default all, masked ones, too."""
     return model.encoder_tokens - 1 if model.projects_visible_only else model.num_patches
 
 
 def forward_flops(model: MaskedAutoencoderViT) -> int:
-    """Operations of the forward pass of one image at the model's own mask ratio."""
+    """Count the operations of the forward pass of one image at the model's own mask ratio."""
     embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
     patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim, model.in_chans)
     visible = model.encoder_tokens
@@ -58,10 +61,11 @@ def forward_flops(model: MaskedAutoencoderViT) -> int:
 
 
 def training_flops(model: MaskedAutoencoderViT) -> int:
-    """Operations of one image, forward and backward.
+    """Count the operations for one image, forward and backward.
 
-    A backward pass takes twice the forward one: a product for the gradient of the weights and one
-    for that of the input. The images have no gradient, which saves the patch embedding one.
+    A backward pass takes twice as many as the forward pass: one product for the gradient of the
+    weights, and one for that of the input. The images need no gradient, which saves the patch
+    embedding one product.
     """
     embed_dim = model.decoder_embed.in_features
     patch_embed = patch_embed_flops(_projected(model), model.patch_size, embed_dim, model.in_chans)
@@ -69,14 +73,14 @@ def training_flops(model: MaskedAutoencoderViT) -> int:
 
 
 def classifier_training_flops(model: Classifier) -> int:
-    """Operations of one image of a classifier, forward and backward.
+    """Count the operations for one image of a classifier, forward and backward.
 
-    Frozen blocks have a forward pass only: nothing in front of them is trained either.
+    Frozen blocks have a forward pass only, since nothing before them is trained either.
     """
     embed_dim = model.cls_token.shape[-1]
     patch_embed = patch_embed_flops(model.num_patches, model.patch_size, embed_dim, model.in_chans)
     if model.patch_embed.proj.weight.requires_grad:
-        patch_embed *= 2  # the images have no gradient
+        patch_embed *= 2  # forward and weights; the images need no gradient
     trained = sum(any(p.requires_grad for p in block.parameters()) for block in model.blocks)
     passes = len(model.blocks) + 2 * trained
     head = sum(2 * p.numel() for p in model.head.parameters() if p.ndim > 1)
@@ -85,7 +89,7 @@ def classifier_training_flops(model: Classifier) -> int:
 
 
 def recomputed_flops(model: Encoder) -> int:
-    """Operations of one image that activation checkpointing adds, as the model is set."""
+    """Count the operations for one image that the model's activation checkpointing adds."""
     stacks = [(model.blocks, model.encoder_tokens, model.cls_token.shape[-1])]
     if isinstance(model, MaskedAutoencoderViT):
         width = model.decoder_embed.out_features

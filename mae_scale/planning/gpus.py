@@ -1,4 +1,4 @@
-"""Peak and memory of GPUs by their names, and the share of the peak that a run uses."""
+"""Peaks and memory of GPUs by name, and the share of its peak that a run uses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     import torch
 
 # Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by a pattern of the
-# device's name; the first that is found counts. Only those on which the tables that others keep of
-# the vendors' data sheets agree (compared on 2026-11-24); of any other GPU the MFU is null.
+# device's name; the first pattern that matches counts. There are only values on which the tables
+# that others keep of the vendors' data sheets agree (compared on 2026-11-24); for any other GPU the
+# MFU is null.
 PEAK_TFLOPS = {
     r"\bMIG\b": None,  # a slice of a GPU; its name does not say how large
     r"\bB200\b": 2250.0,
@@ -27,10 +28,10 @@ PEAK_TFLOPS = {
     r"\bL40\b": 181.0,
     r"\bRTX 4090$": 165.2,
     r"\bMI300X\b": 1307.4,
-    r"\bMI250X?\b": 191.5,  # of one of the two devices that a card shows as
+    r"\bMI250X?\b": 191.5,  # for one of the two devices of a card
 }
 
-# GB (1e9 bytes, rounded down) of a GPU by the name that people use; its peak is above.
+# Memory of a GPU in GB (1e9 bytes, rounded down), by the name that people use.
 GPU_MEMORY_GB = {
     "A10": 24, "A30": 24, "A100-40GB": 40, "A100-80GB": 80, "A800-80GB": 80, "L40": 48, "L40S": 48,
     "H100": 80, "H100-PCIe": 80, "H100-NVL": 94, "H800": 80, "H20": 96, "H200": 141, "GH200": 96,
@@ -39,7 +40,7 @@ GPU_MEMORY_GB = {
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 operations per second of a GPU by its name; None if it has none or is unknown."""
+    """Return a GPU's dense bf16 peak in operations per second, by its name; None if unknown."""
     for pattern, tflops in PEAK_TFLOPS.items():
         if re.search(pattern, name):
             return tflops and tflops * 1e12
@@ -49,15 +50,15 @@ def peak_flops(name: str) -> float | None:
 def mfu(
     flops_per_image: float, images_per_second_per_gpu: float, device: torch.device
 ) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, against the bf16 peak whatever the run's precision is.
+    """Compute the model FLOPs utilisation, against the bf16 peak whatever the run's precision is.
 
     Args:
-        flops_per_image: of a training step, as by `planning.flops.training_flops`.
-        images_per_second_per_gpu: trained.
-        device: of this rank.
+        flops_per_image: operations of training on an image, as by `planning.flops.training_flops`.
+        images_per_second_per_gpu: number of images that each GPU trains on in a second.
+        device: device of this rank.
 
     Returns:
-        None on a CPU and on a GPU whose peak is not known.
+        The utilisation, 0 to 1; None on a CPU and on a GPU whose peak is not known.
     """
     import torch
 

@@ -1,11 +1,11 @@
 """Bytes of an image's activations in training, by formula.
 
-The forward pass is a row of parts. Autograd keeps tensors of each part until the backward pass is
-through it, so that memory is fullest where what is kept up to a part, what that part computes
-again, and the temporary tensors of its own backward pass come together.
+The forward pass is a sequence of parts. Autograd keeps tensors of each part until the backward pass
+has passed it. So the memory at a part is the sum of what all parts up to it keep, what this part
+computes again, and the temporary tensors of its backward pass; the peak is the largest such sum.
 
-The formulas count the distinct storages that autograd saves. A GPU and a CPU save the same but for
-the statistics of LayerNorm (fp32 on a GPU, in the dtype of the weights on a CPU). Attention is
+The formulas count the distinct storages that autograd saves. A GPU and a CPU save the same, except
+for the statistics of LayerNorm (fp32 on a GPU, the dtype of the weights on a CPU). Attention is
 PyTorch's fused one, which saves a logarithm in fp32 per head and token instead of the T x T matrix.
 Blocks compiled with torch.compile keep about as much or less.
 """
@@ -23,50 +23,52 @@ from mae_scale.models.classifier import Classifier, ProbeHead
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.mae import MaskedAutoencoderViT
 
-INT64, FP32 = 8, 4  # bytes
+INT64, FP32 = 8, 4  # bytes of a value
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the forward pass, in bytes for each image."""
+    """A section of the forward pass; bytes are for each image unless stated otherwise."""
 
     kept: float = 0
-    """On the device from here until the backward pass of this part."""
+    """Bytes on the device from this part's forward pass until its backward pass."""
     again: float = 0
-    """Also there during that backward pass, having been computed again."""
+    """Bytes of tensors that are computed again for this part's backward pass."""
     passing: float = 0
-    """Temporary tensors at the worst moment of this part."""
+    """Bytes of temporary tensors at the worst moment of this part."""
     host: float = 0
-    """In host memory until the backward pass."""
+    """Bytes in host memory until the backward pass."""
     gradient: float = 0
-    """Gradient of the part's largest weight at that moment, once and not for each image."""
+    """Bytes of the gradient of the part's largest weight, once and not for each image."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a value, and of one of LayerNorm's statistics."""
+    """Sizes of numbers in bytes."""
 
     value: int
+    """Bytes of a weight or activation."""
     statistic: int
+    """Bytes of one of LayerNorm's statistics."""
 
 
 def sizes(dtype: torch.dtype, device_type: str = "cuda") -> Sizes:
-    """Give the sizes for a dtype of weights and activations, on "cuda" or "cpu"."""
+    """Return the sizes for a dtype of weights and activations, on "cuda" or "cpu"."""
     return Sizes(dtype.itemsize, FP32 if device_type == "cuda" else dtype.itemsize)
 
 
 def kept_bytes(parts: Iterable[Part]) -> float:
-    """Add up what the forward pass of an image leaves on the device for the backward pass."""
+    """Add up the bytes that an image's forward pass leaves on the device for the backward pass."""
     return sum(part.kept for part in parts)
 
 
 def host_bytes(parts: Iterable[Part]) -> float:
-    """Add up what the forward pass of an image leaves in host memory."""
+    """Add up the bytes that an image's forward pass leaves in host memory."""
     return sum(part.host for part in parts)
 
 
 def peak_bytes(parts: Iterable[Part], images: int) -> float:
-    """Find the most that so many images take on the device, with one weight's gradient."""
+    """Return the most bytes that a micro-batch of `images` images takes on the device."""
     kept, peak = 0.0, 0.0
     for part in parts:
         kept += part.kept
@@ -75,11 +77,11 @@ def peak_bytes(parts: Iterable[Part], images: int) -> float:
 
 
 def activation_parts(model: Encoder, size: Sizes) -> list[Part]:
-    """List the parts of a training step, as checkpointing, offload and frozen blocks make them.
+    """List the parts of a training step, with the model's checkpointing, offload and frozen blocks.
 
     Args:
-        model: masked autoencoder or classifier; may be on the meta device.
-        size: as by `sizes`.
+        model: masked autoencoder or classifier; it may be on the meta device.
+        size: sizes of numbers, as returned by `sizes`.
     """
     if isinstance(model, MaskedAutoencoderViT):
         return _mae_parts(model, size)
@@ -88,12 +90,12 @@ def activation_parts(model: Encoder, size: Sizes) -> list[Part]:
 
 
 def blocks_parts(model: Encoder, blocks: Iterable[Any], tokens: int, size: Sizes) -> list[Part]:
-    """Make a part for each of the transformer blocks, which see so many tokens of an image."""
+    """Make a part for each of the transformer blocks, which process `tokens` tokens of an image."""
     return [_block_part(model, number, block, tokens, size) for number, block in enumerate(blocks)]
 
 
 def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Sizes) -> Part:
-    """Compute the part of a block in which all, the MLP with its norm, or nothing is trained.
+    """Compute the part of a block of which all, the MLP with its norm, or nothing is trained.
 
     With T tokens, D channels and an MLP of 4 D, a trained block keeps 16 T D values: the inputs of
     both norms, of qkv, of attention (3), of proj, of fc1 and, 4 each, of GELU and fc2.
@@ -102,7 +104,7 @@ def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Size
     hidden = tokens * block.mlp.fc1.out_features * size.value
     statistics = 2 * tokens * size.statistic
     if not any(p.requires_grad for p in block.parameters()):
-        # The first block's input, this one's, the MLP's, its norm, and before and after GELU.
+        # Inputs of the first block, of this one, of its MLP and of fc1; and before and after GELU.
         return Part(passing=4 * unit + 2 * hidden + _batch(model, False))
     whole = block.norm1.weight.requires_grad
     paths = [block.drop_path1, block.drop_path2] if whole else [block.drop_path2]
@@ -119,12 +121,16 @@ def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Size
 
 
 def _image_bytes(model: Encoder) -> int:
-    """Values of an image, as many as pixels."""
+    """Return the number of an image's values, which is also its bytes in uint8."""
     return model.in_chans * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
 
 
 def _batch(model: Encoder, image_is_kept: bool) -> int:
-    """Count the image in uint8 and in fp32: both are there during the whole forward pass."""
+    """Return the bytes of an image in the batch.
+
+    It exists in uint8 and in fp32 during the whole forward pass. With `image_is_kept` the fp32
+    bytes are counted elsewhere.
+    """
     return _image_bytes(model) * (1 if image_is_kept else 1 + FP32)
 
 
@@ -137,12 +143,13 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
     seen = visible - 1 if only_visible else patches
     embedded = seen * embed_dim * value
     predicted = tokens * outputs * value
-    difference = patches * outputs * FP32  # of prediction and target; the logarithm of softmax
-    # The order of the patches, and all of them to take the visible ones from; or which to replace.
+    difference = patches * outputs * FP32  # of prediction and target; or the logarithm of softmax
+    # The order of the patches and all embeddings, from which the visible ones are taken; or, with
+    # mask tokens in the encoder, which ones are replaced.
     masked = patches if model.mask_tokens_in_encoder else patches * INT64 + embedded
     if only_visible:
-        masked = 0  # nothing is taken from what has a gradient
-    # Visible and mask tokens, not yet in order, and that order.
+        masked = 0  # visible patches are taken from pixels, which need no gradient
+    # Visible and mask tokens before they are put in order, and that order.
     ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
     ids = patches * INT64 if model.target.needs_tokenizer else 0
     return [
@@ -161,7 +168,7 @@ def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
             passing=2 * predicted,
             gradient=model.decoder_pred.weight.numel() * value,
         ),
-        Part(  # the loss: the mask; the target and the square are there beside the difference
+        Part(  # the loss: difference and mask; then target and square, too
             kept=difference + patches * FP32 + ids,
             passing=2 * difference + predicted + _batch(model, value == FP32 and seen == patches),
         ),
@@ -176,8 +183,8 @@ def _classifier_parts(model: Classifier, size: Sizes) -> list[Part]:
     if projection.requires_grad:
         embed = Part(_image_bytes(model) * value, passing=unit, gradient=projection.numel() * value)
     is_probe = isinstance(model.head, ProbeHead)
-    rows = tokens if model.pool == "token" and not is_probe else 1  # whose features are kept
-    head = rows * width * value  # its input; and the last norm's, where that is trained
+    rows = tokens if model.pool == "token" and not is_probe else 1  # kept features
+    head = rows * width * value  # input of the head, and of the last norm if that is trained
     if model.final_norm.weight.requires_grad:
         head += rows * (width * value + 2 * size.statistic)
     if isinstance(model.head, Mlp):

@@ -1,8 +1,8 @@
-"""Bytes of model states on a rank, what ranks send, and the size of a checkpoint, by formula.
+"""Bytes of a rank's model states, of its traffic, and of a checkpoint, by formula.
 
 Model states are those of ZeRO (arXiv 1910.02054, section 5): weights, gradients, and the
-optimiser's fp32 master weights and moments. Parameters that are not trained have weights only. The
-buffers are those of DeepSpeed 0.19: `benchmarks/plan_error.py` measures them.
+optimiser's fp32 master weights and moments. Parameters that are not trained have only weights. The
+buffers are those of DeepSpeed 0.19; `benchmarks/plan_error.py` measures them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from torch import nn
 
 from mae_scale.config.sections import OptimizerConfig
 
-FP32 = 4  # bytes
+FP32 = 4  # bytes of a value
 ITEMSIZE = {"bf16": 2, "fp32": FP32}
-MOMENTS = {"adamw": 2, "lars": 1}  # fp32 values of an optimiser's state for each parameter
-ALL_REDUCE_AT_ONCE = 500_000_000  # values that stage 0 sends at once
+MOMENTS = {"adamw": 2, "lars": 1}  # number of an optimiser's fp32 states of each parameter
+ALL_REDUCE_AT_ONCE = 500_000_000  # number of values that stage 0 sends at once
 
 
 @dataclass(frozen=True)
 class ParameterStates:
-    """What a run keeps for each of its parameters.
+    """Numbers of parameters of a run, and what it keeps for each of them.
 
     Args:
-        parameters: of the model, those that are not trained included.
-        trained: of these.
-        precision: bf16 or fp32, of weights and activations.
-        moments: fp32 values of the optimiser's state: 2 of AdamW, 1 of LARS.
+        parameters: number of the model's parameters, including those that are not trained.
+        trained: number of trained parameters.
+        precision: precision of weights and activations, "bf16" or "fp32".
+        moments: number of fp32 states of the optimiser for each trained parameter: 2 for AdamW, 1
+            for LARS.
         ema: whether there is a moving average of the weights.
-        grad_reduce: bf16 or fp32, in which gradients are summed over the ranks.
+        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
     """
 
     parameters: int
@@ -46,12 +47,15 @@ class ParameterStates:
         return ITEMSIZE[self.precision]
 
     def optimizer_bytes(self, stage: int) -> int:
-        """Master weights (in stage 0 fp32 weights are their own), moments, moving average."""
+        """Return the bytes of master weights, moments and moving average, all ranks together.
+
+        At stage 0 in fp32 the weights are their own masters.
+        """
         has_masters = self.precision == "bf16" or stage > 0
         return FP32 * self.trained * (has_masters + self.moments + self.ema)
 
     def checkpoint_bytes(self, stage: int) -> int:
-        """Size of a checkpoint of all ranks; stage 3 saves the master weights only."""
+        """Return the bytes of a checkpoint, all ranks together; stage 3 saves only the masters."""
         weights = self.itemsize * self.parameters if stage < 3 else 0
         return weights + self.optimizer_bytes(stage)
 
@@ -59,8 +63,8 @@ class ParameterStates:
 def trained_by(
     optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
 ) -> ParameterStates:
-    """Say what a run with this optimiser keeps; the model may be on the meta device."""
-    # Of a parameter that ZeRO-3 has sharded, the own size is in ds_numel.
+    """Return what a run with this optimiser keeps for a model, which may be on the meta device."""
+    # ZeRO-3 empties a parameter that it has sharded, and keeps its size in ds_numel.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return ParameterStates(
         parameters=sum(size for size, _ in sizes),
@@ -74,33 +78,37 @@ def trained_by(
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes of a rank on its device, and of its share of host memory."""
+    """Bytes of a rank's model states and buffers, on its device unless stated otherwise."""
 
     weights: float
+    """Bytes of the weights."""
     gradients: float
+    """Bytes of the gradients."""
     optimizer: float
+    """Bytes of the master weights and the optimiser's states."""
     bucket: float
-    """Bytes of the bucket in which gradients are sent; it is there all the time."""
+    """Bytes of the bucket in which gradients are sent; it exists all the time."""
     backward: float
     """Bytes of further buffers during the backward pass."""
     sending: float
-    """Copies of the gradients that are being sent."""
+    """Bytes of copies of the gradients that are being sent."""
     sends_early: bool
-    """Whether gradients are sent during the backward pass, when activations are there."""
+    """Whether gradients are sent during the backward pass, when activations exist, too."""
     step: float
-    """Copies that the optimiser's step makes, after the backward pass."""
+    """Bytes of copies that the optimiser's step makes, after the backward pass."""
     host: float
+    """Bytes in host memory."""
 
     @property
     def held(self) -> float:
-        """Bytes that are there between two micro-batches of a step."""
+        """Bytes that are held between two micro-batches of a step."""
         return self.weights + self.gradients + self.optimizer + self.bucket
 
     def peak(self, activations: float) -> float:
-        """Compute the bytes that are there at the worst moment of a step.
+        """Compute the bytes that are held at the worst moment of a step.
 
         Args:
-            activations: bytes that a micro-batch takes at the most.
+            activations: most bytes that the activations of a micro-batch take.
         """
         during = self.backward + activations + (self.sending if self.sends_early else 0)
         after = max(self.backward + self.sending, self.step)
@@ -108,24 +116,24 @@ class ModelStates:
 
 
 def overlaps(zero: dict[str, Any]) -> bool:
-    """Whether DeepSpeed sends while the backward pass computes; by default stage 3 only."""
+    """Return whether DeepSpeed sends during the backward pass; by default only stage 3 does."""
     return bool(zero.get("overlap_comm", zero.get("stage", 0) == 3))
 
 
 def bucket_size(zero: dict[str, Any]) -> int:
-    """Gradients that are sent at once; the default is DeepSpeed's."""
+    """Return the number of gradients that are sent at once; the default is DeepSpeed's."""
     return int(zero.get("reduce_bucket_size", 500_000_000))
 
 
 def model_states(
     run: ParameterStates, zero: dict[str, Any], ranks: int, *, accumulates: bool = True
 ) -> ModelStates:
-    """Bytes of a rank.
+    """Compute the bytes of a rank's model states and buffers.
 
     Args:
-        run: what is trained.
-        zero: the section `zero_optimization` of a DeepSpeed config.
-        ranks: N, among which ZeRO divides.
+        run: parameters of the run.
+        zero: section `zero_optimization` of a DeepSpeed config.
+        ranks: number of ranks among which ZeRO divides the states.
         accumulates: whether a step has several micro-batches.
     """
     stage, value, trained = zero.get("stage", 0), run.itemsize, run.trained
@@ -135,14 +143,14 @@ def model_states(
     bucket, backward, sending, host = 0.0, 0.0, 0.0, 0.0
     size = bucket_size(zero)
     buffers = 2 if overlaps(zero) else 1
-    step = FP32 * trained / ranks  # the gradients of a rank in one piece
+    step = FP32 * trained / ranks  # the gradients of a rank as one tensor
     cast = ITEMSIZE[run.grad_reduce] if run.grad_reduce != run.precision else 0
     copies = (value + cast) * min(size, trained)
     if stage == 0:
         if run.precision == "bf16" and not accumulates:
             gradients = value * trained
         copies = (value + cast) * min(ALL_REDUCE_AT_ONCE, trained)
-        sending = copies - (gradients - value * trained)  # the sums are rounded to bf16 before
+        sending = copies - (gradients - value * trained)  # the fp32 sums have been rounded to bf16
         step = FP32 * trained if run.precision == "bf16" else 0
     elif stage == 1:
         bucket = FP32 * size * buffers
@@ -153,10 +161,10 @@ def model_states(
     else:
         bucket = ITEMSIZE[run.grad_reduce] * size
         live = value * min(run.parameters, zero.get("stage3_max_live_parameters", 1_000_000_000))
-        backward = live  # weights that are gathered
-        sending = max(live, copies)  # again, as they come; or gradients
+        backward = live  # gathered weights
+        sending = max(live, copies)  # gathered weights, or copies of gradients
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
-        host = optimizer + 2 * FP32 * trained / ranks  # gradients as they come, and for the step
+        host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step
         optimizer = gradients = step = 0
     early = stage == 3 or (trained > size and (stage == 2 or (stage == 1 and overlaps(zero))))
     return ModelStates(
@@ -177,20 +185,24 @@ class Traffic:
     """Bytes that a rank sends for one optimiser step, by ring algorithms."""
 
     gradients: float
+    """Bytes of gradients."""
     weights: float
+    """Bytes of weights."""
     overlapped: float
-    """Bytes of both that are sent while the backward pass computes, if they get done there."""
+    """Bytes of both that can be sent while the backward pass computes."""
     window: float
-    """Share of a step's backward passes in which they are sent: stage 1 waits for the last one."""
+    """Share of a step's backward passes during which they can be sent; at stage 1, the last one."""
 
 
 def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
-    """Compute what is sent: under stages 0 and 1 once a step, under 2 and 3 per micro-batch.
+    """Compute what a rank sends in a step.
 
-    A ring passes on (N - 1) / N of a tensor to gather or to reduce-scatter it, twice that to
-    all-reduce it. Stages 1 and 2 all-reduce the gradients, too (DeepSpeed's
+    Gradients are sent once a step at stages 0 and 1, and for each micro-batch at stages 2 and 3. In
+    a ring of N ranks each sends (N - 1) / N of a tensor to gather or reduce-scatter it, and twice
+    that to all-reduce it. Stages 1 and 2 all-reduce the gradients, as stage 0 does (DeepSpeed's
     `use_multi_rank_bucket_allreduce`), and gather the new weights. Stage 3 gathers the weights for
-    the forward pass, and for the backward pass those that `stage3_max_live_parameters` let go.
+    the forward pass; for the backward pass it gathers again those beyond
+    `stage3_max_live_parameters`.
     """
     stage, share = zero.get("stage", 0), (ranks - 1) / ranks
     times = accumulation if stage > 1 else 1

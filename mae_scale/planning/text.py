@@ -1,4 +1,4 @@
-"""The text that `mae-scale plan` prints: 80 columns, but for the command to copy; answers last."""
+"""Text that `mae-scale plan` prints, in 80 columns except for the command; answers come last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 80
 
 
 def recomputed(row: Row) -> str:
-    """Say which blocks a setting recomputes."""
+    """Name the blocks that a setting recomputes."""
     text = row.checkpointing if isinstance(row.checkpointing, str) else f"every {row.checkpointing}"
     return f"{text}, offload" if row.offload else text
 
@@ -33,7 +33,7 @@ _COLUMNS = (
 
 
 def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
-    """A line for each setting, bytes in so many."""
+    """Make a table with a line for each setting; bytes are given in multiples of `unit`."""
     lines = [_COLUMNS]
     for row in found:
         mark = "*" if row == chosen else " " if row.fits else "x"
@@ -49,7 +49,7 @@ def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
 
 
 def _largest(found: list[Row]) -> list[Row]:
-    """Pick for each stage and checkpointing the largest micro-batch that fits, else the least."""
+    """Pick for each stage and checkpointing the largest micro-batch that fits, or the smallest."""
     best: dict[Any, Row] = {}
     for row in found:
         key = (row.deepspeed, row.checkpointing, row.offload)
@@ -59,7 +59,7 @@ def _largest(found: list[Row]) -> list[Row]:
 
 
 def page(plan: RunPlan) -> str:
-    """The whole plan of one config on one cluster."""
+    """Return the text of the plan of one config on one cluster."""
     job, cluster, chosen = plan.job, plan.cluster, plan.chosen
     assert chosen is not None
     config = job.config
@@ -109,7 +109,7 @@ def _filled(text: str, indent: int = 0) -> list[str]:
 
 
 def _with(chosen: Row, some: list[Row]) -> list[Row]:
-    """The rows, the chosen one in the place of that with the same stage and checkpointing."""
+    """Return the rows with the chosen one in the place of its stage and checkpointing."""
     return [chosen if _same_checkpointing(row, chosen) else row for row in some]
 
 
@@ -172,7 +172,7 @@ def _consequences(plan: RunPlan) -> list[str]:
 
 
 def _host_limit(plan: RunPlan, chosen: Row) -> str:
-    """Say from which micro-batch on the GPU, and not the host, decides how long a step takes."""
+    """Tell the host's time for a step, and from which micro-batch on the GPU takes longer."""
     text = f"{chosen.host_s:.3f} s a step"
     alike = [row for row in plan.rows if _same_checkpointing(row, chosen)]
     fast = [row.micro_batch for row in alike if row.step_s and row.step_s > row.host_s]
@@ -182,7 +182,7 @@ def _host_limit(plan: RunPlan, chosen: Row) -> str:
 
 
 def comparison(plans: list[RunPlan]) -> str:
-    """A block for each config, with a line for each number of GPUs."""
+    """Return a table for each config, with a line for each number of GPUs."""
     lines = [*_assumptions(plans[0], several=True)]
     name = None
     for plan in plans:
