@@ -22,15 +22,15 @@ _NAMES = "objectInfo150.txt"
 
 
 def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
-    """List the images of a split in the challenge's layout; None where the folder has another one.
+    """List the images of a split in the challenge's layout; return None for another layout.
 
     The layout is ``{images,annotations}/{training,validation}``, alone or in a folder
     ``ADEChallengeData2016``, with the classes' names in ``objectInfo150.txt``. Without that file
     the classes are the numbers up to the largest one in the masks of both splits.
 
     Raises:
-        UserError: the split is missing, an image or a mask has no partner, or a mask has another
-            size than its image or a value that is no class.
+        UserError: the split is missing, an image has no mask, a mask has no image, or a mask has
+            another size than its image or a value that is no class.
     """
     root = next(
         (
@@ -92,9 +92,9 @@ def find_ade(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
 
 
 def _check(number: int) -> tuple[int, int] | str:
-    """Return number and largest value of a mask, or what is wrong with it; in a worker process.
+    """Return number and largest value of a mask, or the text of an error; runs in a worker.
 
-    The image may be "", where only the mask is of interest.
+    The path of the image is "" if only the mask is to be checked.
     """
     image, mask = shared()[number]
     try:

@@ -14,18 +14,18 @@ import numpy.typing as npt
 from mae_scale.files import read_file
 from mae_scale.sharding.sources import Source
 
-ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # of the annotation files, by task
+ENDINGS = {"detection": "json", "segmentation": "seg.png"}  # endings of annotation files, by task
 
 
 @dataclass(kw_only=True)
 class AnnotatedSource(Source):
-    """Images with annotations. `labels` are all `NO_LABEL`, `classes` those of the annotations."""
+    """Images with annotations. All `labels` are `NO_LABEL`; `classes` are the annotations'."""
 
     task: str  # detection or segmentation
     keys: list[str]  # [n], unique WebDataset keys
     annotation_sizes: npt.NDArray[np.int64]  # [n], bytes
     objects: npt.NDArray[np.int32]  # [n], see ANNOTATED_DTYPE
-    annotations: Sequence[bytes] | Sequence[Path]  # [n], content, or the files that hold it
+    annotations: Sequence[bytes] | Sequence[Path]  # [n], contents, or the files that hold them
     facts: dict[str, Any] = field(default_factory=dict)  # further entries of the manifest
 
     @property
@@ -45,7 +45,7 @@ class AnnotatedSource(Source):
         """Read the annotation file of an image.
 
         Raises:
-            OSError: it cannot be read, or has changed since it was listed.
+            OSError: the file cannot be read, or has changed since it was listed.
         """
         found = self.annotations[i]
         if isinstance(found, bytes):

@@ -13,7 +13,7 @@ from mae_scale.errors import RunError, UserError
 from mae_scale.launch.outputs import one_line
 from mae_scale.launch.stopping import leave_before_start
 
-Find = Callable[[Path, str, int], Any]  # gives a Source
+Find = Callable[[Path, str, int], Any]  # lists the images of (src, split, workers) as a Source
 
 
 def run(
@@ -25,10 +25,11 @@ def run(
     """Parse the arguments, write the shards, and return the exit code.
 
     Args:
+        argv: arguments of the command line; None: those of the process.
         about: description of the script for its help.
         places: names of the path arguments for the source, each with its help.
-        find: function from the arguments to the folder of the images and the function that lists
-            them.
+        find: function that returns, for the parsed arguments, the folder of the images and the
+            function that lists them.
     """
     leave_before_start()  # until `shard` handles signals itself
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)

@@ -30,14 +30,14 @@ class Listed(NamedTuple):
     """The content of one tar."""
 
     entries: list[Entry]
-    labels: str  # name of a file with a label, if one lies beside an image
+    labels: str  # name of a file with a label beside an image; empty if there is none
     tables: list[str]  # files that may be lists of images
     cut: bool  # the end marker is missing
     left_out: list[tuple[str, str]]  # images that are no plain files, and why
 
 
 def is_compressed(path: Path) -> bool:
-    """Return whether a file's name is that of a tar that must be unpacked to be read by place."""
+    """Return whether a file's name is that of a compressed tar, which cannot be read by offset."""
     return path.name.lower().endswith(_COMPRESSED)
 
 
@@ -49,7 +49,7 @@ def stem_of_tar(path: Path) -> str:
 def find_archives(src: Path, split: str) -> list[Path]:
     """Find the tars with the images of a split: in a folder, in ``data``, or in the split's folder.
 
-    Those of other splits are left out; those whose name says no split are not.
+    Tars of other splits are left out; tars whose names say no split are taken.
 
     Raises:
         UserError: there are tars, but none of this split, or it is not clear which are.
@@ -73,8 +73,9 @@ def find_archives(src: Path, split: str) -> list[Path]:
 def _splits_of(tars: Sequence[Path], src: Path) -> dict[Path, str | None]:
     """Return the split that the name of each tar means.
 
-    A name with other words in it (``train_256_places365standard``) means a split where it is the
-    only tar, or the others mean other splits; else it may be a class, such as ``bullet_train``.
+    A name with other words in it (``train_256_places365standard``) means a split if it is the only
+    tar, or if other names mean a split and nothing else. Otherwise it may be a class, such as
+    ``bullet_train``.
     """
     words = {path: split_word(stem_of_tar(path)) for path in tars}
     exact = {word for word, pure in words.values() if word and pure}
@@ -110,7 +111,7 @@ def other_archives(src: Path) -> list[str]:
 
 
 def holds_images(src: Path, itself: bool = False) -> bool:
-    """Return whether any image lies in a folder below this one; or in this one, if asked for."""
+    """Return whether any image lies in a folder below `src`, or with `itself` in `src` itself."""
     for folder, below, files in os.walk(src):
         below[:] = [name for name in below if not name.startswith(".")]
         images = (name for name in files if is_image_name(name) and not is_array_name(name))
@@ -122,15 +123,18 @@ def holds_images(src: Path, itself: bool = False) -> bool:
 def read_archives(
     tars: Sequence[Path], src: Path, workers: int, spool: IO[bytes] | None, sure: bool
 ) -> Listing:
-    """List the images of tars, by paths as they would have if all were unpacked.
+    """List the images of tars by the paths that they would have if all tars were unpacked.
 
-    A tar whose images lie in one folder is that of a class, and its name is the class's. Images
-    whose names end with a WordNet id (Hugging Face: ``ILSVRC2012_val_1_n01440764.JPEG``) are of
-    that class.
+    A tar whose images lie in one folder holds one class, whose name is the tar's. Images whose
+    names end with a WordNet id (Hugging Face: ``ILSVRC2012_val_1_n01440764.JPEG``) are of that
+    class.
 
     Args:
-        spool: file into which compressed tars are unpacked.
-        sure: the user has said what the classes are.
+        tars: tars to read.
+        src: folder that the tars lie in.
+        workers: number of processes that read tars.
+        spool: file into which compressed tars are unpacked; None: there are none.
+        sure: whether the user has said what the classes are.
 
     Raises:
         UserError: a tar is damaged or has labels in it, or it is not clear what the tars are.
@@ -195,7 +199,7 @@ def _hugging_face(entries: Sequence[Entry]) -> bool:
 
 
 def _common_folder(folders: set[str]) -> str:
-    """Return the folders that all paths begin with, up to one whose name means a split."""
+    """Return the folders with which all paths begin, up to one whose name means a split."""
     common = os.path.commonpath([f"/{folder}" for folder in folders]).strip("/")
     kept = []
     for part in common.split("/") if common else ():
@@ -236,7 +240,9 @@ def _is_text(name: str) -> bool:
 
 
 def _meaning_of(texts: Sequence[str], entries: Sequence[Entry]) -> tuple[str, list[str]]:
-    """Return the name of a label file, which has the key of an image, and the lists of images."""
+    """Return the name of a file with the label of an image, and the names of lists of images.
+
+    A label file has the key of an image. The name is empty if there is none."""
     keys = {e.name.rpartition(".")[0] for e in entries}
     beside = [t.rpartition(".")[0] in keys for t in texts]
     labels = (t for t, b in zip(texts, beside, strict=True) if b and t.endswith((".cls", ".json")))

@@ -1,7 +1,8 @@
-"""Progressive JPEGs made baseline without loss: their pixels stay, and they decode faster.
+"""Making progressive JPEGs baseline without loss: the pixels stay, and decoding is faster.
 
 A progressive JPEG holds its coefficients in several scans, which the decoder must put together. The
-same coefficients in one scan decode two to three times as fast and take some per cent more room.
+same coefficients in one scan are decoded two to three times as fast and take a few per cent more
+room.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from mae_scale.data.formats import MAX_PIXELS, jpeg_frame, open_image, to_rgb
 from mae_scale.errors import UserError
 
-_LOCK = Lock()  # nobody promises that jpeglib can be called by two threads
+_LOCK = Lock()  # jpeglib is not known to be safe with two threads
 
 
 def check_jpeglib() -> None:
@@ -34,10 +35,10 @@ def is_progressive(data: bytes) -> bool:
 
 
 def make_baseline(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes | None:
-    """Return a progressive JPEG with the same pixels as a baseline one; None where that fails.
+    """Return the baseline JPEG with the pixels of a progressive one; None if that fails.
 
-    Both are decoded and compared, so that equal pixels are no matter of trust. Comments, profiles
-    and EXIF may get lost: nothing here reads them.
+    Both are decoded and compared, so the pixels are certain to be equal. Comments, profiles and
+    EXIF may get lost: this program does not read them.
 
     Raises:
         Exception: the image is damaged; the error is PIL's.
@@ -48,13 +49,13 @@ def make_baseline(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes | None:
         made = _one_scan(data)
         with open_image(made, max_pixels) as image:
             same = not is_progressive(made) and np.array_equal(before, np.asarray(to_rgb(image)))
-    except Exception:  # the image stays as it is
+    except Exception:  # the image stays unchanged
         return None
     return made if same else None
 
 
 def _one_scan(data: bytes) -> bytes:
-    """Write the coefficients of a JPEG in one scan, in memory: jpeglib knows only files."""
+    """Write the coefficients of a JPEG in one scan, in a file in memory: jpeglib needs a file."""
     import jpeglib
 
     files = [os.memfd_create(name) for name in ("before", "after")]

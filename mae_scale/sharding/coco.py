@@ -25,13 +25,13 @@ _NAMED = 3  # number of missing images that an error names
 
 
 def find_coco(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None:
-    """List the images of a split in COCO's layout; None where the folder has another one.
+    """List the images of a split in COCO's layout; return None for another layout.
 
     The layout is ``annotations/instances_<name>.json`` beside a folder ``<name>`` of images, where
     the name begins with the split, such as ``train2017``.
 
     Raises:
-        UserError: there are instances, but not of this split, or the images are not there.
+        UserError: there are instances, but not of this split, or the images are missing.
     """
     every = sorted(src.glob("annotations/instances_*.json"))
     if not every:
@@ -50,15 +50,15 @@ def find_coco(src: Path, split: str, workers: int = 1) -> AnnotatedSource | None
 
 
 def read_coco(file: Path, folder: Path) -> AnnotatedSource:
-    """List the images of a file of COCO instances, and its annotations of each.
+    """List the images of a file of COCO instances, with the annotations of each.
 
     Args:
         file: COCO's JSON: `images`, `annotations` and `categories`.
-        folder: holds the images under their `file_name`.
+        folder: folder with the images under their `file_name`.
 
     Raises:
-        UserError: the file is not of this form, names images that are not there, or holds an
-            annotation that cannot be right; the message names it.
+        UserError: the file does not have this form, names missing images, or holds an annotation
+            that cannot be right; the message names it.
     """
     content = _load(file)
     images, annotations, categories = (
@@ -109,7 +109,7 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
         objects[image] += not crowd and not empty
         crowds += crowd
         flat += empty and not crowd
-        # COCO's own boxes reach out by fractions of a pixel; these need no warning.
+        # COCO's own boxes reach outside by fractions of a pixel; these need no warning.
         cut += min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
 
     order = sorted(range(len(images)), key=lambda i: images[i]["id"])
@@ -148,7 +148,7 @@ def read_coco(file: Path, folder: Path) -> AnnotatedSource:
 
 
 _LISTS = ("images", "annotations", "categories")
-_MOST_BYTES = 1 << 33  # of the JSON
+_MOST_BYTES = 1 << 33  # largest size of the JSON file
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _integer(file: Path, what: str, entry: dict[str, Any], key: str) -> int:
 
 
 def _check_images(file: Path, folder: Path, images: list[dict[str, Any]]) -> None:
-    """Raise a UserError where an image is missing or of another size than the file says."""
+    """Raise a UserError where an image is missing, or has another size than the file says."""
     for image in images:
         size = [image.get(key) for key in ("height", "width")]
         if not isinstance(image.get("file_name"), str) or not all(
@@ -208,11 +208,11 @@ def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
 
 
 def image_size(path: str) -> tuple[int, int] | None:
-    """Read height and width from the header; None for what is no image, which is found later."""
+    """Read height and width from a header; None if it is no image, which is found later."""
     try:
         with open_file(path) as file, Image.open(file) as image:
             return image.height, image.width
-    except Exception:  # PIL passes on all errors of its readers
+    except Exception:  # PIL's readers raise errors of many kinds
         return None
 
 
@@ -275,10 +275,10 @@ def _check_runs(where: str, size: Any, counts: Any, height: int, width: int) -> 
 def _record(
     image: dict[str, Any], place: int, annotations: list[dict[str, Any]], own: list[int]
 ) -> bytes:
-    """Encode the record that lies beside an image in the shard.
+    """Encode the record that goes beside an image into the shard.
 
-    Its `annotations` are those of the file. `image` and the places in the file's lists let
-    `data.annotations.coco_file` make the file again.
+    Its `annotations` are those of the file. From `image` and the places in the file's lists,
+    `data.annotations.coco_file` can rebuild the file.
     """
     record = {
         "image_id": image["id"],

@@ -1,4 +1,4 @@
-"""Using WebDataset tars that others wrote: an index beside them instead of other tars."""
+"""Indexing WebDataset tars that others wrote, so that the tars can be used unchanged."""
 
 from __future__ import annotations
 
@@ -49,40 +49,40 @@ from mae_scale.sharding.tars import Tail, problem_of, stream_tar
 
 
 class SampleFile(NamedTuple):
-    """A file in a tar: an image with its place, a label with its text, or only a name."""
+    """A file in a tar: an image with its place, a label with its content, or only a name."""
 
-    key: str  # up to the first dot of the file name, as in WebDataset
-    part: str  # between that and the last dot; empty for most
-    suffix: str  # behind the last dot, in lower case
+    key: str  # file name up to its first dot, as in WebDataset
+    part: str  # part between the first and the last dot; usually empty
+    suffix: str  # part behind the last dot, in lower case
     offset: int = 0
     size: int = 0
     checksum: int = 0
-    content: bytes = b""  # of labels
-    problem: str = ""  # why an image cannot be taken
+    content: bytes = b""  # content of a label
+    problem: str = ""  # reason why an image cannot be taken; empty if it can
 
 
 @dataclass
 class Indexed:
-    """Content of one tar."""
+    """Samples that were found in one tar."""
 
     shard: Shard
-    images: list[tuple[int, int, int]]  # offset, size, CRC-32
+    images: list[tuple[int, int, int]]  # offset, size and CRC-32 of each
     labels: list[str | None]
-    left_out: list[tuple[str, str]]  # sample and reason, for each without a usable image
+    left_out: list[tuple[str, str]]  # sample and reason, if it has no usable image
     json_keys: Counter[str]
     has_end: bool
 
 
 @dataclass
 class Report:
-    """Counts of a finished index, and how to read it."""
+    """Counts of a finished index, and the value with which training reads it."""
 
     folder: Path
     shards: int
     samples: int
     unlabelled: int
     left_out: int
-    reads_with: str | None = None  # value for data.train, where it is not the folder
+    reads_with: str | None = None  # value for data.train, if it is not the folder
 
 
 @dataclass
@@ -90,7 +90,7 @@ class _Job:
     label_keys: Sequence[str]
     image_key: str | None
     max_pixels: int
-    read: Any  # bytes read of each tar, shared memory
+    read: Any  # number of bytes read of each tar, in shared memory
 
 
 def index_shards(
@@ -104,22 +104,24 @@ def index_shards(
     max_pixels: int = MAX_PIXELS,
     workers: int = 1,
 ) -> Report:
-    """Write manifest and index of foreign tars; the tars stay as they are.
+    """Write manifest and index of foreign tars; the tars are not changed.
 
-    A label is read from ``.cls`` or from ``.json``. It is a number, or a name, whose number is its
-    place among the sorted names. Samples without a label get NO_LABEL. A warning names what is left
-    out.
+    A label is read from ``.cls`` or from ``.json``. It is a number or a name; the number of a name
+    is its place among the sorted names. Samples without a label get NO_LABEL. Warnings name the
+    samples that are left out.
 
     Args:
-        specs: folders, tars, URLs or ``pipe:`` commands, with braces expanded (``{000..127}``).
-        out: folder for the index; by default the one that holds all the tars.
+        specs: folders, tars, URLs or ``pipe:`` commands; braces (``{000..127}``) are expanded.
+        out: folder for the index; by default the folder that holds all tars.
+        split: split that the tars hold, "train" or "val".
         label_key: key of the label in ``.json``; by default one of LABEL_KEYS.
-        image_key: which image of a sample to take where it has several, such as ``input.jpg``.
-        classes: names of the classes in the order of their numbers; by default those found.
-        max_pixels: a larger image is left out.
+        image_key: image to take from samples with several images, such as ``input.jpg``.
+        classes: names of the classes in the order of their numbers; by default the names found.
+        max_pixels: larger images are left out.
+        workers: number of processes that read tars.
 
     Raises:
-        UserError: nothing is there, a tar is damaged or compressed, or labels make no sense.
+        UserError: there are no images, a tar is damaged or compressed, or labels make no sense.
         RunError: the disk is full.
     """
     files = [file for spec in specs for file in expand(spec)]
@@ -175,7 +177,7 @@ def _cannot_write(folder: Path, error: OSError) -> Exception:
 
 
 def _warn_of(tar: Indexed, file: str) -> None:
-    """Say what was left out of a tar and why, with an example of each kind."""
+    """Warn of what was left out of a tar and why, with an example for each reason."""
     kinds = Counter(reason for _, reason in tar.left_out)
     for reason, count in kinds.items():
         example = next(printable(key) for key, r in tar.left_out if r == reason)
@@ -187,11 +189,11 @@ def _warn_of(tar: Indexed, file: str) -> None:
         )
 
 
-# Reading one tar once from front to back, so that remote ones work in the same manner
+# Each tar is read once from front to back, so that remote ones work in the same manner.
 
 
 class _Counted(Tail):
-    """A stream that hashes and counts the bytes that are read."""
+    """A stream that hashes and counts the bytes read from it."""
 
     def __init__(self, stream: IO[bytes], counter: Any, place: int) -> None:
         super().__init__(stream)
@@ -220,7 +222,7 @@ def _index_tar(numbered: tuple[int, str]) -> tuple[int, Indexed]:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Split a file's name into key, part between the first and the last dot, and suffix.
+    """Split a file's name into key, middle part (between first and last dot) and suffix.
 
     A number between the dots belongs to the key: ``v.1.jpg`` is the image of ``v.1``.
     """
@@ -263,7 +265,7 @@ def _read_members(stream: _Counted, file: str, job: _Job) -> Iterator[SampleFile
 
 
 def _image_problem(data: bytes, max_pixels: int) -> str:
-    """Say by an image's header why it cannot be taken; empty if it can."""
+    """Return the reason, by its header, why an image cannot be taken; empty if it can."""
     try:
         if not data:
             return "the image is empty"
@@ -283,15 +285,15 @@ def _image_problem(data: bytes, max_pixels: int) -> str:
 def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Job) -> None:
     """Collect images and labels; files that follow each other under one key are one sample.
 
-    Where all images come before all labels, as when files were packed by suffix, a label is found
-    by its key.
+    If all images come before all labels, because files were packed by suffix, a label is found by
+    its key.
     """
     no_label: dict[str, int] = {}  # key of an image without a label -> its place
     no_image: dict[str, str | None] = {}  # key of a label without an image -> the label
     for key, group in groupby(found, lambda f: f.key):
         files = list(group)
         images = [f for f in files if f.suffix in IMAGE_SUFFIXES]
-        # Beside an image of another form an array is an annotation.
+        # Beside an image of another format, an array is an annotation.
         images = [f for f in images if f.suffix != ARRAY_SUFFIX] or images
         chosen, reason = _choose(images, files, job.image_key)
         for image in images:
@@ -331,7 +333,7 @@ class _TwoLabels(ValueError):
 def _choose(
     images: list[SampleFile], files: list[SampleFile], image_key: str | None
 ) -> tuple[list[SampleFile], str]:
-    """Choose the images of a sample that count, or say why there is none."""
+    """Choose the images of a sample, or return the reason why there is none."""
     if image_key is not None:
         wanted = [
             f for f in images if image_key in (f.part, f.suffix, f"{f.part}.{f.suffix}".strip("."))
@@ -346,7 +348,7 @@ def _choose(
             sorted({f.suffix for f in files})[:5]
         )
     if parts == {f.part for f in files if f.suffix in ("cls", "json")}:
-        return images, ""  # keys with a dot in them: each image has its own label
+        return images, ""  # the keys have dots in them, and each image has its own label
     names = ", ".join(sorted(f"{f.part}.{f.suffix}" for f in images)[:4])
     return [], f"the samples have several images, {names}; choose one with --image-key"
 

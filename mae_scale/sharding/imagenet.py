@@ -25,7 +25,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def compare_with_imagenet(source: Source, split: str) -> None:
-    """Warn where the classes are ImageNet's and the counts are not."""
+    """Warn if the classes are ImageNet's and the numbers of images are not."""
     if not source.classes or not all(WNID.fullmatch(name) for name in source.classes):
         return
     expected = COUNTS[split]
@@ -39,7 +39,7 @@ def compare_with_imagenet(source: Source, split: str) -> None:
 
 
 def train_archive(archive: Path, workers: int) -> Source:
-    """List the images in ``ILSVRC2012_img_train.tar``, which holds a tar of each class."""
+    """List the images in ``ILSVRC2012_img_train.tar``, which holds one tar for each class."""
     inner = [m for m in walk_tar(archive) if m.name.endswith(".tar") and not m.problem]
     if not inner:
         raise UserError(f"{archive} holds no tars of classes; is it ImageNet's train archive?")
@@ -74,7 +74,7 @@ def val_archive(archive: Path, workers: int) -> Source:
 
 
 def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
-    """Return a function from a validation image's name to its wnid, and the sorted wnids.
+    """Return a function from a validation image's name to its WordNet id, and the sorted ids.
 
     Args:
         folder: folder of the images; the labels lie in it or above it.
@@ -118,10 +118,10 @@ def val_labels(folder: Path) -> tuple[Callable[[str], str], list[str]]:
 
 
 def kaggle_classes(folder: Path) -> list[str] | None:
-    """Read the sorted classes in Kaggle's LOC_synset_mapping.txt, which lies in a folder or above.
+    """Read the sorted classes from Kaggle's LOC_synset_mapping.txt in this folder or above it.
 
     Returns:
-        None if it is missing.
+        WordNet ids of the classes; None if the file is missing.
     """
     for path in (above / "LOC_synset_mapping.txt" for above in _above(folder)):
         if path.is_file():
@@ -130,12 +130,12 @@ def kaggle_classes(folder: Path) -> list[str] | None:
 
 
 def _above(folder: Path) -> list[Path]:
-    """Return a folder and four above it: Kaggle's images lie so deep below its tables."""
+    """Return a folder and the four above it: Kaggle's images lie that deep below its tables."""
     return [folder, *list(folder.absolute().parents)[:4]]
 
 
 def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:
-    """Read each validation image's wnid, and the sorted wnids, from the devkit, packed or not."""
+    """Read each validation image's WordNet id, and the sorted ids, from tar or folder."""
     truth_name, meta_name = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
     packed, unpacked = folder / f"{DEVKIT}.tar.gz", folder / DEVKIT
     if packed.is_file():

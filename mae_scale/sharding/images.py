@@ -25,17 +25,17 @@ from mae_scale.data.formats import (
     to_rgb,
 )
 
-# In entropy-coded data a marker is FF and anything but a stuffed 00, a restart, or a fill byte.
+# In entropy-coded data a marker is FF, followed by anything but 00, a restart or a fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SIZE = struct.Struct(">HH")
-_TABLES = {0xC4, 0xDB, 0xDD}  # Huffman, quantisation, restart interval
+_TABLES = {0xC4, 0xDB, 0xDD}  # Huffman tables, quantisation tables, restart interval
 _COMMENTS = {*range(0xE0, 0xF0), 0xFE}
 
 
 def image_damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
-    """Say in a few words why an image cannot be decoded; None if it can.
+    """Return in a few words why an image cannot be decoded; None if it can.
 
-    An image can be decoded if PIL's ``Image.open(…).convert("RGB")`` gives pixels. Decoding each
+    An image can be decoded if PIL's ``Image.open(…).convert("RGB")`` succeeds. Decoding each
     image would take ten times longer than writing it. So a JPEG counts as sound if its segments
     follow each other from its first byte to its end marker, and libjpeg accepts its tables; PIL
     decodes everything else. An image of more than `max_pixels` is refused by its header, before
@@ -45,7 +45,7 @@ def image_damage(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
 
 
 def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
-    """Say the same as `image_damage`, by decoding the whole image."""
+    """Return the same as `image_damage`, by decoding the whole image."""
     if not data:
         return "empty file"
     try:
@@ -64,7 +64,7 @@ def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
 
 
 def _tiff_error(data: bytes, max_pixels: int) -> str | None:
-    """Say why a TIFF that PIL cannot open cannot be decoded; None if it only has many bands."""
+    """Return why a TIFF that PIL refuses cannot be decoded; None if it merely has many bands."""
     try:
         read_tiff(data, max_pixels)
     except ImportError:
@@ -110,9 +110,9 @@ def _sound_jpeg(data: bytes, max_pixels: int) -> bool:
 
 
 def _only_end_marker(data: bytes, at: int) -> bool:
-    """Return whether a JPEG's end marker is its last two bytes, and the only one from `at` on.
+    """Return whether a JPEG's end marker is its last two bytes, and the only marker from `at` on.
 
-    That is so for most images, and numpy sees it in half the time of the search for a marker.
+    This holds for most images, and numpy checks it in half the time of the search for a marker.
     """
     if data[-2:] != b"\xff\xd9" or at + 2 > len(data):
         return False
@@ -126,7 +126,7 @@ def _only_end_marker(data: bytes, at: int) -> bool:
 def _tables_decode(small: bytes) -> bool:
     """Return whether libjpeg accepts these tables and scan headers, on an 8x8 image without data.
 
-    Most images share their tables with many others.
+    The result is kept, because most images share their tables with many others.
     """
     return decode_error(small) is None
 
@@ -134,8 +134,8 @@ def _tables_decode(small: bytes) -> bool:
 def shrink(data: bytes, short_side: int, quality: int, max_pixels: int = MAX_PIXELS) -> bytes:
     """Make an RGB JPEG whose short side is `short_side` pixels.
 
-    A smaller image stays as it is, and so does one whose bands a JPEG cannot hold: an array, or a
-    TIFF with many bands or pages.
+    A smaller image stays unchanged, and so does an image whose bands a JPEG cannot hold: an array,
+    or a TIFF with many bands or pages.
 
     Raises:
         Exception: the image is damaged; the error is PIL's or tifffile's.

@@ -1,4 +1,4 @@
-"""Datasets whose splits or labels lie in files of their own."""
+"""Datasets whose splits or labels lie in files of their own form."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NAMES = (
 
 
 def find_known(src: Path, split: str) -> Source | None:
-    """List the images of a split of a dataset that is known by its files; None for anything else.
+    """List the images of a split of a dataset known by its files; return None for anything else.
 
     Raises:
-        UserError: its files are damaged, or there are several datasets.
+        UserError: the dataset's files are damaged, or there are several datasets.
     """
     inside = [src / name for name in _NAMES if (src / name).is_dir()]
     if len(inside) > 1:
@@ -41,7 +41,7 @@ def find_known(src: Path, split: str) -> Source | None:
 
 
 def covers(src: Path) -> list[Path]:
-    """Return a folder and those below it while there is only one in it: an archive's, mostly."""
+    """List a folder, its only subfolder and so on, as unpacked archives have them; at most five."""
     chain = [src]
     while len(chain) < 5:
         inside = [p for p in chain[-1].iterdir() if p.is_dir() and p.name[0] not in "._"]
@@ -116,13 +116,13 @@ _READERS: tuple[Callable[[Path, str], Source | None], ...] = (
 
 
 def _rows(table: Path, columns: int) -> list[list[str]]:
-    """Return the first columns of the lines of a text that has at least so many."""
+    """Return the first `columns` columns of all lines that have at least so many."""
     rows = [line.split() for line in read_text(table).splitlines() if line[:1] != "#"]
     return [row[:columns] for row in rows if len(row) >= columns]
 
 
 def _matrix(file: Path, name: str) -> Any:
-    """Read a row of numbers from a file of Matlab."""
+    """Read a row of numbers from a Matlab file."""
     from scipy.io import loadmat
 
     try:

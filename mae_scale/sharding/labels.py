@@ -15,27 +15,27 @@ from mae_scale.data.remote import printable
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 
-LABEL_KEYS = ("label", "cls", "class", "target")  # in .json
+LABEL_KEYS = ("label", "cls", "class", "target")  # keys of labels in .json
 MOST_DIGITS = 300  # longer labels are names
-MOST_CLASSES = 1_000_000  # numbers count from 0 if all are below this; else they are names
+MOST_CLASSES = 1_000_000  # numbers count from 0 if all are below this; otherwise they are names
 
 
 def normal(name: str) -> str:
-    """Return a class name in the form in which accents are one character (NFC).
+    """Return a class name in NFC, in which a letter with an accent is one character.
 
-    macOS writes them as two, so that names which look the same would be different classes.
+    macOS writes two characters, so that names which look the same would be different classes.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def label_text(value: Any) -> str | None:
-    """Return a label in its plain form: a whole number in digits, or a name; None: no label.
+    """Return a label in its plain form: a whole number in digits, or a name; None if it is none.
 
-    ``7``, ``007`` and ``7.0`` are the same label; -1 and an empty text are none.
+    ``7``, ``007`` and ``7.0`` are the same label; -1 and an empty text are no label.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (bool, type(None), list, dict)) or value != value:  # or NaN
+    if isinstance(value, (bool, type(None), list, dict)) or value != value:  # the last is NaN
         return None
     text = normal(str(value).strip().strip("\0"))
     if len(text) > MOST_DIGITS:
@@ -53,10 +53,10 @@ def label_text(value: Any) -> str | None:
 
 
 def label_in_text(content: bytes, where: str) -> str | None:
-    """Return the label in a .cls.
+    """Return the label in the content of a .cls.
 
     Raises:
-        UserError: it is no text, or a list of numbers.
+        UserError: the content is no text, or a list of numbers.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -70,10 +70,10 @@ def label_in_text(content: bytes, where: str) -> str | None:
 
 
 def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the label in a .json, under the first of the keys that has one, and all its keys.
+    """Return the label in a .json, under the first key of `keys` that has one, and all its keys.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: the content is not JSON.
     """
     try:
         record = json.loads(content)
@@ -88,12 +88,14 @@ def label_in_json(content: bytes, where: str, keys: Sequence[str]) -> tuple[str 
 def number_labels(
     labels: Sequence[str | None], classes: Sequence[str] | None = None
 ) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Return the labels as int32 [n], and the class names.
+    """Return the numbers of labels, int32 [n], and the class names.
 
-    Numbers count from 0 if they are below MOST_CLASSES; names are sorted.
+    If all labels are numbers below MOST_CLASSES, they count from 0 as they are. Otherwise the
+    labels are sorted and numbered.
 
     Args:
-        classes: the names to number by, in this order; by default those of the labels.
+        labels: labels in plain form, see `label_text`; None becomes NO_LABEL.
+        classes: class names in the order of their numbers; by default those of the labels.
 
     Raises:
         UserError: some labels are below 0, or are not among `classes`.
@@ -123,7 +125,7 @@ def _is_number(label: str) -> bool:
 
 
 def number_by(classes: Sequence[str], labels: set[str]) -> dict[str, int]:
-    """Return the number of each label among given classes: by name, or else by number.
+    """Return the number of each label among given classes, by its name or else by its number.
 
     Raises:
         UserError: some labels are not among the classes.

@@ -1,4 +1,4 @@
-"""Images in their usual layouts, in folders or in archives: finding the split, and the classes."""
+"""Finding splits and classes of images in the usual layouts of folders and archives."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ KAGGLE_TREES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
 
 def from_folder(src: Path, split: str, choice: Choice) -> tuple[Source, bool]:
-    """List the images of a split in a folder, and say whether the folder itself has splits.
+    """List the images of a split in a folder, and return whether the folder itself has splits.
 
     Raises:
-        UserError: the split is not there, or it is not clear what the folders are.
+        UserError: the split is missing, or the meaning of the folders is not clear.
     """
     if choice.list_file is not None:
         return from_listing(list_images(src), src, "image folder", split, choice)
@@ -49,7 +49,10 @@ def from_listing(
     """Choose the images of a split from a list; see `from_folder`.
 
     Args:
-        root: folder or archive that the names in the list begin at.
+        listing: all images below `root`.
+        root: folder or archive to which the names in the list are relative.
+        kind: kind of source, for messages.
+        split: split to choose, "train" or "val".
     """
     if choice.list_file is not None:
         return take_list(listing, root, Path(choice.list_file), choice.class_depth), True
@@ -65,10 +68,10 @@ def from_listing(
 
 
 def _compare_splits(source: Source, found: Found, root: Path, split: str) -> list[str]:
-    """Compare the classes of a split with those of the others.
+    """Compare the classes of a split with those of the other splits, and return warnings.
 
     Raises:
-        UserError: the classes lie at other depths, so that the folders mean something else.
+        UserError: the classes lie at other depths, so the folders mean something else.
     """
     mine = set(source.classes)
     lines = []
@@ -104,7 +107,7 @@ def _classes_in(
         where = root / folder.path
         inside = [e for e in listing.images if e.name.startswith(prefix)]
         if folder.validation and (split == "val" or not folder.children):
-            wnid_of, wnids = val_labels(where)  # validation images as they come out of the tar
+            wnid_of, wnids = val_labels(where)  # validation images as unpacked from the tar
             flat = [e for e in inside if "/" not in e.name[len(prefix) :]]
             flat = [e for e in flat if VAL_NAME.fullmatch(stem_of(e.name))]
             if len(flat) < len(inside):
@@ -170,10 +173,10 @@ def _say_tops(folders: list[str], where: Path) -> list[str]:
 def _left_out(
     listing: Listing, prefix: str, where: Path, class_name: dict[str, str] | None
 ) -> list[str]:
-    """Say what was left out below a folder, and which folders hold no images.
+    """Return warnings of what was left out below a folder, and of folders without images.
 
     Args:
-        class_name: the class of each folder; None where there are no class folders.
+        class_name: class of each folder, by path; None if there are no class folders.
     """
     below = Listing(left_out=[(n, r) for n, r in listing.left_out if n.startswith(prefix)])
     lines = below.warnings(where)

@@ -1,4 +1,4 @@
-"""Lists of images: the source as a class, and the search for images below a folder."""
+"""Lists of images: `Source`, which holds one, and the search for images below a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mae_scale.files import open_descriptor
 from mae_scale.sharding.labels import normal
 from mae_scale.sharding.words import LIST_SUFFIXES, SYSTEM_FOLDERS, may_list
 
-# Suffixes of files that usually lie beside images and are none.
+# Suffixes of files that often lie beside images and are no images.
 _OTHERS = {
     "txt", "csv", "tsv", "json", "xml", "md", "mat", "html", "db", "ini", "yaml", "yml", "log",
     "pdf", "py", "sh", "npy", "pkl", "parquet", "tar", "gz", "tgz", "zip", "dvc",
@@ -32,10 +32,10 @@ _OTHERS = {
 class Choice:
     """Choice of the images of a source, and of their classes."""
 
-    list_file: str | Path | None = None  # see `read_list`
+    list_file: str | Path | None = None  # file that names the images, see `read_list`
     classes: Sequence[str] | None = None  # only these, numbered in this order
-    class_depth: int | None = None  # folders of a path that are the class; None: found by looking
-    val_share: float | None = None  # part of each class for val, if the source has no splits
+    class_depth: int | None = None  # number of folders of a class's path; None: looked for
+    val_share: float | None = None  # share of each class for val, if the source has no splits
     seed: int = 0  # seed of that split
 
     @property
@@ -49,8 +49,8 @@ class Entry(NamedTuple):
 
     class_name: str
     name: str  # path in the folder or archive
-    size: int
-    offset: int = -1  # in the archive
+    size: int  # bytes
+    offset: int = -1  # offset in the archive; -1: the image is a file
     archive: int = 0  # number of the archive
 
 
@@ -60,14 +60,14 @@ class Source:
 
     kind: str
     root: Path  # a folder, or the archive itself
-    classes: list[str]  # sorted; a label is a place in this list
+    classes: list[str]  # sorted unless given; a label is a place in this list
     labels: npt.NDArray[np.int32]  # [n]
     names: list[str]  # [n], path below the root
     sizes: npt.NDArray[np.int64]  # [n], bytes
     offsets: npt.NDArray[np.int64] | None  # [n] into the archive; None: each image is a file
     warnings: list[str] = field(default_factory=list)
-    taken: str = ""  # message about what was taken, where the source alone does not say it
-    archives: list[Path] = field(default_factory=list)  # if there are several
+    taken: str = ""  # message about what was taken, if the source does not tell it
+    archives: list[Path] = field(default_factory=list)  # archives, if there are several
     archive_of: npt.NDArray[np.int32] | None = None  # [n], number of the archive of each image
     _open: dict[int, int] = field(default_factory=dict)  # archive -> descriptor
 
@@ -79,18 +79,18 @@ class Source:
         return self.names[i].rpartition("/")[2]
 
     def title(self, i: int) -> str:
-        """Return the name of an image for messages; it is the same for every form of the source."""
+        """Return the name of an image for messages; it is the same in every form of the source."""
         return f"{self.classes[self.labels[i]]}/{self.file_name(i)}"
 
     def read(self, i: int) -> bytes:
         """Read the bytes of one image.
 
         Raises:
-            OSError: it cannot be read, or it has changed since it was listed.
+            OSError: the image cannot be read, or has changed since it was listed.
         """
         size = int(self.sizes[i])
         if self.offsets is None:
-            # It was a file when it was listed; to ask again would take as long as to open it.
+            # It was a file when it was listed. Asking again would take as long as opening it.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(f"{self.root}/{self.names[i]}", flags)
             try:
@@ -147,12 +147,12 @@ class Listing:
 
     images: list[Entry] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # path and reason
-    empty: list[str] = field(default_factory=list)  # folders at the top without an image
+    empty: list[str] = field(default_factory=list)  # top folders without an image
     tables: list[str] = field(default_factory=list)  # files that may be lists of images
     notes: list[str] = field(default_factory=list)  # other warnings
 
     def warnings(self, root: Path) -> list[str]:
-        """Say what was left out, with an example of each kind."""
+        """Return warnings of what was left out, with an example for each reason."""
         kinds = Counter(reason for _, reason in self.left_out)
         lines = []
         for reason, count in kinds.items():
@@ -161,7 +161,7 @@ class Listing:
         return lines
 
     def leave_out_arrays(self) -> None:
-        """Leave out arrays that lie beside images of other forms: they are masks or features."""
+        """Leave out arrays that lie beside images of other formats: they are masks or features."""
         images = [entry for entry in self.images if not is_array_name(entry.name)]
         if images and len(images) < len(self.images):
             arrays = (entry.name for entry in self.images if is_array_name(entry.name))
@@ -170,7 +170,7 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """List all images below `root`, in many threads, since network file systems answer slowly."""
+    """List all images below `root`, in many threads, because network file systems answer slowly."""
     listing = Listing()
     with os.scandir(root) as top:
         tops = sorted((i for i in top if not i.name.startswith(".")), key=lambda i: i.name)
@@ -195,7 +195,8 @@ def list_images(root: Path) -> Listing:
                 except OSError as error:
                     answers.put((name, error))
 
-    # Daemons behind plain queues: Ctrl-C ends the program at any moment, which a pool may prevent.
+    # The threads are daemons behind plain queues, so that Ctrl-C ends the program at any moment,
+    # which a pool may prevent.
     for _ in range(min(16, len(folders))):
         Thread(target=work, daemon=True).start()
     for _ in folders:

@@ -1,4 +1,4 @@
-"""Reading lists of classes, and of images with or without labels."""
+"""Reading lists of classes, and lists of images with or without labels."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def read_classes(spec: str | Path) -> list[str]:
     """Read the names of classes in the order of their numbers.
 
     Args:
-        spec: a folder of shards; a JSON list; or a text with a class in each line. What follows a
+        spec: folder of shards; or JSON list; or text with a class in each line. Text behind a
             WordNet id (as in ``LOC_synset_mapping.txt``), a tab or a comma is not read, nor is a
             number behind each name (as in ``categories_places365.txt``).
 
     Raises:
-        UserError: it cannot be read, or names a class twice.
+        UserError: the file cannot be read, or names a class twice.
     """
     path = Path(spec)
     if path.is_dir():
@@ -89,7 +89,7 @@ def read_text(path: Path) -> str:
     """Read a small text file in UTF-8.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         if not path.is_file():
@@ -102,17 +102,19 @@ def read_text(path: Path) -> str:
 
 
 def read_list(path: Path) -> list[tuple[str, str | None]]:
-    """Read the images of a list: each line has a path, with or without a label behind it.
+    """Read a list of images: each line has a path, with or without a label behind it.
+
+    The result is a pair of path and label for each image; the label is None if there is none.
 
     A tab, a comma or blanks separate path and label. The label ends at the next tab or comma;
     behind a blank it is the rest of the line, or the first word if that is a number. A header such
-    as ``filename,label`` says which columns these are. Lines that begin with # are left out.
+    as ``filename,label`` names the columns of path and label. Lines that begin with # are left out.
 
     JSON may be a list of records with such keys, one record in each line, paths with their labels,
-    or what iNaturalist and COCO have: ``images`` with ``annotations`` that name a category each.
+    or the form of iNaturalist and COCO: ``images``, with ``annotations`` that name a category each.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: the list cannot be read, or is empty.
     """
     text = read_text(path)
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
@@ -156,7 +158,7 @@ def _label_column(head: list[str], name_at: int, path: Path) -> int:
     """Return the column of the labels in a table whose header has none of the usual names.
 
     Raises:
-        UserError: there are several that it may be.
+        UserError: several columns may be that one.
     """
     others = [i for i, name in enumerate(head) if name and i != name_at]
     close = [i for i in others if "label" in head[i] or "class" in head[i]]
@@ -169,7 +171,7 @@ def _label_column(head: list[str], name_at: int, path: Path) -> int:
 
 
 def _refuse_splits(head: list[str], rows: list[list[str]], path: Path) -> None:
-    """Refuse a table in which a column says which images are train, and which val."""
+    """Raise a UserError for a table with a column that assigns images to train and val."""
     for i, name in enumerate(head):
         values = {row[i] for row in rows if i < len(row)}
         if name in _SPLITS and len(values) > 1:
@@ -180,7 +182,7 @@ def _refuse_splits(head: list[str], rows: list[list[str]], path: Path) -> None:
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[str, str | None]]:
-    """Return the images of a list in JSON, each with its label."""
+    """Return the images of a JSON list, each with its label or None."""
     try:
         if path.suffix.lower() == ".json":
             found = json.loads(text)

@@ -1,4 +1,4 @@
-"""Taking the images that a list names out of a source."""
+"""Choosing the images of a source that a list names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from mae_scale.sharding.splits import classes_anywhere, tree_of
 def take_list(
     listing: Listing, root: Path, list_file: Path, class_depth: int | None = None
 ) -> Source:
-    """Take the images that a list names, with its labels, or else those of the source.
+    """Take the images that a list names, with the labels of the list, or else of the source.
 
-    A name in the list means the image whose path it ends, or whose path ends it. A path with
-    another beginning means the image as well if at least its last folder agrees. Suffixes may be
-    missing.
+    A name in the list matches an image if one of the two paths ends with the other. A path with
+    another beginning matches, too, if at least its last folder agrees. Suffixes may be missing.
+
+    Args:
+        listing: images of the source.
+        root: folder or archive to which their names are relative.
+        list_file: file with the list, see `read_list`.
+        class_depth: number of folders of a class's path, if the list has no labels.
 
     Raises:
-        UserError: no image is there, some lines have labels and others none, or one image has two.
+        UserError: no image is found, some lines have labels and others none, or an image has two.
     """
     rows = [(_clean(path), label) for path, label in read_list(list_file)]
     place = _Places(listing, {path for path, _ in rows})
@@ -79,7 +84,7 @@ def take_list(
 
 
 def numbered(entries: Sequence[Entry]) -> list[str] | None:
-    """Return the classes of labels that are numbers, counted from 0; None where they are names."""
+    """Return the classes of labels that are numbers, counted from 0; None if labels are names."""
     names = {e.class_name for e in entries}
     if all(name.isdecimal() for name in names) and max(map(int, names)) < 1_000_000:
         return [str(i) for i in range(max(map(int, names)) + 1)]
@@ -87,7 +92,7 @@ def numbered(entries: Sequence[Entry]) -> list[str] | None:
 
 
 def _clean(path: str) -> str:
-    """Return a path of a list in the form that it has below the source."""
+    """Return the path of a list in the form of the paths below the source."""
     return normal(path.replace("\\", "/").removeprefix("./").strip("/"))
 
 
@@ -101,7 +106,7 @@ def _endings(path: str) -> Iterator[str]:
 
 
 class _Places:
-    """Find images by the endings of their paths; only those that a list may mean are kept."""
+    """Images by the endings of their paths; only those that a list may mean are kept."""
 
     def __init__(self, listing: Listing, wanted: set[str]) -> None:
         keys = {ending for path in wanted for ending in _endings(path)}
@@ -117,7 +122,7 @@ class _Places:
                         self._ending[ending] = None if ending in self._ending else entry
 
     def find(self, path: str) -> Entry | None:
-        """Return the image that a path means; None where there is none, or more than one."""
+        """Return the image that a path means; None if there is no such image, or more than one."""
         if path in self._whole:
             return self._whole[path]
         if path in self._ending:

@@ -1,7 +1,7 @@
 """Images in parquet files, as Hugging Face's datasets have them.
 
-They cannot be read by their place. So they are unpacked one after the other into a file beside the
-shards, in bounded memory, and that file is removed with the other temporary files of sharding.
+Such images cannot be read by offset. So they are unpacked one after the other into a file beside
+the shards, in bounded memory. That file is removed with the other temporary files of sharding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mae_scale.sharding.labels import label_text, normal
 from mae_scale.sharding.listing import Entry, Listing
 from mae_scale.sharding.words import split_word
 
-_BATCH = 64  # rows of a parquet file in memory at a time
+_BATCH = 64  # number of rows of a parquet file in memory at a time
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
            "picture", "photo", "image.bytes", "content", "data")  # fmt: skip
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name",
@@ -29,9 +29,9 @@ _LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "category"
 
 
 def find_parquet(src: Path, split: str) -> tuple[list[Path], bool]:
-    """Find the parquet files of a split, and say whether names of files or folders say the split.
+    """Find the parquet files of a split; return whether names of files or folders tell the split.
 
-    They lie in the folder, in ``data``, or in folders of the split, as Hugging Face has them.
+    The files lie in the folder, in ``data``, or in folders of the split, as on Hugging Face.
 
     Raises:
         UserError: there are such files, but none of this split.
@@ -60,11 +60,15 @@ def find_parquet(src: Path, split: str) -> tuple[list[Path], bool]:
 
 
 def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list[str] | None]:
-    """Unpack the images of parquet files; return them, and the names of classes if they are there.
+    """Unpack the images of parquet files; return them, and the names of classes if there are any.
+
+    Args:
+        files: parquet files of one split.
+        spool: file into which the images are written.
 
     Raises:
         UserError: a file is damaged, or has no images in it.
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     listing, classes = Listing(), None
     unlabelled: list[Entry] = []
@@ -138,7 +142,7 @@ def _from_parquet(
 
 
 def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
-    """Return the columns of images and of labels, found by metadata, by name, or by type."""
+    """Return the columns of images and labels, found by metadata, name or type; None: no labels."""
     names = list(schema.names)
     lower = {name.lower(): name for name in reversed(names)}
     features = _features(schema)
@@ -154,14 +158,14 @@ def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
 
 
 def _binary(schema: Any) -> list[str]:
-    """Return the column that holds bytes, if there is only one."""
+    """Return the column that holds bytes, if there is exactly one."""
     types = {field.name: field.type for field in schema}
     names = [n for n, t in types.items() if str(t) in ("binary", "large_binary", "binary_view")]
     return names if len(names) == 1 else []
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return the description of the columns that Hugging Face's datasets put into the metadata."""
+    """Return the description of the columns that Hugging Face's datasets keep in the metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -170,20 +174,20 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _partition(file: Path) -> str:
-    """Return the label that the folder of a partition names: ``label=3``; else "images"."""
+    """Return the label that a partition's folder names, such as ``label=3``; otherwise "images"."""
     pairs = [part.partition("=") for part in file.parts]
     return next((unquote(v) for k, _, v in reversed(pairs) if k in _LABELS and v), "images")
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
-    """Return the names of the classes in the metadata; None where there are none."""
+    """Return the names of the classes in the metadata; None if there are none."""
     feature = _features(schema).get(label) if label else None
     names = feature.get("names") if isinstance(feature, dict) else None
     return [normal(str(name)) for name in names] if isinstance(names, list) else None
 
 
 def _bytes_of(value: Any, where: str) -> tuple[bytes | None, str | None]:
-    """Return the bytes of an image and its name; None where a row has none.
+    """Return the bytes of an image and its name; None for what a row does not have.
 
     Raises:
         UserError: the row holds something else, such as a path or pixels.

@@ -15,7 +15,7 @@ from mae_scale.errors import UserError
 
 
 def expand(spec: str) -> list[str]:
-    """List the tars that a folder, a path, a URL or a command with braces means.
+    """List the tars that a folder, path, URL or command stands for; braces are expanded.
 
     Raises:
         UserError: there are no tars, or one does not exist.
@@ -45,7 +45,7 @@ def expand(spec: str) -> list[str]:
 
 
 def _parent(file: str) -> Path:
-    # Links are not followed: in Hugging Face's cache they lead to one folder that all share.
+    # Links are not followed: in Hugging Face's cache they all lead to one shared folder.
     return Path(os.path.abspath(file)).parent  # noqa: PTH100
 
 
@@ -53,7 +53,8 @@ def index_folder(files: Sequence[str], out: str | Path | None) -> Path:
     """Choose the folder for the index of these tars.
 
     Raises:
-        UserError: they lie in several folders and none is given, or it cannot be written.
+        UserError: the tars lie in several folders and `out` is None, or the folder cannot be
+            written.
     """
     if out is not None:
         folder = Path(out)
@@ -72,7 +73,7 @@ def index_folder(files: Sequence[str], out: str | Path | None) -> Path:
 
 
 def check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
-    """Raise a UserError where the index would replace that of other tars."""
+    """Raise a UserError if the index would replace that of other tars."""
     if not (folder / MANIFEST).exists():
         if (folder / INDEX).exists() and not _is_ours(folder / INDEX):
             raise UserError(f"{folder} has an {INDEX} of something else; give another with --out")
@@ -97,8 +98,9 @@ def _is_ours(path: Path) -> bool:
 def hide_commands(files: Sequence[str], folder: Path) -> tuple[str | None, list[str]]:
     """Return the command that reads the tars by their names, and their names in the manifest.
 
-    Commands and URLs with secrets do not go into a manifest: the part that differs between them
-    becomes the name, and the user gives the rest when reading. Without secrets there is no command.
+    Commands and URLs with secrets are not written into a manifest: the part that differs between
+    them becomes the name, and the user gives the rest when reading. Without secrets the command is
+    None.
     """
     if not any(has_secrets(file) for file in files):
         return None, [_relative(file, folder) for file in files]

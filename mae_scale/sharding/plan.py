@@ -1,7 +1,7 @@
 """The plan of the shards: the shard and the place of each image.
 
-The plan follows from the list of images, the seed and the options alone, so any process can
-write any shard at any time, and the shards are the same.
+The plan follows from the list of images, the seed and the options alone. So any process can write
+any shard at any time, and the shards are the same.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import shrink
 from mae_scale.sharding.sources import Source
 
-OPTIONAL = ("max_pixels", "baseline")  # keys of the record that stand there unless at default
+OPTIONAL = ("max_pixels", "baseline")  # keys that the record leaves out at their defaults
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides about the bytes of the shards, apart from the images themselves."""
+    """Options that, with the images, decide the bytes of the shards."""
 
     split: str
     seed: int = 0
     samples_per_shard: int | None = None
-    shard_size: int = 256_000_000  # bytes, where samples_per_shard is None
-    resize_short: int | None = None  # pixels
+    shard_size: int = 256_000_000  # bytes, if samples_per_shard is None
+    resize_short: int | None = None  # pixels of the short side; None: not resized
     quality: int = 90  # quality of resized JPEGs
     max_pixels: int = MAX_PIXELS  # a larger image counts as damaged
-    baseline: bool = False  # progressive JPEGs are made baseline, without loss
+    baseline: bool = False  # whether progressive JPEGs are made baseline, without loss
 
 
 class Plan:
@@ -72,11 +72,11 @@ class Plan:
         return f"{self.options.split}-{shard:06d}.tar"
 
     def images(self, shard: int) -> npt.NDArray[np.int64]:
-        """Return the places in the source of a shard's images, in the order of the shard."""
+        """Return the places in the source of a shard's images, int64, in the order of the shard."""
         return self.order[self.bounds[shard] : self.bounds[shard + 1]]
 
     def bytes(self, shard: int) -> int:
-        """Return the size of the tar; it is an estimate where images are resized."""
+        """Return the size of the tar in bytes; it is an estimate if images are resized."""
         size = int(self.entry_sizes[self.images(shard)].sum()) + 2 * tarfile.BLOCKSIZE
         return -(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
@@ -94,7 +94,7 @@ class Plan:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """Facts that two runs must have in common to write into one folder."""
+        """Return the facts that two runs must share to write into one folder."""
         options = self.options
         by_size = options.samples_per_shard is None
         return {
@@ -107,7 +107,7 @@ class Plan:
             "resize_short": options.resize_short,
             "quality": options.quality if options.resize_short else None,
             "source_sha256": self.source.fingerprint(),
-            # Older folders have no such key: it is written only if it is not their value.
+            # Older folders have no such key, so it is written only if its value is not the default.
             **({"max_pixels": options.max_pixels} if options.max_pixels != MAX_PIXELS else {}),
             **({"baseline": True} if options.baseline else {}),
         }
@@ -118,7 +118,7 @@ def _padded(size: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def _keys(source: Source) -> list[str]:
-    """Make WebDataset keys: file names where these are unique and safe, else numbered ones.
+    """Make WebDataset keys: file names if these are unique and safe, otherwise numbers.
 
     A dot would end the key, and ustar has room for 100 bytes.
     """

@@ -1,4 +1,4 @@
-"""Worker processes that always end: on an error, on a signal, with their parent."""
+"""Worker processes that always end: on an error, on a signal, and with their parent."""
 
 from __future__ import annotations
 
@@ -47,13 +47,18 @@ def run_all(
 ) -> Generator[Result, None, None]:
     """Call `function` for each item in forked processes; yield results as they come; show progress.
 
-    Leaving early, also by an exception such as a signal handler's, ends the processes at once. That
-    rules out the pools of the standard library: their threads wait for ever for a lock or for the
-    rest of a message when a worker is killed, or a KeyboardInterrupt comes, at the wrong moment.
+    Leaving early, also by an exception such as a signal handler's, ends the processes at once. The
+    pools of the standard library cannot do that: their threads wait for ever for a lock or for the
+    rest of a message if a worker is killed, or a KeyboardInterrupt comes, at the wrong moment.
 
     Args:
-        value: result of `shared()` in the workers; it is not copied.
-        counters: shared array of int64; its sum is the part of `total` that is done, in `unit`.
+        function: function to call in a worker process.
+        items: arguments of the calls.
+        workers: number of processes.
+        value: value that `shared()` returns in the workers; it is not copied.
+        counters: shared array of int64; its sum is the finished part of `total`.
+        total: whole amount of work, in `unit`, for the display of progress.
+        unit: name of the unit of `total`.
 
     Raises:
         WorkerKilled: a process ended without an answer.
@@ -93,11 +98,11 @@ def run_all(
 
 @contextmanager
 def _signals_held_back() -> Iterator[Callable[[], None]]:
-    """Run the handlers of signals, which may raise, only when the function that it gives is called.
+    """Run the handlers of signals, which may raise, only when the yielded function is called.
 
     An exception anywhere else could leave behind a process that is just being started, and the
     interpreter would wait for it for ever at its own end. Blocking signals does not prevent this:
-    another thread, such as one of OpenBLAS, takes them, and the handler still runs in this one.
+    another thread, such as one of OpenBLAS, receives them, and the handler still runs in this one.
     """
     arrived: list[signal.Signals] = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -129,7 +134,7 @@ def _start(
     value: Any,
 ) -> None:
     context = multiprocessing.get_context("fork")
-    # A signal to all processes must not reach one that is not yet set up.
+    # A signal to all processes must not reach a process that is not yet set up.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         for _ in range(max(1, workers)):
@@ -137,7 +142,7 @@ def _start(
             process = context.Process(target=_work, args=(theirs, function, os.getpid(), value))
             process.start()
             pool[mine] = process
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # the pipe then ends when the process ends
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -145,7 +150,7 @@ def _start(
 def _give(connection: Connection, waiting: Iterator[Any]) -> bool:
     """Send the next item, if there is one."""
     for item in waiting:
-        with suppress(BrokenPipeError):  # the process is dead; its end is found when reading
+        with suppress(BrokenPipeError):  # the process has ended, which is found when reading
             connection.send(item)
         return True
     return False
@@ -174,7 +179,7 @@ def _work(connection: Connection, function: Callable[[Any], Any], parent: int, v
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse the buffers of images: getting pages anew takes a fifth of the time."""
+    """Make glibc reuse the buffers of images: getting new pages would take a fifth of the time."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, size in ((-3, 32 << 20), (-1, 256 << 20)):  # mmap and trim thresholds

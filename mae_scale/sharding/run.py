@@ -1,9 +1,9 @@
 """Writing shards in parallel, with the same bytes every time, and going on after interruptions.
 
-Until all shards are there the folder has a subfolder ``.sharding`` with the plan, a record of
-each finished shard, and the unfinished ones. A tar gets its name only when it is whole, its record
-follows, and the manifest comes last. No step needs a lock: two runs of one plan write the same
-bytes.
+Until all shards are finished, the folder has a subfolder ``.sharding`` with the plan, a record of
+each finished shard, and the unfinished shards. A tar gets its name only when it is whole, its
+record follows, and the manifest comes last. No step needs a lock: two runs of one plan write the
+same bytes.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ def shard(
     """Write the images of one split of `src` as shards into the folder `out`.
 
     Args:
-        workers: writer processes; they don't change the result.
+        workers: number of writer processes, which does not change the result.
         num_tasks, task_index: write only every `num_tasks`-th shard, from `task_index` on.
-        dry_run: say what would be written, and write nothing.
-        find: function of folder, split and workers that lists the images in `src`; None: its
+        dry_run: whether to print what would be written, and write nothing.
+        find: function of folder, split and workers that lists the images in `src`; None: the
             layout is found by looking.
-        choice: which images to take, and what their classes are; None: all, by looking.
+        choice: images to take, and their classes; None: all images, classes by looking.
 
     Returns:
         Exit code: 0 if done, STOPPED after a signal.
 
     Raises:
-        UserError: bad input; nothing has been written.
-        ShardingError: no room, or a file could not be read or written.
+        UserError: the input is bad; nothing has been written.
+        ShardingError: the disk is full, or a file could not be read or written.
     """
     src, out = Path(src), Path(out)
     if options.baseline:
@@ -187,7 +187,7 @@ def _run(plan: Plan, out: Path, workers: int, num_tasks: int, task_index: int) -
                 )
                 return
         except (ShardingError, FileNotFoundError):
-            # Another run or task may have finished all of it, and removed the work folder.
+            # Another run or task may have finished all shards, and removed the work folder.
             if not (out / MANIFEST).exists():
                 raise
     manifest = _check_plan(plan, out)
@@ -213,7 +213,7 @@ def _write_mine(plan: Plan, out: Path, workers: int, mine: range) -> None:
 
 
 def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
-    """Return the manifest if the folder is finished, else None.
+    """Return the manifest if the folder is finished, otherwise None.
 
     Raises:
         UserError: the folder belongs to another plan, or holds other tars.
@@ -248,16 +248,16 @@ def _check_plan(plan: Plan, out: Path) -> dict[str, Any] | None:
 
 
 def _start_work(plan: Plan, out: Path) -> None:
-    """Write the plan, and remove what ended runs have left unfinished."""
+    """Write the plan, and remove the unfinished files of runs that have ended."""
     work = out / WORK
     work.mkdir(exist_ok=True)
     mine = work / f"plan.{owner()}"
     write_atomically(mine, dump(plan.record))
     try:
-        os.link(mine, work / "plan.json")  # the first of several tasks wins
+        os.link(mine, work / "plan.json")  # the first of several tasks writes it
     except FileExistsError:
         pass
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if not (work / "plan.json").exists():
             shutil.copyfile(mine, work / "plan.json")
     mine.unlink()
@@ -355,7 +355,7 @@ def _clean(out: Path) -> None:
 
 
 def _finish_again(plan: Plan, out: Path, manifest: dict[str, Any], workers: int) -> None:
-    """Say that a folder is finished; write shards again that have been lost since."""
+    """Report that a folder is finished; write again shards that have been lost since."""
     number = {plan.file(i): i for i in range(len(plan))}
     lost = {}
     for entry in manifest["shards"]:

@@ -1,12 +1,12 @@
 """Sources of images: ImageNet in its usual forms, or any folder of images.
 
-`find_source` looks at a folder and lists the images of one split, without unpacking or copying:
+`find_source` lists the images of one split in a folder, without unpacking or copying them:
 
 - the official archives, ``ILSVRC2012_img_train.tar`` (tars inside a tar) or
   ``ILSVRC2012_img_val.tar`` with the devkit: headers are read by seeking, images by offset;
 - the Kaggle layout, and folders of class folders, with or without splits above them (`layouts`);
-- tars of classes, of splits, or of all of it (`archives`); compressed ones are unpacked beside the
-  shards;
+- tars of classes, of splits, or of everything (`archives`); compressed tars are unpacked beside
+  the shards;
 - Hugging Face's parquet files, which are unpacked as well (`parquet`).
 
 The same images in another form give the same list, so they give the same shards.
@@ -43,7 +43,7 @@ from mae_scale.sharding.words import split_word
 
 __all__ = ["Choice", "Source", "find_source"]
 
-_SPLIT_SALT = 0x5EED  # separates this use of the seed from all others
+_SPLIT_SALT = 0x5EED  # keeps this use of the seed apart from all others
 
 
 def find_source(
@@ -56,10 +56,14 @@ def find_source(
     """List the images of `split` ("train" or "val") in `src`.
 
     Args:
+        src: folder, archive, or other source of images.
+        split: "train" or "val".
+        workers: number of processes that read archives.
+        choice: images to take, and their classes; None: all images, classes by looking.
         work: folder into which packed sources are unpacked; None: these are refused.
 
     Raises:
-        UserError: `src` does not exist, lacks the split, holds no images, or cannot be understood.
+        UserError: `src` does not exist, lacks the split, holds no images, or has an unclear layout.
     """
     src, choice = Path(src), choice or Choice()
     if not src.exists():
@@ -109,7 +113,7 @@ def _readable(name: str) -> bool:
 def _look(
     src: Path, split: str, workers: int, choice: Choice, work: Path | None
 ) -> tuple[Source, bool]:
-    """Find the source, and whether it has splits of its own."""
+    """Find the source, and return whether it has splits of its own."""
     archive = src / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file() and choice.list_file is None:
         return (train_archive if split == "train" else val_archive)(archive, workers), True
@@ -131,13 +135,14 @@ def _look(
 def _packed(
     src: Path, split: str, workers: int, choice: Choice, work: Path | None
 ) -> tuple[Source, bool] | None:
-    """Find the images in parquet files or tars; None where there are none."""
+    """Find the images in parquet files or tars; return None if there are none."""
     if holds_images(src):
-        # What was unpacked counts, and not the archive beside it, unless only this is of the split.
+        # Unpacked images come before the archive beside them, unless only the archive has the
+        # split.
         folders = [p for p in src.iterdir() if p.is_dir() and split_word(p.name) == (split, True)]
         tars = [p for p in src.glob("*.tar*") if split_word(stem_of_tar(p)) == (split, True)]
         if folders and not any(holds_images(folder, itself=True) for folder in folders):
-            tars = find_archives(src, split)  # the tars of classes, out of ImageNet's archive
+            tars = find_archives(src, split)  # the tars of classes, from ImageNet's archive
         elif folders:
             return None
         if not tars:
@@ -181,11 +186,11 @@ def _packed(
     return source, has_splits
 
 
-# A choice of the images
+# Taking a part of the images
 
 
 def _take(source: Source, which: np.ndarray, classes: list[str], labels: np.ndarray) -> Source:
-    """Keep the images at some places of a source, with other labels."""
+    """Keep the images at the places `which` of a source, with new classes and labels."""
     order = np.lexsort((which, labels))
     which, labels = which[order], labels[order]
     source.names = [source.names[i] for i in which.tolist()]
@@ -197,7 +202,7 @@ def _take(source: Source, which: np.ndarray, classes: list[str], labels: np.ndar
 
 
 def _part(source: Source, split: str, share: float, seed: int) -> Source:
-    """Keep the train or the val part of each class; the same seed gives both parts."""
+    """Keep the train or the val part of each class; both parts follow from the same seed."""
     keep = np.zeros(len(source), bool)
     for label in range(len(source.classes)):
         places = np.flatnonzero(source.labels == label)
@@ -211,11 +216,11 @@ def _part(source: Source, split: str, share: float, seed: int) -> Source:
 
 
 def _with_classes(source: Source, classes: Sequence[str]) -> Source:
-    """Keep the images of some classes, numbered in the order of these."""
+    """Keep the images of the given classes, and number these in their order."""
     there = {source.classes[label] for label in np.unique(source.labels).tolist()}
     known = there & set(classes)
     if not known:
-        # Numbers as labels of a list are places among the classes.
+        # Labels that are numbers, as in lists, are places among the classes.
         number = number_by(classes, there)
     else:
         number = {name: i for i, name in enumerate(classes) if name in there}

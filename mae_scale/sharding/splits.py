@@ -25,11 +25,11 @@ from mae_scale.sharding.words import (
 class Folder:
     """A folder with images in it or below it."""
 
-    path: str  # below the source; empty for the source itself
-    direct: int = 0  # number of images that lie in the folder itself
-    total: int = 0  # number of images with those in the folders below
+    path: str  # path below the source; empty for the source itself
+    direct: int = 0  # number of images in the folder itself
+    total: int = 0  # number of images in the folder and below it
     children: dict[str, Folder] = field(default_factory=dict)
-    validation: bool = False  # holds ImageNet's validation images, as they come out of their tar
+    validation: bool = False  # whether it holds ImageNet's validation images, as in their tar
 
     @property
     def deep(self) -> bool:
@@ -67,13 +67,13 @@ class Found(NamedTuple):
     """The folders that hold a split."""
 
     folders: list[Folder]
-    has_splits: bool  # the source says by folders which images are train, and which val
+    has_splits: bool  # whether folders of the source tell which images are train and val
     warnings: list[str]
-    others: dict[str, Folder]  # the folders of the other splits, by name
+    others: dict[str, Folder]  # folders of the other splits, by name
 
 
 def find_split(root: Folder, listing: Listing, split: str, src: Path, choice: Choice) -> Found:
-    """Find the folders of a split; the source itself where its folders are classes.
+    """Find the folders of a split: the source itself if its folders are classes.
 
     Args:
         choice: with a depth of the classes only clear splits count; with that or a share for val,
@@ -131,7 +131,7 @@ def find_split(root: Folder, listing: Listing, split: str, src: Path, choice: Ch
 
 
 def _below_cover(root: Folder) -> Folder | None:
-    """Return the only folder in a folder, where it holds all the others, as that of an archive."""
+    """Return the only folder in a folder if it has subfolders and most of the images."""
     inner = next(iter(root.children.values())) if len(root.children) == 1 else None
     if inner is None or not inner.deep or inner.direct > inner.total - inner.direct:
         return None
@@ -139,7 +139,7 @@ def _below_cover(root: Folder) -> Folder | None:
 
 
 def _clear_splits(root: Folder) -> Folder | None:
-    """Return the folder that holds two splits or more, and nothing else unless all have classes."""
+    """Return the folder that holds two or more splits, and nothing else unless all have classes."""
     below: Folder | None = root
     while below is not None:
         words = {n: split_word(n)[0] for n in below.children if split_word(n)[1]}
@@ -152,7 +152,7 @@ def _clear_splits(root: Folder) -> Folder | None:
 
 
 def uncovered(folder: Folder) -> Folder:
-    """Return the folder below a split that holds its classes: train, or train/images."""
+    """Return the folder that holds the classes of a split: train itself, or train/images."""
     while len(folder.children) == 1 and next(iter(folder.children)).lower() in IMAGE_FOLDERS:
         folder = next(iter(folder.children.values()))
     return folder
@@ -163,7 +163,7 @@ def _left_out_text(count: int, folder: Path, where: str) -> str:
 
 
 def _split_folders(root: Folder, split: str, src: Path) -> list[Folder] | None:
-    """Return the folders of the split below a folder, or None where they are no splits."""
+    """Return the folders of the split below a folder; None if its folders are no splits."""
     tops = root.children
     words = {name: split_word(name) for name in tops}
     exact = {name for name in tops if words[name][0] and words[name][1]}
@@ -194,8 +194,8 @@ def _split_folders(root: Folder, split: str, src: Path) -> list[Folder] | None:
         if any(tops[name].deep for name in loose):
             raise _unclear(src, loose)
         return _of_split(root, exact, split, src)
-    # There is one split's name beside folders of other names.
-    if not others:  # these are masks
+    # A name of one split stands beside folders of other names.
+    if not others:  # all other folders hold masks
         return _of_split(root, exact, split, src)
     if not deep:
         return None  # train is the name of a class
@@ -238,7 +238,7 @@ def _unclear(src: Path, names: set[str]) -> UserError:
     )
 
 
-# What looks like splits or masks, and is not understood
+# Refusing folders that look like splits or masks, but whose meaning is not clear
 
 
 def _refuse_inner_splits(root: Folder, src: Path) -> None:
@@ -272,7 +272,7 @@ def _refuse_masks(root: Folder, src: Path) -> None:
 
 
 def _refuse_shared_names(root: Folder, src: Path) -> None:
-    """Refuse splits in words that are not known, and domains: they hold the same classes."""
+    """Refuse folders with the same classes: splits with unknown names, or domains."""
     tops = [folder for folder in root.children.values() if not folder.direct]
     names = Counter(name for folder in tops for name in folder.children)
     shared = [name for name, count in names.items() if count > 1]
@@ -285,7 +285,7 @@ def _refuse_shared_names(root: Folder, src: Path) -> None:
 
 
 def refuse_shared_classes(class_name: dict[str, str], where: Path) -> None:
-    """Refuse classes of several folders that end in the same names, as the parts of a split do."""
+    """Refuse classes of several folders with the same last names, as parts of a split have."""
     ends: dict[str, set[str]] = {}
     for name in set(class_name.values()):
         if "/" in name:
@@ -301,7 +301,7 @@ def refuse_shared_classes(class_name: dict[str, str], where: Path) -> None:
 
 
 def _refuse_lists(root: Folder, listing: Listing, src: Path) -> None:
-    """Refuse a source whose splits are said by files such as train.txt and test.txt."""
+    """Refuse a source whose splits are listed in files such as train.txt and test.txt."""
     spoken: dict[str, set[str]] = {}
     for name in listing.tables:
         if splits := splits_in(stem_of(name)):
@@ -341,12 +341,12 @@ def refuse_paired(listing: Listing, src: Path) -> None:
 
 
 def classes_of(root: Folder, depth: int | None) -> dict[str, str]:
-    """Return the class of each folder below a root, by path; folders without one are not there.
+    """Return the class of each folder below a root, by path, without folders that have no class.
 
     As in torchvision's ImageFolder, the folder at the top is the class. Where most top folders hold
     no images themselves (Places: ``a/abbey``, iNaturalist: ``Aves/1234``), the class is the
-    outermost folder with more images in itself than below it; a last part that all share (Tiny
-    ImageNet: ``n01443537/images``) is dropped.
+    outermost folder with more images in itself than below it. A last part that all paths share
+    (Tiny ImageNet: ``n01443537/images``) is dropped.
     """
     skip = len(root.path) + 1 if root.path else 0
     if not root.children:
@@ -367,7 +367,7 @@ def classes_of(root: Folder, depth: int | None) -> dict[str, str]:
 
 
 def classes_anywhere(root: Folder, depth: int | None) -> dict[str, str]:
-    """Return the class of each folder, of all splits that the source has; see `classes_of`."""
+    """Return the class of each folder, over all splits of the source; see `classes_of`."""
     clear = _clear_splits(root)
     if depth is not None and clear is None:
         return classes_of(root, depth)
@@ -382,7 +382,7 @@ def classes_anywhere(root: Folder, depth: int | None) -> dict[str, str]:
 
 
 def classes_with_folders(root: Folder) -> list[str]:
-    """Return folders below those classes that, unlike others, have most images in such folders."""
+    """Return the folders below classes that, unlike others, have most of their images there."""
     tops = [f for f in root.children.values() if f.direct < f.total - f.direct]
     mixed = len(tops) < len(root.children)
     return sorted(f"{f.path}/{min(f.children)}" for f in tops) if mixed else []

@@ -1,4 +1,4 @@
-"""Walking through tars, by seeking in files and by reading streams from front to back."""
+"""Walking through tars, by seeking in files or by reading streams from front to back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mae_scale.files import open_file
 
 
 class Header(tarfile.TarInfo):
-    """A header whose long names and attributes, which tarfile reads whole, have a sane size."""
+    """A header that limits the size of long names and attributes, which tarfile reads whole."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         beside = (
@@ -29,7 +29,7 @@ class Header(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-_MOST_BESIDE = 1 << 20  # bytes
+_MOST_BESIDE = 1 << 20  # largest size of long names and attributes, in bytes
 
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")  # gz bz2 xz zst zip
 
@@ -40,7 +40,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
-    problem: str = ""  # why its bytes do not lie there: it is a link, or stored sparse
+    problem: str = ""  # why its bytes do not lie there, as for a link or sparse file
 
 
 def walk_tar(
@@ -49,11 +49,13 @@ def walk_tar(
     """Yield the files of a tar, or of a tar in bytes [start, end) of another, by seeking.
 
     Args:
+        path: file with the tar.
+        start, end: bytes of the tar in that file; None: up to its end.
         inner: name of the tar in the tar, for messages.
-        resync: search on for the next header after a damaged one.
+        resync: whether to search for the next header after a damaged one.
 
     Raises:
-        UserError: it is no tar, it ends too early, or something stands behind its end.
+        UserError: the file is no tar, ends too early, or goes on behind the tar's end.
     """
     where = f"{path} ({inner})" if inner else str(path)
     try:
@@ -65,7 +67,7 @@ def walk_tar(
                 fileobj=stream, mode="r:", ignore_zeros=resync, tarinfo=Header
             ) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps them all
                     problem = problem_of(member)
                     if not problem and member.offset_data + member.size > end:
                         raise UserError(f"{where} ends inside {member.name}: it is cut short")
@@ -80,21 +82,22 @@ def walk_tar(
 
 
 def problem_of(member: tarfile.TarInfo) -> str:
-    """Say why the bytes of a file do not lie behind its header; empty if they do."""
+    """Return why the bytes of a file do not lie behind its header; empty if they do."""
     if member.islnk() or member.issym():
         return "it is a link"
     return "it is stored sparse" if member.issparse() else ""
 
 
 def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
-    """Say what is wrong with the bytes behind the last member that was found; None: nothing.
+    """Return what is wrong with the bytes behind the last member that was found; None if nothing.
 
-    tarfile takes a damaged header for the end, and stops at the first of several tars.
+    This is needed because tarfile takes a damaged header for the end, and stops at the first of
+    several tars.
 
     Args:
         stream: stream that continues behind `block`.
-        at: byte at which `block`, the first one that is no member, begins.
-        left: bytes from there to the end; None: until the stream ends.
+        at: offset of `block`, the first one that is no member.
+        left: number of bytes from there to the end; None: until the stream ends.
     """
     if block.strip(b"\0"):
         return f"has a damaged header at byte {at:,}"
@@ -113,7 +116,7 @@ def _rest(stream: Any, at: int, left: int | None, block: bytes) -> str | None:
 
 
 def lacks_end(path: Path, start: int = 0, end: int | None = None) -> bool:
-    """Return whether the end marker is missing behind a tar, or one in bytes [start, end)."""
+    """Return whether a tar, or a tar in bytes [start, end) of a file, lacks its end marker."""
     with open_file(path) as stream:
         end = os.fstat(stream.fileno()).st_size if end is None else end
         size = min(BLOCK, end - start)
@@ -125,7 +128,7 @@ class Tail:
     """A stream that remembers the last megabytes that were read from it.
 
     Attributes:
-        first: the first bytes, which say whether it is compressed.
+        first: first bytes, which show whether it is compressed.
         has_end: whether `stream_tar` has found an end marker in it.
     """
 
@@ -151,7 +154,7 @@ class Tail:
         """Take note of bytes that have been read; a subclass may count or hash them."""
 
     def since(self, at: int) -> bytes:
-        """Return the bytes that were read from byte `at` on, as far as they are remembered."""
+        """Return the bytes that were read from offset `at` on, as far as they are remembered."""
         kept = self._before + self._last
         return kept[max(0, at - (self.bytes - len(kept))) :]
 
@@ -160,11 +163,11 @@ def stream_tar(stream: Tail, file: str) -> Iterator[tuple[tarfile.TarInfo, tarfi
     """Yield the members of a tar that is read from front to back, to its very end.
 
     Raises:
-        UserError: it is no tar, is compressed, ends too early, or goes on behind its end.
+        UserError: the stream is no tar, is compressed, ends too early, or goes on behind the tar.
     """
     where = shown(file)
     try:
-        # tarfile knows the long names of GNU and pax; "r|" never seeks.
+        # tarfile handles the long names of GNU and pax; "r|" never seeks.
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20, tarinfo=Header) as tar:  # type: ignore[call-overload]
             for member in tar:
                 tar.members = []

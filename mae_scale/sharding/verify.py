@@ -45,7 +45,7 @@ class Report:
 @dataclass
 class _Job:
     shards: ShardSet
-    own: bool  # written by this program, not indexed
+    own: bool  # whether this program wrote them, instead of indexing them
     fast: bool
     checked: Any  # number of checked images of each shard, in shared memory
 
@@ -54,14 +54,15 @@ def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Repor
     """Check sizes, SHA-256, tar structure, labels, checksums, and that every image decodes.
 
     Args:
-        fast: don't decode.
+        fast: whether to leave out the decoding of images.
+        workers: number of processes.
 
     Raises:
         UserError: there is no finished folder of shards.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        open_shards(folder)  # raises an error that says what is wrong
+        open_shards(folder)  # it raises an error that says what is wrong
     try:
         shards = open_shards(folder)
     except (UserError, OSError, ValueError) as error:
@@ -196,6 +197,6 @@ def _end_problem(path: Path) -> list[str]:
 
 
 def _name_before(descriptor: int, offset: int) -> str:
-    """Read the name in the header before some data, for shards that cannot be walked."""
+    """Read the name in the header before a file's data, for shards that cannot be walked."""
     header = read_header(os.pread(descriptor, BLOCK, max(0, offset - BLOCK)))
     return header.name if header else f"the member at byte {offset:,}"

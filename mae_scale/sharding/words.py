@@ -1,4 +1,4 @@
-"""Names of folders and files: which split they mean, and whether they look like masks."""
+"""Meaning of the names of folders and files: splits, lists or masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NFKD = {
     for split, words in _SPLITS.items()
     for word in words.split()
 }
-# Other words in the names of splits' folders: train.X1, ILSVRC2012_img_train, val_256.
+# Other words in the names of folders of splits, such as ILSVRC2012_img_train or val_images.
 _OTHER_WORDS = (
     "x t v s k in px img imgs image images photos pictures bilder jpg jpeg png folder dir set sets "
     "data dataset daten sdaten split part parts imagenet ilsvrc large small full standard crop "
@@ -41,13 +41,13 @@ _MASKS = {
 _BESIDE_MASKS = {"class", "object", "color", "colour", "fine", "coarse", "instance", "semantic",
                  "panoptic", "visuals", "ground", "truth", "binary", "instances"}  # fmt: skip
 IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages", "jpg", "jpeg", "png", "photos"}
-# Folders that systems and tools put beside images, with small copies of these.
+# Folders that systems and tools put beside images, some with small copies of the images.
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"}
 LIST_SUFFIXES = {"txt", "csv", "tsv", "json", "jsonl", "lst", "mat", "xlsx"}
 
 
 def _tokens(name: str) -> list[str]:
-    """Return the words of a name: TrainSet, train_set and trainset are the same two."""
+    """Return the words of a name; TrainSet, train_set and trainset have the same two words."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     tokens = _words(name)
     return tokens if any(t in _NFKD or t in _MASKS for t in tokens) else _words(parted)
@@ -91,13 +91,13 @@ def own_word(name: str) -> str:
 
 
 def may_list(name: str) -> bool:
-    """Return whether a file's name says that it lists images: of splits, or with their labels."""
+    """Return whether a file's name says that it lists images, of splits or with their labels."""
     stem = name.partition(".")[0].casefold()
     return stem in ("metadata", "labels", "image_labels", "imagelabels") or bool(splits_in(name))
 
 
 def splits_in(name: str) -> set[str]:
-    """Return all splits that a name speaks of: train_test_split.txt speaks of two."""
+    """Return all splits that a name mentions; train_test_split.txt mentions two."""
     return {_NFKD[token][0] for token in _tokens(name) if token in _NFKD}
 
 

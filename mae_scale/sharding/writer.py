@@ -1,4 +1,4 @@
-"""Writing one shard, whole or not at all, and the record that it is finished."""
+"""Writing one shard, whole or not at all, and the record of the finished shard."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PIECE_BYTES = 2_000_000  # bytes of images that a thread takes at a time
 
 
 class ShardingError(RunError):
-    """Sharding failed for a reason outside of its input; the same command goes on."""
+    """Sharding failed for a reason other than its input; the same command goes on later."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Job:
 
 
 def write_shard(shard: int) -> dict[str, Any]:
-    """Write a shard and then its record, each atomically; in a worker process."""
+    """Write a shard and then its record, each atomically; return the record. Runs in a worker."""
     job: Job = shared()
     finished = read_record(job.out, job.plan, shard)
     if finished is not None:  # another run has written it in the meantime
@@ -87,13 +87,13 @@ def write_shard(shard: int) -> dict[str, Any]:
 class _Piece:
     """Some samples that follow each other in the tar."""
 
-    parts: list[bytes]  # not joined: copying them would take as long as hashing them
+    parts: list[bytes]  # not joined, because copying takes as long as hashing
     size: int  # bytes
     index: list[tuple[int, ...]]  # fields of INDEX_DTYPE or ANNOTATED_DTYPE, offsets in the piece
     checksums: list[int]
-    damaged: list[tuple[str, str]]  # name, reason
+    damaged: list[tuple[str, str]]  # name and reason
     baseline: int = 0  # number of progressive JPEGs that were made baseline
-    progressive: int = 0  # number of those that could not
+    progressive: int = 0  # number of those that could not be made baseline
 
 
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
 
 
 def _write(descriptor: int, parts: list[bytes]) -> None:
-    """Write parts one after the other, without copying them together first."""
+    """Write parts one after the other, without joining them in memory first."""
     for i in range(0, len(parts), _PARTS):
         some = parts[i : i + _PARTS]
         left = sum(map(len, some)) - os.writev(descriptor, some)
-        if left:  # a disk that is almost full takes less
+        if left:  # a disk that is almost full accepts only a part
             rest = memoryview(b"".join(some))[-left:]
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
@@ -149,7 +149,7 @@ def _read_ahead(plan: Plan, places: npt.NDArray[np.int64]) -> Iterator[_Piece]:
     """Yield the samples at these places of the source, in order; threads prepare the next ones.
 
     This hides the latency of network file systems, and shares the work: reading, checksums,
-    hashing, writing and decoding all leave the interpreter to other threads.
+    hashing, writing and decoding all release the interpreter's lock.
     """
     ends = np.cumsum(plan.source.sizes[places]) // _PIECE_BYTES
     pieces = np.split(places, np.flatnonzero(np.diff(ends)) + 1)
@@ -196,7 +196,7 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
 
 
 def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
-    """Return an image's bytes as they go into the shard, and why they cannot, or None."""
+    """Return an image's bytes for the shard, and the reason why it is damaged, or None."""
     try:
         data = plan.source.read(place)
     except OSError as error:
@@ -212,7 +212,7 @@ def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
 
 
 def _baseline(plan: Plan, piece: _Piece, data: bytes) -> tuple[bytes, str | None]:
-    """Return a progressive JPEG as a baseline one if that can be, or why it is damaged."""
+    """Return a progressive JPEG as a baseline one if possible, and why it is damaged, or None."""
     try:
         made = make_baseline(data, plan.options.max_pixels)
     except Exception as error:  # PIL's errors for damaged images have no common class
@@ -227,7 +227,7 @@ def record_path(out: Path, plan: Plan, shard: int) -> Path:
 
 
 def read_record(out: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
-    """Return the record of a finished shard if it has one and the tar agrees with it, else None."""
+    """Return the record of a finished shard; None if there is none or the tar does not match it."""
     try:
         record = json.loads(read_file(record_path(out, plan, shard)))
         if record["samples"] == 0:
