@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measure the bytes that a forward pass keeps for the backward pass, and the time of both.
 
-Counted are the tensors that autograd saves on the device, each storage once, weights left out;
-with offload the inputs of the recomputed blocks are in host memory instead. Beside it what they
-should be by the formulas of `mae_scale/planning/memory.py`, those of the blocks and all of them.
+It counts the tensors that autograd saves on the device, each storage once, without the weights;
+with offload the inputs of the recomputed blocks are in host memory instead. The bytes by the
+formulas of `mae_scale/planning/memory.py` stand beside them, for the blocks and for all tensors.
 
-On a CPU the host is the device: offload copies nothing there, so its time says nothing.
+On a CPU the host is the device: offload copies nothing there, so its time means nothing.
 """
 
 from __future__ import annotations

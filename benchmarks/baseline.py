@@ -2,7 +2,7 @@
 """Measure what `mae-scale shard --baseline` gains and costs on progressive JPEGs.
 
 The photographs are encoded as progressive JPEGs with their own tables (Pillow, quality "keep"), and
-these made baseline. Both are decoded by turns as the loader decodes them; the pixels must be equal.
+these are made baseline. Both are decoded in turns as the loader does; the pixels must be equal.
 """
 
 from __future__ import annotations

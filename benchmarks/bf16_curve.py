@@ -3,12 +3,11 @@
 
 Both runs are the real command on the same shards with the same seed: the same photographs, crops
 and masks at each step. bf16 means bf16 weights and activations with fp32 master weights, loss,
-targets and sums of gradients. Compared are the loss curves, smoothed over `SMOOTH` steps. In the
-first steps of the warm-up bf16 lags; why was not tested (updates smaller than the distance between
-two bf16 numbers would explain it).
+targets and sums of gradients. The loss curves are smoothed over `SMOOTH` steps and compared.
+In the first steps of the warm-up the bf16 loss falls later. The reason was not tested; updates
+smaller than the distance between two bf16 numbers would explain it.
 
-On a CPU without bf16 matrix units the bf16 run is several times slower; the numbers are the same
-kind.
+On a CPU without bf16 matrix units the bf16 run is several times slower; the numbers mean the same.
 """
 
 from __future__ import annotations

@@ -89,12 +89,12 @@ class Chain:
     """One run and its faults.
 
     Args:
-        folder: for the run and its logs.
-        shards: to train on; the run reads a copy of them.
-        processes: of the run, 1 or 2.
-        seed: of the moments.
+        folder: folder for the run and its logs.
+        shards: folder of shards to train on; the run reads a copy of them.
+        processes: number of processes of the run, 1 or 2.
+        seed: seed of the moments at which faults strike.
         task: pretrain, finetune or linprobe.
-        elastic: each start has another number of processes (1 or 2) and ZeRO stage.
+        elastic: whether each start has another number of processes (1 or 2) and ZeRO stage.
     """
 
     folder: Path

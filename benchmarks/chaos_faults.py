@@ -63,8 +63,8 @@ class Output:
     """Standard output and error of a leg.
 
     Args:
-        fault: how they fail, if it is one of `OUTPUTS`.
-        log: file for what can be heard.
+        fault: fault that strikes; one of `OUTPUTS` says how the outputs fail.
+        log: file for the output that can be read.
     """
 
     def __init__(self, fault: str, log: Path) -> None:

@@ -2,8 +2,8 @@
 """Measure how long a save stalls training, beside DeepSpeed's save, which neither syncs nor hashes.
 
 One process trains a model on random pixels under ZeRO-1 and saves in turns: DeepSpeed's own
-`save_checkpoint`; ours in the foreground; ours in the background, where the stall is the copy of
-the state to host memory, and what else is lost is the slower steps while the thread writes.
+`save_checkpoint`; ours in the foreground; ours in the background. There the stall is the copy of
+the state to host memory; the rest of the loss is that steps are slower while the thread writes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure how fast images are loaded, beside the official pipeline, webdataset and plain decoding.
 
-All give batches of 64 crops of 224 pixels out of the same full-size photographs, in turns, with
-the workers bound to as many cores as there are workers (and the process that takes the batches to
-other cores, where there are any):
+Each of them gives batches of 64 crops of 224 pixels out of the same full-size photographs, in
+turns, with the workers bound to as many cores as there are workers (and the process that takes the
+batches to other cores, where there are any):
 
 - official: ImageFolder, PIL, torchvision's RandomResizedCrop, flip, ToTensor, Normalize; DataLoader
 - webdataset: the same transforms, out of shards, with a shuffle buffer
@@ -12,7 +12,7 @@ other cores, where there are any):
 - with --variants, mae-scale's loader with data.repeats 2 and 4, on shards whose short side is 320
   and 256 pixels, and with fine-tuning's RandAugment and random erasing
 
-Then how long the loader takes to its first batch at the start of an epoch and at 95 % of it.
+Then it measures how long the loader takes to its first batch at the start of an epoch and at 95 %.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 The real command makes one step under ZeRO-3 on two processes, on real photographs, and saves. Then
 each form is exported in a process of its own. Memory is the kernel's VmHWM, which counts pages of
-mapped files, less that of a process that has only imported what export needs. To compare with:
-DeepSpeed's own `get_fp32_state_dict_from_zero_checkpoint`, and `torch.save`.
+mapped files, less that of a process that has only imported what export needs. They are compared
+with DeepSpeed's own `get_fp32_state_dict_from_zero_checkpoint`, and with `torch.save`.
 """
 
 from __future__ import annotations

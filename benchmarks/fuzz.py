@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fuzz every place where a file of somebody else is parsed: one line, or success.
 
-Each target of `fuzz_targets` gets good files that hypothesis has spoilt. What may come of them is a
+Each target of `fuzz_targets` gets good files that hypothesis has spoilt. Reading them may give a
 result, a `UserError` or a `RunError`. Anything else is a finding: another exception (a traceback
 for a user), more than `MOST_BYTES` of memory, more than `MOST_SECONDS` of CPU time (a hang), or a
 message that does not fit on a few lines of a terminal.
@@ -46,7 +46,7 @@ def check(target: Target, material: Material, files: Files, counts: Counter[str]
     """Write some files into a fresh folder and read them.
 
     Raises:
-        Finding: they did harm; the message says which.
+        Finding: reading them did harm; the message says which.
     """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         folder = Path(scratch)
@@ -120,8 +120,8 @@ def fuzz(
 
     Args:
         number: seed of the examples.
-        counts: counts "examples", "read" and "refused".
-        keep: folder for the files of the finding.
+        counts: numbers of examples, under "examples", "read" and "refused", which are added to.
+        keep: folder for the files of a finding.
     """
 
     @seed(number)

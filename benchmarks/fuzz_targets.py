@@ -93,8 +93,9 @@ class Target:
     """A parser, and files for it.
 
     Args:
-        files: gives the strategy of the contents of the files, by name.
-        read: reads the files in a folder as the program does.
+        name: name of the target in the table.
+        files: function that gives the strategy of the files' contents, by name.
+        read: function that reads the files in a folder as the program does.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Material:
 
     Args:
         shards: folder of shards with real images.
-        folder: an empty one, for what is made.
+        folder: empty folder for the files that are made.
     """
 
     def __init__(self, shards: Path, folder: Path) -> None:

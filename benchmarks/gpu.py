@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure everything that is worth knowing in the first ten minutes on a GPU, by one command.
 
-Each result is a line of JSON as soon as it is there; at the end they follow as tables. What fails
-is a result, too ("error"), and the rest goes on. Without a GPU, or with --small, tiny models stand
-for the large ones and the numbers mean nothing: it shows that the command works.
+Each result is printed as a line of JSON as soon as it is there; at the end all follow as tables. A
+failure is a result, too ("error"), and the rest goes on. Without a GPU, or with --small, tiny
+models stand for the large ones: the numbers mean nothing, but show that the command works.
 
 - stages: `mae-scale pretrain` trains, saves, stops on a signal, goes on; exit codes, for each stage
 - synchronisations: how often the host waits for the device in a step, by PyTorch's profiler

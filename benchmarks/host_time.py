@@ -8,7 +8,7 @@ On a GPU this is the time in which it must be done with a step, or the GPU waits
 - plain: DistributedDataParallel, autocast to bf16, fused AdamW with two groups
 - zero0 to zero3: `Stepper.hand_over`, the step of `mae-scale pretrain`, in bf16
 
-One process without a GPU. All ways stand in this process and take turns, round after round; a
+All of them run in one process without a GPU and take turns, round after round; a
 round's host time is the shortest of its steps, and a ratio is the median of the ratios within the
 rounds. An operator that only gives a view is no kernel. A read is `_local_scalar_dense`: on a GPU
 the host would wait for it.

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measure the bytes of model states per rank under ZeRO 0 to 3, beside the formula.
 
-Measured are the tensors that rank 0 holds after the backward passes of two micro-batches, the
-larger of both moments, each storage once: weights (those of the module), optimiser states (fp32
-master weights and AdamW's two moments), and all others: gradients and buffers for sending.
+It counts the tensors that rank 0 holds after the first and after the second of two backward passes,
+whichever is larger, each storage once: weights (those of the module), optimiser states (fp32 master
+weights and AdamW's two moments), and the rest: gradients and buffers for sending them.
 
-The formula is that of `mae_scale/planning/model_states.py`. Its last column is of gradients, which
-are summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
+The formula is that of `mae_scale/planning/model_states.py`. Its last column has the gradients,
+which are summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
 """
 
 from __future__ import annotations

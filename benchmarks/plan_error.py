@@ -2,15 +2,15 @@
 """Compare what `mae-scale plan` says about memory and messages with measurements.
 
 - activations: many shapes of masked autoencoders and classifiers, bf16 and fp32, checkpointing and
-  offload, frozen blocks. Saved are the storages that autograd keeps (as in activation_memory.py);
-  peak is the most that is alive within a forward and backward pass, each gradient of a weight freed
-  at once. On a GPU the peak is that of its allocator.
+  offload, frozen blocks. «Saved» counts the storages that autograd keeps (as in
+  activation_memory.py); «peak» is the most that is alive within a forward and backward pass, where
+  each weight's gradient is freed at once. On a GPU the peak is that of its allocator.
 - model states: two processes, each ZeRO stage, in bf16 (model_states.py has fp32, too).
 - a step: two processes, each ZeRO stage, two micro-batches: the most that is alive at any time,
   with all buffers of DeepSpeed's, and the bytes that the ranks give to collective operations.
 
-What is alive is counted by the tensors that operations return, so that a CPU gives what a GPU's
-allocator would; not seen is what is used within an operation.
+The bytes that are alive are counted by the tensors that operations return, so that a CPU gives what
+a GPU's allocator would. Memory that is used only within an operation is not seen.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
 Three runs of the real command on the same shards with the same seed, so that each step sees the
 same photographs, crops and masks:
 
-- fp32: everything
+- fp32: everything is fp32
 - autocast: `train.autocast`, as the authors compute: weights and the residual stream are fp32,
   layers are computed in bf16
 - bf16: the default on GPUs: weights and the residual stream are bf16, master weights fp32
 
-Printed are the mean loss over stretches of steps, its relative difference to fp32's, and the same
-for a second fp32 run with another seed, which says how much is chance.
+It prints the mean loss over stretches of steps, its relative difference to fp32's, and the same
+for a second fp32 run with another seed, which shows how much of the difference is chance.
 """
 
 from __future__ import annotations

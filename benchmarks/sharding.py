@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure how fast shards are written, beside webdataset.ShardWriter in one process and plain tar.
 
-All read the same files in the same random order (tar: as it finds them) and write to the same
-disk, in turns. ShardWriter and tar don't look into the images, compute no checksums, and don't
-wait until data is on the disk; shard_imagenet.py does all of it.
+All programs read the same files in the same random order (tar in the order of the folder) and write
+to the same disk, in turns. ShardWriter and tar don't look into the images, compute no checksums,
+and don't wait until data is on the disk; shard_imagenet.py does all three.
 """
 
 from __future__ import annotations

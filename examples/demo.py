@@ -2,8 +2,8 @@
 
     python examples/demo.py [FOLDER] [--steps N] [--out DIR]
 
-FOLDER holds your own photographs; without it, those that packages ship (photographs.py). What is
-there already is not done again: stopped by Ctrl-C, the same command goes on.
+FOLDER holds your own photographs; without it, the demo takes photographs that Python packages
+contain (photographs.py). Finished parts are not done again: after Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def half_way(run: Path, steps: int) -> bool:
 def command(words: list[object], good: set[int] | None = None, until=None) -> int:  # type: ignore[no-untyped-def]
     """Run a command; when `until()` is true, send SIGTERM to one of its processes.
 
-    Ctrl-C reaches the command too: wait until it has saved.
+    Ctrl-C reaches the command, too; it is then waited for until it has saved.
     """
     texts = [str(word) for word in words]
     print("$", " ".join(shown(Path(t)) if t.startswith("/") else t for t in texts), flush=True)

@@ -46,11 +46,12 @@ class Run:
     """One `mae-scale pretrain`, or another task, and its folder.
 
     Args:
-        run_dir, shards: folders.
+        run_dir: folder of the run.
+        shards: folder of shards to train on.
         settings: config keys beside those of `SMALL`.
         launcher: "" for none, or torchrun or deepspeed.
-        processes: of the launcher.
-        task: that trains.
+        processes: number of processes that the launcher starts.
+        task: name of the task that trains.
     """
 
     run_dir: Path
@@ -128,7 +129,7 @@ def in_one_process(runs: list[tuple[Run, str]], **environment: str) -> subproces
     """Start a process that trains the runs one after the other.
 
     Args:
-        runs: each with what is to happen to it: "stop", "hang" or nothing.
+        runs: pairs of a run and what is to happen to it: "stop", "hang" or "" for nothing.
         environment: variables of the process.
     """
     told = [

@@ -1,10 +1,11 @@
 """Starts the programs under test from a process that has imported torch, timm and DeepSpeed.
 
-Importing them takes about five CPU seconds, and a test of interruptions starts ten processes. So
-a server forks what `subprocess.Popen` would start as `python -m mae_scale`, as a launcher or as a
-script of the tests; anything else starts as always. What is forked is a process of its own and a
-child of the one that asked for it: with the arguments, variables, folder, open files, process group
-and signal handlers that the command would have had. Launchers start their ranks in the same way.
+Importing them takes about five CPU seconds, and a test of interruptions starts ten processes. So a
+server forks the programs that `subprocess.Popen` would start as `python -m mae_scale`, as a
+launcher or as a script of the tests; other programs start as always. A forked program is a process
+of its own and a child of the process that asked for it: with the arguments, variables, folder, open
+files, process group and signal handlers that the command would have had. Launchers start their
+ranks in the same way.
 
 MAE_SCALE_TEST_COLD=1 in the environment starts everything as always.
 """

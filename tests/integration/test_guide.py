@@ -161,8 +161,8 @@ def test_the_commands_of_all_pages(
 ) -> None:
     """Each command works, or its error is a missing path and not an option that is wrong.
 
-    Each page has a folder of its own with what its commands begin with. What trains is shrunk and
-    runs on one process, without the launcher.
+    Each page has a folder of its own with the inputs of its commands. Commands that train have a
+    shrunk model and one process, without the launcher.
     """
     monkeypatch.setattr("mae_scale.launch.stopping.catch_signals_early", lambda: None)
     monkeypatch.chdir(tmp_path)

@@ -89,8 +89,9 @@ class Job:
     """A job that was submitted.
 
     Args:
-        cluster, number: where it is, and its number there.
-        log: what it prints.
+        cluster: cluster on which the job runs.
+        number: number of the job there.
+        log: file with what the job prints.
     """
 
     cluster: Cluster
