@@ -1,4 +1,4 @@
-"""Limits of a process: on open files, of which connections and shards take many; on core dumps.
+"""Limits of a process: open files, which connections and shards take up, and core dumps.
 
 Every rank is connected to every other rank, and rank 0 serves the store that all ranks use. The
 usual soft limit of 1024 open files is too low for several hundred ranks; the hard limit rarely is.
@@ -14,7 +14,7 @@ from mae_scale.errors import UserError
 log = logging.getLogger("mae_scale")
 
 # Numbers of descriptors, counted with gloo (tests/integration/test_descriptors.py) and rounded up:
-# those that a rank needs by itself, and those for each rank of the run.
+# how many a rank needs by itself, and how many for each rank of the run.
 OWN = 100
 PER_RANK, PER_RANK_ON_RANK0 = 1, 3
 SHARDS = 512  # number that a data worker, or a rank without workers, keeps open

@@ -249,7 +249,7 @@ def finish(watchdog: Watchdog) -> None:
 
 
 def _destroy() -> None:
-    """Destroy the process group, through DeepSpeed if that has remembered groups of it."""
+    """Destroy the process group; DeepSpeed, if it is in use, must forget its groups, too."""
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()

@@ -127,7 +127,7 @@ class Watchdog:
         self._leaving = False
         self._threads: list[threading.Thread] = []
         self._peers = [Peer(r) for r in (range(world.size) if world.rank == 0 else [0])]
-        # This connection is its own, since that of the process group may wait for an answer.
+        # The watchdog has a connection of its own: the process group's may be waiting.
         self._tcp = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -153,7 +153,7 @@ class Watchdog:
         All ranks give the same texts in the same order.
         """
         self._record["doing"], self._since = what, time.monotonic()
-        self._record["moves"] += 1  # after it, so that the text always fits the count
+        self._record["moves"] += 1  # last, so that the text always fits the count
 
     def now(self) -> tuple[str, float]:
         """Return what this rank does, and for how many seconds it has done so."""

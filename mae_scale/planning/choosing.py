@@ -14,8 +14,8 @@ def choose(found: list[Row]) -> Row | None:
     """Choose the fastest setting that fits; of equally fast ones, the first in `PREFERENCE`.
 
     ZeRO-3 is for models that do not fit otherwise. Settings that use host memory are the last
-    resort, since their speed is not known; the last but one are micro-batches that do not keep a
-    GPU busy. None if nothing fits.
+    resort, since their speed is not known; before them come micro-batches that do not keep a GPU
+    busy. The result is None if nothing fits.
     """
     some = _candidates(found)
     if not some:

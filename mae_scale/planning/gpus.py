@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     import torch
 
 # Dense (not sparse) bf16 tensor-core peaks with fp32 accumulation, in TFLOP/s, by a pattern of the
-# device's name; the first pattern that matches counts. There are only values on which the tables
-# that others keep of the vendors' data sheets agree (compared on 2026-11-24); for any other GPU the
-# MFU is null.
+# device's name; the first pattern that matches counts. A peak is listed only if independent tables
+# of the vendors' data sheets agree on it (compared on 2026-11-24); for any other GPU the MFU is
+# null.
 PEAK_TFLOPS = {
     r"\bMIG\b": None,  # a slice of a GPU; its name does not say how large
     r"\bB200\b": 2250.0,

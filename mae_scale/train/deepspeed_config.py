@@ -106,11 +106,11 @@ def fill_deepspeed_config(
     for key, value in flatten(config).items():
         if value == "auto":
             raise UserError(f'deepspeed: {key} in {name} is "auto", but no recipe decides it')
-    if stage == 0:  # the only one that DeepSpeed has there; see `engine._sum_in_fp32`
+    if stage == 0:  # DeepSpeed takes no other dtype; see `engine._sum_in_fp32`
         config["data_types"]["grad_accum_dtype"] = "bf16" if bf16_weights else "fp32"
     if precision == "bf16" and fp32_weights:
-        # Parameters of the modules named here would be gathered, and their gradients summed, in
-        # bf16; the default names linear layers and convolutions.
+        # `lower_precision_safe_modules` names the modules whose parameters are gathered, and whose
+        # gradients are summed, in bf16; by default these are linear layers and convolutions.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         if train.grad_reduce == "fp32":
             config["torch_autocast"]["lower_precision_safe_modules"] = []

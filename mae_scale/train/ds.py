@@ -28,8 +28,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 # On a CPU DeepSpeed would compile a shared-memory op with g++ at the first start. Only its
 # inference uses it; it needs a vector unit that not every CPU has, and a killed rank would leave
-# its segments in /dev/shm. This list, which DeepSpeed looks that op up in, would otherwise be made
-# by trying the compiler on every op.
+# its segments in /dev/shm. DeepSpeed looks the op up in this list, which it would otherwise make by
+# trying the compiler on every op.
 deepspeed.ops.__compatible_ops__ = {}
 
 # Under ZeRO-1 in bf16 with fp32 accumulation DeepSpeed would take its older BF16_Optimizer, whose
@@ -50,8 +50,9 @@ def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float 
 for _module in (stage_1_and_2, stage3, utils):
     _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
-# DeepSpeed asks the device whether the norm is finite, to skip the step. `nonfinite.StepGuard` does
-# that on the device: the norm of such a step is infinite, and the optimiser then changes nothing.
+# DeepSpeed asks the device whether the norm is finite, to skip the step if it is not. Instead,
+# `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite, and the optimiser
+# then changes nothing.
 stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
 # DeepSpeed marks some 2,000 calls of a step under ZeRO-3 for NVIDIA's profiler, which takes time.

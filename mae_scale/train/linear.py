@@ -1,4 +1,4 @@
-"""A linear classifier on features, solved in one step: what a linear probe would find, roughly.
+"""A linear classifier on features, solved in one step: roughly what a linear probe would find.
 
 Ridge regression of the classes needs no training, no learning rate and no random number, so that it
 can be done between two steps of a run.
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mae_scale.models.numerics import full_fp32
 from mae_scale.train.validation import rank_of_label
 
-_RIDGE = 0.01  # of the features' variance, which is 1
+_RIDGE = 0.01  # penalty as a share of the features' variance, which is 1
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def linear_scores(features: torch.Tensor, labels: torch.Tensor, classes: int) ->
     standardised; the squared error of the one-hot labels is minimised with a small ridge.
 
     Args:
-        features: float32 [N, D].
-        labels: int64 [N].
+        features: float32 [N, D], features of the images.
+        labels: int64 [N], classes of the images.
         classes: number of classes.
 
     Returns:

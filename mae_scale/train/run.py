@@ -223,7 +223,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         weights.clear()
         order = optimizer_order(model, config.optim)
         engine = build_engine(model, config.optim, ds_config)
-        # Again, since DeepSpeed has made further groups by now.
+        # The time-out is set again, since DeepSpeed has made further groups by now.
         set_collective_timeout(config.train.hang_timeout)
         if resume is not None:
             watchdog.doing(f"loading {resume.name}")
