@@ -51,8 +51,8 @@ for _module in (stage_1_and_2, stage3, utils):
     _module.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
 # DeepSpeed asks the device whether the norm is finite, to skip the step if it is not. Instead,
-# `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite, and the optimiser
-# then changes nothing.
+# `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite, and the
+# optimiser then changes nothing.
 stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
 # DeepSpeed marks some 2,000 calls of a step under ZeRO-3 for NVIDIA's profiler, which takes time.
