@@ -1,14 +1,14 @@
 # make demo   the whole main job on real photographs, about five minutes on two cores
 # make test   every check: format, lint, types, tests
 # make quick  format, lint, types, and the unit tests
-# Both set up a virtual environment in .venv first, and use it again when it is there and current.
+# Each of them makes a virtual environment in .venv first, unless a current one is there.
 
 PYTHON ?= python3
 DATA ?=
 
 .PHONY: demo test quick checks setup
 
-# A file's tests stay on one worker, because they share what it has made.
+# The tests of a file stay on one worker, because they share what that worker has made.
 SIDE_BY_SIDE = .venv/bin/python -m pytest -n auto --dist loadfile
 
 demo: .venv/current
@@ -29,7 +29,8 @@ checks: .venv/current
 
 setup: .venv/current
 
-# Current means: made after the last change of what is to be installed. constraints.txt pins it.
+# The environment is current if it was made after the last change of the dependencies.
+# constraints.txt pins their versions.
 .venv/current: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mae-scale needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	rm -f .venv/current

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the templates share. A template sets `here`, the folder of this file, sources it, and calls
-# one of the last two functions.
+# Functions that the templates share. A template sets `here`, the folder of this file, sources it,
+# and calls one of the last two functions.
 
 set -euo pipefail
 here=${here:?"set by the templates"}
@@ -8,13 +8,13 @@ repository=$(dirname "$here")
 # shellcheck source=/dev/null
 source "${MAE_SCALE_SITE:-$here/site.sh}"
 
-# One task of an array has the number of the whole array, so that it has to be named in full.
+# The last task of an array has the job number of the whole array, so a task needs its full name.
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 
-task_options=() # of srun
+task_options=() # options of srun
 
 say() { printf '%(%T)T slurm: %s\n' -1 "$*"; }
 
@@ -23,11 +23,11 @@ die() {
   exit 2
 }
 
-# Python, and what goes before it, as the site settings say.
+# Find Python, and the words that go before it, by the site settings.
 python=()
 find_python() {
   if [[ -n $MAE_MODULES ]]; then
-    set +u # in what others wrote
+    set +u # scripts of others may use unset variables
     # shellcheck source=/dev/null
     command -v module >/dev/null || source /etc/profile
     # shellcheck disable=SC2086  # several words
@@ -59,8 +59,8 @@ find_python() {
   esac
 }
 
-# One task per GPU; on nodes without GPUs as many as were asked for, or one. The tasks of a node
-# share its CPUs.
+# Place one task per GPU; on nodes without GPUs as many as were asked for, or one. The tasks of a
+# node share its CPUs.
 place_tasks() {
   local per_node=${SLURM_GPUS_ON_NODE:-1}
   if [[ -n ${SLURM_NTASKS_PER_NODE:-}${SLURM_NTASKS:-} ]]; then
@@ -85,8 +85,8 @@ place_tasks() {
   fi
 }
 
-# Where the ranks meet: the first node, by the address that Slurm itself uses, since the name need
-# not resolve.
+# Let the ranks meet at the first node, by the address that Slurm itself uses, since the node's name
+# need not resolve.
 choose_meeting_point() {
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -98,16 +98,17 @@ choose_meeting_point() {
   fi
 }
 
-# One line of the job's record, such as "JobState=RUNNING Reason=None ...".
+# Print one line of the job's record, such as "JobState=RUNNING Reason=None ...".
 record() {
   scontrol --oneliner show job "$job" | head -n 1
 }
 
-# After exit code 85. Slurm counts a job that ends by itself as completed, whatever ended it, and
-# takes back only what it kills; so the job asks for its return itself.
-#   running            a signal before the time limit, or a preemption with grace
-#   over, TimeLimit    the limit came during the save
-#   over, else         scancel, which means it; or Slurm has taken the job back already
+# Requeue the job after exit code 85. Slurm counts a job that ends by itself as completed, whatever
+# ended it, and requeues only jobs that it kills; so the job asks for its requeue itself. The state
+# of the job says what happened:
+#   running            a signal before the time limit, or a preemption with grace: requeue
+#   over, TimeLimit    the limit came during the save: requeue
+#   over, otherwise    scancel: the job ends; or Slurm has requeued the job already
 requeue() {
   local now
   until now=$(record); do
@@ -126,7 +127,7 @@ requeue() {
       ;;
   esac
   say "saved; requeueing job $job"
-  # Slurm then ends this script and its children, scontrol perhaps before that has answered.
+  # Slurm then ends this script and its children, perhaps before scontrol has its answer.
   local refused=0
   scontrol requeue "$job" &
   wait $! || refused=$?
@@ -135,8 +136,8 @@ requeue() {
   fi
 }
 
-# A failure on a node that no longer answers is Slurm's to judge: it takes the job back once the
-# node counts as down (SlurmdTimeout), unless the job has ended before.
+# Wait for Slurm after a failure on a node that no longer answers: it requeues the job once the node
+# counts as down (SlurmdTimeout), unless the job has ended before.
 wait_for_verdict() {
   local seconds
   is_running || return 0
@@ -153,15 +154,15 @@ wait_for_verdict() {
 
 is_running() { [[ $(record) == *" JobState=RUNNING "* ]]; }
 
-# launch COMMAND ...: run it under srun, one process per task, and do what its exit code asks for.
+# launch COMMAND ...: run a command under srun, one process per task, and act on its exit code.
 launch() {
   # Slurm also signals this script, which must outlive the tasks to see their exit code.
   trap : TERM USR1 INT HUP CONT
   say "job $job, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST:" \
     "srun ${task_options[*]} $*"
   local code=0
-  # A signal that comes while Python still starts would kill it and look like a failure; until the
-  # program takes the signals over there is nothing to save.
+  # A signal that comes while Python starts would kill it and look like a failure. So signals are
+  # ignored until the program handles them; before that there is nothing to save.
   srun "${task_options[@]}" bash -c 'trap "" TERM USR1; exec "$@"' bash "$@" || code=$?
   case $code in
     0) say "finished" ;;
@@ -175,7 +176,7 @@ launch() {
   exit "$code"
 }
 
-# run_mae_scale COMMAND ARGUMENTS ...: the program on all tasks.
+# run_mae_scale COMMAND ARGUMENTS ...: run the program on all tasks.
 run_mae_scale() {
   find_python
   place_tasks
@@ -183,8 +184,8 @@ run_mae_scale() {
   launch "${python[@]}" -m mae_scale "$@"
 }
 
-# shard_imagenet ARGUMENTS ...: this array task's share of the shards. An array of another size
-# than the one before, or a single task of it, writes what is missing, too.
+# shard_imagenet ARGUMENTS ...: write this array task's share of the shards. An array of another
+# size, or a single task, also writes what is missing after an earlier array.
 shard_imagenet() {
   find_python
   local index=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))

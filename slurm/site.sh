@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# What differs between clusters, in one place. Nothing here has to be set on a plain CPU cluster.
+# Settings that differ between clusters. A plain CPU cluster needs none of them.
 #
 # Edit it (or a copy of it, anywhere), then
 #
 #     source slurm/site.sh
 #
 # in the shell that you submit from: sbatch reads the SBATCH_... variables when a job is submitted.
-# The templates read the file itself when the job starts, for all the rest.
+# The templates read the file again when the job starts, for all other settings.
 
 MAE_SCALE_SITE=$(realpath "${BASH_SOURCE[0]}")
 export MAE_SCALE_SITE
 
-# --- for sbatch; an option on its command line wins --------------------------------------------
+# --- for sbatch; options on its command line win -----------------------------------------------
 
 # export SBATCH_ACCOUNT=project
 # export SBATCH_PARTITION=gpu
@@ -34,16 +34,17 @@ export MAE_SCALE_SITE
 # Environment modules to load, separated by spaces, such as "python/3.11 cuda/12.4".
 MAE_MODULES=${MAE_MODULES:-}
 
-# Virtual environment; empty: the .venv of this checkout if there is one, else python3 as found.
+# Virtual environment. If empty: the .venv of this checkout, or else the first python3 in PATH.
 MAE_VENV=${MAE_VENV:-}
 
-# Container, in its place: "pyxis:IMAGE" or "apptainer:FILE.sif", with the folders that it must
-# see, such as "/data,/runs:/runs".
+# Container instead of an environment: "pyxis:IMAGE" or "apptainer:FILE.sif", with the folders that
+# it must see, such as "/data,/runs:/runs".
 MAE_CONTAINER=${MAE_CONTAINER:-}
 MAE_MOUNTS=${MAE_MOUNTS:-}
 
 # How tasks are bound to CPUs (srun --cpu-bind).
 MAE_CPU_BIND=${MAE_CPU_BIND:-cores}
 
-# Network interface of the fast network for NCCL and gloo, such as ib0 or "hsn"; empty: their choice.
+# Network interface of the fast network for NCCL and gloo, such as ib0 or "hsn". If empty, these
+# choose one.
 MAE_INTERFACE=${MAE_INTERFACE:-}
