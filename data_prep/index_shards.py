@@ -9,6 +9,7 @@ from mae_scale.launch.outputs import one_line, take_over
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command `index` and return its exit code."""
     from mae_scale.commands.index import main as command
     from mae_scale.errors import RunError, UserError
 

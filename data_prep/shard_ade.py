@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 
 def listed(src: Path, split: str, workers: int) -> Source:
+    """List the images of a split.
+
+    Raises:
+        UserError: `src` has another layout.
+    """
     from mae_scale.sharding.ade import find_ade
 
     found = find_ade(src, split, workers)
@@ -33,6 +38,7 @@ def listed(src: Path, split: str, workers: int) -> Source:
 
 
 def source(args: argparse.Namespace) -> tuple[Path, Find]:
+    """Return the folder of the images, and the function that lists them."""
     return args.src, listed
 
 

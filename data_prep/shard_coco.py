@@ -16,6 +16,7 @@ from mae_scale.sharding.annotated_script import Find, run
 
 
 def source(args: argparse.Namespace) -> tuple[Path, Find]:
+    """Return the folder of the images, and the function that lists them."""
     from mae_scale.sharding.coco import read_coco
 
     return args.images, lambda *_: read_coco(args.instances, args.images)

@@ -10,6 +10,7 @@ from mae_scale.launch.stopping import leave_before_start
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command `shard` and return its exit code."""
     from mae_scale.commands.shard import main as command
     from mae_scale.errors import RunError, UserError
 

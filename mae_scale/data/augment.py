@@ -161,7 +161,7 @@ class Augment:
         if size not in self._operations:
             from timm.data.auto_augment import rand_augment_transform
 
-            hints = {  # as timm's create_transform gives them
+            hints = {  # the values of timm's create_transform
                 "translate_const": int(size * 0.45),
                 "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
                 "interpolation": Image.Resampling.BICUBIC,

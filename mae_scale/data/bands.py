@@ -33,7 +33,7 @@ _PNG_BITS = 24  # offset of the byte with the number of bits of a sample
 
 @dataclass(frozen=True)
 class Bands:
-    """The bands of a run's images."""
+    """Bands of a run's images, and how they are decoded and normalised."""
 
     count: int = 3
     """Number of bands."""

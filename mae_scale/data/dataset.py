@@ -80,6 +80,7 @@ class _BatchDataset(torch.utils.data.Dataset):
             return error
 
     def batch(self, key: BatchKey) -> Batch:
+        """Make the batch that a key asks for."""
         raise NotImplementedError
 
     def _decode(self, sample: int, decode: Callable[[bytearray], Pixels]) -> Pixels:

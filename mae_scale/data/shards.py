@@ -91,7 +91,7 @@ class ShardSet:
     index_file: str
     checksums_file: str
     task: str = "classification"  # "detection" or "segmentation" with annotations
-    categories: Sequence[dict[str, Any]] = ()  # for detection, as in the COCO file
+    categories: Sequence[dict[str, Any]] = ()  # categories of detection, as in the COCO file
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -45,7 +45,7 @@ class Description:
     """Whether a masked autoencoder predicts normalised pixels."""
 
     def encoder_sizes(self) -> dict[str, Any]:
-        """The sizes without those of the decoder."""
+        """Return the sizes without those of the decoder, arguments of `build_classifier`."""
         return {key: size for key, size in self.sizes.items() if not key.startswith("decoder_")}
 
 

@@ -153,7 +153,7 @@ class MaskedAutoencoderViT(Encoder):
         self.mask_tokens_in_encoder = mask_tokens_in_encoder
         self.projects_visible_only = fewer_passes and not mask_tokens_in_encoder
         if self.projects_visible_only:
-            self.patch_embed.proj.__class__ = PatchProjection  # its weights are drawn already
+            self.patch_embed.proj.__class__ = PatchProjection  # its weights are already drawn
         self._target, self.norm_pix_loss = target, norm_pix_loss
         tokens = 1 + self.num_patches
         self.pos_embed.requires_grad_(False)

@@ -19,7 +19,7 @@ class FourScales(nn.Module):
     """Four maps of one stride, resized 4 times, 2 times, once and half as large.
 
     Args:
-        width: channels of the maps, which they keep.
+        width: number of channels of the maps, which they keep.
         norm: function that makes the norm between the two deconvolutions of the largest map.
     """
 
@@ -43,8 +43,8 @@ class FpnPyramid(nn.Module):
     """The pyramid of Li et al. 2021: features of four depths, four scales, an FPN with norms.
 
     Args:
-        width: channels of the encoder's features; a multiple of 32, for GroupNorm.
-        channels: of the pyramid's maps.
+        width: number of channels of the encoder's features; a multiple of 32, for GroupNorm.
+        channels: number of channels of the pyramid's maps.
     """
 
     def __init__(self, width: int, channels: int) -> None:
@@ -75,8 +75,8 @@ class SimplePyramid(nn.Module):
     """The simple feature pyramid of ViTDet: all maps from the last features, no top-down path.
 
     Args:
-        width: channels of the encoder's features; a multiple of 4.
-        channels: of the pyramid's maps.
+        width: number of channels of the encoder's features; a multiple of 4.
+        channels: number of channels of the pyramid's maps.
     """
 
     def __init__(self, width: int, channels: int) -> None:

@@ -39,6 +39,7 @@ class AnnotatedSource(Source):
         return {"task": self.task, **self.facts}
 
     def title(self, i: int) -> str:
+        """Return the name of an image for messages."""
         return self.names[i]
 
     def annotation(self, i: int) -> bytes:

@@ -69,6 +69,7 @@ class Plan:
         return len(self.bounds) - 1
 
     def file(self, shard: int) -> str:
+        """Return the name of a shard's tar."""
         return f"{self.options.split}-{shard:06d}.tar"
 
     def images(self, shard: int) -> npt.NDArray[np.int64]:

@@ -33,6 +33,7 @@ class Folder:
 
     @property
     def deep(self) -> bool:
+        """Whether images lie in folders below the folder."""
         return bool(self.children)
 
     def walk(self) -> Iterator[Folder]:

@@ -223,6 +223,7 @@ def _baseline(plan: Plan, piece: _Piece, data: bytes) -> tuple[bytes, str | None
 
 
 def record_path(out: Path, plan: Plan, shard: int) -> Path:
+    """Return the path of the record that a shard is finished."""
     return out / WORK / f"{plan.file(shard)}.json"
 
 
