@@ -243,7 +243,7 @@ def decode_pair(
 
 
 def scaled_size(height: int, width: int, short: float) -> tuple[int, int]:
-    """Scale height and width: the short side to at most `short`, the long one to 4 * `short`.
+    """Scale a size: the short side to at most `short`, the long one to at most 4 * `short`.
 
     The aspect ratio is kept; rounding is that of mmcv.
     """

@@ -137,7 +137,7 @@ class TrainLoader(_Loader):
         workers: number of processes that decode; 0 decodes in this one.
         start_step: first step to yield, counted from 0.
         pin_memory: whether to put images into page-locked memory.
-        cache_dir, cache_bytes: folder in which remote shards are staged, and its largest size.
+        cache_dir, cache_bytes: folder for staging remote shards, and its largest size in bytes.
         max_bad_fraction: share of the dataset's samples that may be damaged before the run ends.
         augment: random changes of images; None: pre-training's crop and flip.
         repeats: number of images that a step makes of each of its samples, with different crops

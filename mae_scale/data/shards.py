@@ -281,7 +281,7 @@ def _check_labels(index: np.ndarray, classes: int, root: str) -> None:
 
 
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
-    """Raise a UserError where a shell could read more into a tar's name than a name."""
+    """Raise a UserError if a tar's name has characters with a meaning in a shell command."""
     for shard in shards:
         name = shard["file"]
         if not is_remote(name) and re.fullmatch(r"[\w./][\w./=+@%,:-]*", name, re.ASCII) is None:

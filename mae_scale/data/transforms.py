@@ -303,7 +303,7 @@ def eval_crop(
 
 
 def _resize_to_cover(image: torch.Tensor, size: ImageSize, crop_ratio: float) -> torch.Tensor:
-    """Shrink or enlarge an image so that a crop of `size` covers `crop_ratio` of it."""
+    """Resize so that a crop of `size` covers `crop_ratio` of one side, and at most of the other."""
     height, width = sides(size)
     if height == width:
         return _resize_short(image, int(height / crop_ratio))

@@ -242,7 +242,8 @@ def _is_text(name: str) -> bool:
 def _meaning_of(texts: Sequence[str], entries: Sequence[Entry]) -> tuple[str, list[str]]:
     """Return the name of a file with the label of an image, and the names of lists of images.
 
-    A label file has the key of an image. The name is empty if there is none."""
+    A label file has the key of an image. Its name is empty if there is none.
+    """
     keys = {e.name.rpartition(".")[0] for e in entries}
     beside = [t.rpartition(".")[0] in keys for t in texts]
     labels = (t for t, b in zip(texts, beside, strict=True) if b and t.endswith((".cls", ".json")))

@@ -113,7 +113,7 @@ def index_shards(
     Args:
         specs: folders, tars, URLs or ``pipe:`` commands; braces (``{000..127}``) are expanded.
         out: folder for the index; by default the folder that holds all tars.
-        split: split that the tars hold, "train" or "val".
+        split: name of the split that the tars hold.
         label_key: key of the label in ``.json``; by default one of LABEL_KEYS.
         image_key: image to take from samples with several images, such as ``input.jpg``.
         classes: names of the classes in the order of their numbers; by default the names found.

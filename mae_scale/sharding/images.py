@@ -126,7 +126,7 @@ def _only_end_marker(data: bytes, at: int) -> bool:
 def _tables_decode(small: bytes) -> bool:
     """Return whether libjpeg accepts these tables and scan headers, on an 8x8 image without data.
 
-    The result is kept, because most images share their tables with many others.
+    Results are cached, because most images share their tables with many others.
     """
     return decode_error(small) is None
 

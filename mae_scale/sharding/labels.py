@@ -90,8 +90,8 @@ def number_labels(
 ) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Return the numbers of labels, int32 [n], and the class names.
 
-    If all labels are numbers below MOST_CLASSES, they count from 0 as they are. Otherwise the
-    labels are sorted and numbered.
+    If all labels are numbers below MOST_CLASSES, they are used unchanged and count from 0.
+    Otherwise the labels are sorted and numbered.
 
     Args:
         labels: labels in plain form, see `label_text`; None becomes NO_LABEL.

@@ -56,7 +56,7 @@ def find_source(
     """List the images of `split` ("train" or "val") in `src`.
 
     Args:
-        src: folder, archive, or other source of images.
+        src: folder with images, folders of images, or archives.
         split: "train" or "val".
         workers: number of processes that read archives.
         choice: images to take, and their classes; None: all images, classes by looking.
