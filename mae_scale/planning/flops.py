@@ -37,7 +37,14 @@ def _hidden(blocks: Any) -> int:
 
 
 def patch_embed_flops(patches: int, patch_size: int, width: int, channels: int = 3) -> int:
-    """Count the forward operations of projecting `patches` patches to `width` channels."""
+    """Count the forward operations of projecting patches to tokens.
+
+    Args:
+        patches: number of patches.
+        patch_size: side of a patch in pixels.
+        width: channels of a token.
+        channels: bands of the image.
+    """
     return 2 * patches * patch_size**2 * channels * width
 
 

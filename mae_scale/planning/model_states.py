@@ -63,7 +63,14 @@ class ParameterStates:
 def trained_by(
     optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
 ) -> ParameterStates:
-    """Return what a run with this optimiser keeps for a model, which may be on the meta device."""
+    """Return what a run with this optimiser keeps for a model.
+
+    Args:
+        optim: section `optim` of the recipe.
+        model: model with its frozen parameters set; it may be on the meta device.
+        precision: precision of the weights, "bf16" or "fp32".
+        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
+    """
     # ZeRO-3 empties a parameter that it has sharded, and keeps its size in ds_numel.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return ParameterStates(
@@ -203,6 +210,12 @@ def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation
     `use_multi_rank_bucket_allreduce`), and gather the new weights. Stage 3 gathers the weights for
     the forward pass; for the backward pass it gathers again those beyond
     `stage3_max_live_parameters`.
+
+    Args:
+        run: parameters of the run.
+        zero: section `zero_optimization` of a DeepSpeed config.
+        ranks: number of ranks N.
+        accumulation: number of micro-batches in a step.
     """
     stage, share = zero.get("stage", 0), (ranks - 1) / ranks
     times = accumulation if stage > 1 else 1

@@ -273,6 +273,11 @@ def load(engine: DeepSpeedEngine, universal: Path, doing: Doing = _nobody) -> No
     """Load what `convert` made into an engine of any world size and stage; all ranks call.
 
     Learning rate, weight decay and betas stay those of the engine.
+
+    Args:
+        engine: engine to load into, between two steps.
+        universal: folder that `convert` returned.
+        doing: called with a description of what this rank does, as `Watchdog.doing` is.
     """
     common = load_tensors(universal / "common.pt")
     kept = common.get("kept", MOMENTS)  # older ones do not name it: AdamW was the only optimiser

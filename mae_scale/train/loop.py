@@ -205,6 +205,13 @@ def replay(
 ) -> str:
     """Train from step `step` to step `target` without writing, and check every value of the latter.
 
+    Args:
+        stepper: stepper of the engine.
+        engine: engine with the state after `step` steps.
+        batches: batches of the steps to come, in the sample order, on the device.
+        step: number of steps done.
+        target: step to look at, counted from 1.
+
     Returns:
         A description of the first value that was not finite on each rank, if there was any.
     """
