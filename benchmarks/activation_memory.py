@@ -82,6 +82,7 @@ def seconds(
 
 
 def synchronize() -> None:
+    """Wait until the device has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -68,6 +68,7 @@ OFFICIAL = transforms.Compose(
 
 @contextmanager
 def official(tree: Path, workers: int) -> Iterator[Iterator[Any]]:
+    """Yield the batches of the official pipeline."""
     loader = DataLoader(
         ImageFolder(str(tree), OFFICIAL), BATCH, shuffle=True, num_workers=workers, drop_last=True
     )
@@ -76,6 +77,7 @@ def official(tree: Path, workers: int) -> Iterator[Iterator[Any]]:
 
 @contextmanager
 def with_webdataset(shards: Path, workers: int) -> Iterator[Iterator[Any]]:
+    """Yield the batches of a usual webdataset pipeline."""
     dataset = (
         webdataset.WebDataset(
             [str(path) for path in sorted(shards.glob("*.tar"))],
@@ -134,10 +136,12 @@ def first_batch(shards: Path, workers: int, share: float) -> float:
 
 
 def decode_simplejpeg(data: bytes) -> None:
+    """Decode a JPEG with simplejpeg."""
     simplejpeg.decode_jpeg(data, strict=False)
 
 
 def decode_pil(data: bytes) -> None:
+    """Decode an image with PIL."""
     with Image.open(io.BytesIO(data)) as image:
         image.convert("RGB")
 
@@ -182,6 +186,7 @@ def decoding_rate(decode: Callable[[bytes], None], files: list[bytes]) -> tuple[
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
+    """Give the CPU time of processes, in seconds."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 

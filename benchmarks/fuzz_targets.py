@@ -216,12 +216,14 @@ def read_shards(material: Material, folder: Path) -> None:
 
 
 def manifests(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of shards with a spoilt manifest."""
     files = material.contents(material.few)
     return beside(files, "manifest.json", json_files(json.loads(files["manifest.json"])))
 
 
 @st.composite
 def arrays(draw: st.DrawFn, material: Material) -> Files:
+    """Make shards with a spoilt array of the index."""
     files = material.contents(material.few)
     name = draw(st.sampled_from(["index.npy", "checksums.npy"]))
     if draw(st.booleans()):
@@ -244,6 +246,7 @@ def arrays(draw: st.DrawFn, material: Material) -> Files:
 
 
 def tar_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of tars to index."""
     return tars(material.jpeg).map(in_file("x.tar"))
 
 
@@ -254,11 +257,13 @@ def read_tar(material: Material, folder: Path) -> None:
 
 
 def changed_tars(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of shards with a spoilt tar."""
     files = material.contents(material.few)
     return beside(files, "x.tar", spoilt(files["x.tar"]) | tars(material.jpeg))
 
 
 def tar_sources(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of sources with a tar."""
     names = st.sampled_from(
         ["n01440764.tar", "ILSVRC2012_img_train.tar", "train.tar.gz", "cat.tar"]
     )
@@ -283,6 +288,7 @@ def read_source(material: Material, folder: Path) -> None:
 
 @st.composite
 def parquets(draw: st.DrawFn, material: Material) -> Files:
+    """Make a source with a parquet file."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -309,6 +315,7 @@ def parquets(draw: st.DrawFn, material: Material) -> Files:
 
 
 def list_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of lists of images and classes."""
     text = b"filename,label\na/x.jpg,0\nb/y.jpg,7\n# z\n../q.jpg\t3\n"
     return st.one_of(
         spoilt(text).map(in_file("list.txt")),
@@ -329,6 +336,7 @@ def read_lists(material: Material, folder: Path) -> None:
 
 
 def coco_document(material: Material) -> dict[str, Any]:
+    """Give a file of instances in COCO's form."""
     shape = [[10.0, 8.0, 40.0, 8.0, 40.0, 30.0, 10.0, 30.0]]
     runs = {"size": [60, 80], "counts": [600, 600, 3600]}
     mask = rle.encode(np.asfortranarray(np.eye(60, 80, dtype=np.uint8)))
@@ -346,6 +354,7 @@ def coco_document(material: Material) -> dict[str, Any]:
 
 
 def coco_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of COCO's files."""
     return beside({"a.jpg": material.jpeg}, "coco.json", json_files(coco_document(material)))
 
 
@@ -360,6 +369,7 @@ def read_coco_file(material: Material, folder: Path) -> None:
 
 
 def coco_records(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of COCO's records in shards."""
     record = {"annotations": coco_document(material)["annotations"]}
     return json_files(record).map(in_file("a.json"))
 
@@ -373,6 +383,7 @@ def read_coco_record(material: Material, folder: Path) -> None:
 
 
 def label_maps(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of label maps."""
     values = np.asarray(material.image.convert("L")) % 5
     forms = [Image.fromarray(values), Image.fromarray(values).convert("P"), material.image]
     found = []
@@ -400,6 +411,7 @@ FORMS: dict[str, dict[str, str]] = {
 
 @st.composite
 def images(draw: st.DrawFn, material: Material) -> Files:
+    """Make an image file, whole or spoilt."""
     form = draw(st.sampled_from(sorted(FORMS)))
     data = material.encoded(form, **FORMS[form])
     if draw(st.integers(0, 3)) == 0:
@@ -426,6 +438,7 @@ def read_images(material: Material, folder: Path) -> None:
 
 
 def configs(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of configs."""
     run = material.pretrained
     text = (run / "config.yaml").read_bytes()
     files = {k: v for k, v in material.contents(run).items() if "states" not in k}
@@ -454,6 +467,7 @@ def read_config(material: Material, folder: Path) -> None:
 
 
 def deepspeed_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of DeepSpeed's JSON files."""
     document = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": "auto"},
         "bf16": {"enabled": "auto"}, "train_batch_size": "auto", "gradient_clipping": "auto",
@@ -468,6 +482,7 @@ def read_deepspeed(material: Material, folder: Path) -> None:
 
 
 def commits(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of step folders with a spoilt COMMITTED.json."""
     files = material.contents(material.finetuned)
     name = next(name for name in files if name.endswith("COMMITTED.json"))
     return beside(files, name, json_files(json.loads(files[name])))
@@ -485,6 +500,7 @@ def read_commit(material: Material, folder: Path) -> None:
 
 
 def class_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of runs with a spoilt classes.json."""
     run = material.finetuned
     files = material.contents(run)
     return beside(files, "classes.json", json_files(json.loads(files["classes.json"])))
@@ -498,6 +514,7 @@ def read_class_file(material: Material, folder: Path) -> None:
 
 
 def rows(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of runs with spoilt records."""
     run = material.finetuned
     files = {k: v for k, v in material.contents(run).items() if "states" not in k}
 
@@ -587,6 +604,7 @@ def read_states(material: Material, folder: Path) -> None:
 
 
 def weight_files(material: Material) -> st.SearchStrategy[Files]:
+    """Make a strategy of files of weights."""
     from safetensors.torch import save
 
     state = load_weights(material.step(material.pretrained))

@@ -15,6 +15,7 @@ import torch
 
 
 def cpu_name() -> str:
+    """Give the name of the CPU."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

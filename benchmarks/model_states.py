@@ -44,6 +44,7 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def live_tensors() -> Iterator[torch.Tensor]:
+    """Yield the tensors that are alive, with their gradients."""
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
             yield thing

@@ -134,6 +134,7 @@ def measure(
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
