@@ -30,7 +30,10 @@ def pretrain(run_dir: Path, shards: Path, **settings: Any) -> int:
     ("settings", "message"),
     [
         ({"data__train": "/nowhere"}, "/nowhere"),
-        ({"model__img_size": 30}, "img_size 30 is no multiple of patch_size 8; nearest: 24, 32"),
+        (
+            {"model__img_size": 30},
+            "img_size 30 is no multiple of model.patch_size 8; nearest: 24, 32",
+        ),
         ({"model__mask_ratio": 1.0}, "1.0 is not a number between 0 and 1"),
         ({"model__mask_ratio": 0}, "0 is not a number between 0 and 1"),
         ({"model__name": "mae_vit_bas_patch16"}, "mae_vit_base_patch16"),

@@ -261,7 +261,7 @@ def test_from_a_run_of_pretraining_under_zero_3(run: Run, tmp_path: Path) -> Non
 
 
 WRONG = [
-    ("finetune", {"model.img_size": 30}, "img_size 30 is no multiple of patch_size 8"),
+    ("finetune", {"model.img_size": 30}, "img_size 30 is no multiple of model.patch_size 8"),
     ("finetune", {"train.tune_blocks": 1.5}, "train.tune_blocks 1.5 must be 0, 0.5 or"),
     ("finetune", {"train.micro_batch_size": 3}, "train.micro_batch_size 3 must be even"),
     ("finetune", {"optim.layer_decay": 0}, 'optim.layer_decay": 0 is not a number above 0'),
