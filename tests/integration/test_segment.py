@@ -113,7 +113,7 @@ def test_evaluate_gives_what_validation_gave(
 
     assert main(arguments) == 0
     assert scores() == expected
-    assert f"{expected['miou']:>8.2f}\n" in capsys.readouterr().out
+    assert f" {expected['miou']:.2f} " in capsys.readouterr().out
     subprocess.run([*torchrun, *arguments], check=True)
     assert scores() == expected
     assert main([*arguments, "--multi_scale"]) == 0

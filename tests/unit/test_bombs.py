@@ -89,4 +89,4 @@ def test_pictures(tmp_path: Path) -> None:
     path.write_bytes(bomb("JPEG"))
     with pytest.raises(UserError, match=PIXELS):
         _read(path, 32, 10**8)
-    assert "cannot be read" in _figure("reconstruction", path)
+    assert "cannot be read" in _figure("reconstruction", path, "picture-1")
