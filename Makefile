@@ -9,7 +9,7 @@ DATA ?=
 .PHONY: demo test quick checks setup
 
 # The tests of a file stay on one worker, because they share what that worker has made.
-SIDE_BY_SIDE = .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE = .venv/bin/python -m pytest -n auto --dist loadfile
 
 demo: .venv/current
 	.venv/bin/python examples/demo.py $(if $(DATA),"$(DATA)")

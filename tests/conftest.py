@@ -47,15 +47,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 
-# The files that take longest, the longest first.
-LONGEST = ("test_guide", "test_pretrain", "test_finetune", "test_elastic", "test_ablations")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that no worker is left alone with one of them."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
-
-
 @pytest.fixture(autouse=True)
 def launchers_variables() -> Iterator[None]:
     """Remove after each test the variables that launchers set, so that no later test sees them."""

@@ -125,8 +125,17 @@ def ask(request: dict[str, Any], files: list[int]) -> int:
 
 
 def children() -> list[psutil.Process]:
-    """Give the processes that descend from this one, without the server."""
-    return [p for p in psutil.Process().children(recursive=True) if p.pid != Server.pid]
+    """Give the processes that descend from this one, without servers that fork others for tests."""
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.pid != Server.pid and not _is_of_multiprocessing(p)]
+
+
+def _is_of_multiprocessing(process: psutil.Process) -> bool:
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return False
+    return "multiprocessing.forkserver" in words or "multiprocessing.resource_tracker" in words
 
 
 def exactly(connection: socket.socket, size: int) -> bytes:
