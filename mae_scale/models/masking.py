@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from mae_scale.errors import UserError
-from mae_scale.randomness import Purpose, below_torch, uniform_torch
+from mae_scale.models.randomness_torch import below_torch, uniform_torch
+from mae_scale.randomness import Purpose
 
 Sampling = Literal["random", "block", "grid"]
 

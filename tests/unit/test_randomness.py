@@ -1,7 +1,8 @@
 import numpy as np
 import torch
 
-from mae_scale.randomness import hash64, hash64_torch, permutation, uniform, uniform_torch
+from mae_scale.models.randomness_torch import hash64_torch, uniform_torch
+from mae_scale.randomness import hash64, permutation, uniform
 
 
 def test_numpy_and_torch_give_the_same_bits():
