@@ -42,8 +42,8 @@ def parser(prog: str) -> Parser:
         "mae_vit_base_patch16")  # fmt: skip
     add(
         "--classes",
-        help="classes of the outputs of foreign weights: shard folder, or JSON list; without it, "
-        "those that the weights name, or else those of the data",
+        help="classes of the outputs of foreign weights: shard folder, JSON list, or text with a "
+        "name in each line; without it, those that the weights name, or else those of the data",
     )
     add("--img_size", type=int, help="side of the images in pixels; default: that of the weights")
     add(

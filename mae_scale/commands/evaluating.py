@@ -25,7 +25,7 @@ from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
-from mae_scale.files import read_file, write_atomically
+from mae_scale.files import write_atomically
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import (
@@ -36,6 +36,7 @@ from mae_scale.models.classifier import (
 from mae_scale.models.description import describe
 from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
 from mae_scale.sharding.labels import normal
+from mae_scale.sharding.lists import read_classes
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.trained import (
     TrainedRun,
@@ -194,16 +195,7 @@ def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
         )
     classes = described.classes or data.classes
     if options.classes is not None:
-        path = Path(options.classes)
-        try:
-            own = path.is_file()
-            classes = json.loads(read_file(path)) if own else open_shards(options.classes).classes
-        except OSError as error:
-            raise UserError(f"--classes {path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--classes {path} is not JSON: {error}") from None
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise UserError(f"--classes {path} is no JSON list of names")
+        classes = read_classes(options.classes)
     head = [value for key, value in state.items() if key.startswith("head.")]
     if head and len(head[-1]) != len(classes):
         raise UserError(

@@ -36,7 +36,7 @@ from typing import Any
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.identity import flatten
 from mae_scale.config.parsing import RECIPES, parse
-from mae_scale.config.yaml_files import read_yaml
+from mae_scale.config.yaml_files import load_yaml
 from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
 from mae_scale.tasks.task import TASKS
@@ -184,12 +184,7 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
     Raises:
         UserError: the file is no sweep, or a row, which the message names, has wrong settings.
     """
-    try:
-        content = read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    content = load_yaml(path)
     known = {"title", "seeds", "rows", *STEPS}
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise UserError(f"{path} is no sweep: expected title, pretrain, finetune, linprobe, rows")

@@ -15,7 +15,7 @@ from mae_scale.config.batch import fit_micro_batch
 from mae_scale.config.help import help_text, type_text
 from mae_scale.config.hints import hint_for
 from mae_scale.config.identity import flatten
-from mae_scale.config.yaml_files import read_yaml
+from mae_scale.config.yaml_files import load_yaml
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.world import World
 
@@ -295,12 +295,7 @@ def key_names(config: Any) -> dict[str, str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Read a config file, and return its values by dotted key."""
-    try:
-        content = read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    content = load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no config keys; expected lines such as 'seed: 1'")
     return flatten(content)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mae_scale.errors import UserError
 from mae_scale.files import read_file
 
 MOST_BYTES = 1 << 20
@@ -25,7 +26,29 @@ def read_yaml(path: Path) -> Any:
         ValueError: the file is not valid YAML, or stands for too many values; the message is one
             line.
     """
-    content = read_file(path, MOST_BYTES)
+    return parse_yaml(read_file(path, MOST_BYTES))
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file as `read_yaml` does, for a user who has named it.
+
+    Raises:
+        UserError: the file cannot be read, or is not valid YAML.
+    """
+    try:
+        return read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
+def parse_yaml(content: bytes) -> Any:
+    """Parse the content of a YAML file, see `read_yaml`.
+
+    Raises:
+        ValueError: it is not valid YAML, or stands for too many values; the message is one line.
+    """
     try:
         value = yaml.safe_load(content.decode())
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:

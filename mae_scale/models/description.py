@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mae_scale.config.yaml_files import parse_yaml
 from mae_scale.files import read_file
 from mae_scale.models.mae import MODELS
 from mae_scale.models.weights import read_json
@@ -170,10 +169,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _front_matter(card: Path) -> dict[str, Any]:
     """Read the YAML at the head of a card, between lines of dashes; empty where there is none."""
     try:
-        found = re.match(
-            r"---\n(.*?)\n---\n", read_file(card, _MOST_CARD).decode(errors="replace"), re.DOTALL
-        )
-        content = yaml.safe_load(found[1]) if found else {}
-    except (OSError, yaml.YAMLError):
+        found = re.match(rb"---\n(.*?)\n---\n", read_file(card, _MOST_CARD), re.DOTALL)
+        content = parse_yaml(found[1]) if found else {}
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -117,8 +117,8 @@ def _everywhere(value: Any) -> list[Any]:
 def _is_intact(universal: Path, rank: int, size: int) -> bool:
     """Return whether all files are there and this rank's part of them matches its checksums."""
     try:
-        expected = json.loads(read_file(universal / CHECKSUMS, 1 << 26))
-    except (OSError, ValueError):
+        expected = dict(json.loads(read_file(universal / CHECKSUMS, 1 << 26)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
     there = {str(p.relative_to(universal)) for p in universal.rglob("*") if p.is_file()}
     if there != expected.keys() | {CHECKSUMS}:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, differences
-from mae_scale.config.yaml_files import read_yaml
+from mae_scale.config.yaml_files import load_yaml
 from mae_scale.errors import CommonError, UserError
 from mae_scale.files import open_descriptor, write_atomically
 from mae_scale.train.records import HISTORY, read_metrics
@@ -77,12 +77,7 @@ def check_run(run_dir: Path, config: Any) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
-    try:
-        old = read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    old = load_yaml(path)
     if not isinstance(old, dict):
         raise UserError(f"{path} is not the config of a run")
     changed = differences(old, config)

@@ -105,3 +105,9 @@ def test_weights_with_other_heads_are_refused(tmp_path: Path) -> None:
     other = build_classifier(NAME, 3, **{**SIZES, "num_heads": 3})
     with pytest.raises(UserError, match="6 attention heads, num_heads of the model is 3; set it"):
         read_any(tmp_path / "w.pth", other)
+
+
+@pytest.mark.parametrize("front", ["date: 2020-99-99", "[" * 5000, "a: [", "- 1", "a: \xff"])
+def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, front: str) -> None:
+    (tmp_path / "w.md").write_bytes(f"---\n{front}\n---\n".encode("latin-1"))
+    assert describe(tmp_path / "w.pth") == Description()
