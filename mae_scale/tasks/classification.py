@@ -22,6 +22,7 @@ from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import CLASSES, grid_of, read_any
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.loaders import common_to_loaders
 from mae_scale.train.loop import Validation
 from mae_scale.train.validation import evaluate
 from mae_scale.world import World
@@ -118,17 +119,10 @@ def eval_loader(
     """
     return EvalLoader(
         shards,
-        img_size=config.model.img_size,
         batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
         crop_ratio=crop_ratio,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_pixels=config.data.max_pixels,
         bands=Bands.of(config),
+        **common_to_loaders(config, world),
     )
 
 

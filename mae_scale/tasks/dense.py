@@ -18,6 +18,7 @@ from mae_scale.errors import UserError
 from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import read_any
+from mae_scale.train.loaders import common_to_loaders
 from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
@@ -82,18 +83,7 @@ def validation_loader(
         shards: shards of data.val.
         batch_size: images of a batch.
     """
-    return kind(
-        shards,
-        img_size=config.model.img_size,
-        batch_size=batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_pixels=config.data.max_pixels,
-    )
+    return kind(shards, batch_size=batch_size, **common_to_loaders(config, world))
 
 
 def step_flops(model: nn.Module, forward: Callable[[], object]) -> int:

@@ -25,8 +25,9 @@ from mae_scale.tasks.dense import initial_weights, open_annotated, step_flops, v
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.loaders import train_loader
 from mae_scale.train.loop import Batch, Validation
-from mae_scale.train.run import TrainingSetup, train_loader
+from mae_scale.train.run import TrainingSetup
 from mae_scale.world import World
 
 

@@ -21,8 +21,9 @@ from mae_scale.tasks.classification import notes
 from mae_scale.tasks.dense import initial_weights, open_annotated, step_flops, validation_loader
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.loaders import train_loader
 from mae_scale.train.loop import Batch, Validation
-from mae_scale.train.run import TrainingSetup, train_loader
+from mae_scale.train.run import TrainingSetup
 from mae_scale.train.segmentation_scores import Sliding, evaluate_segmentation
 from mae_scale.world import World
 

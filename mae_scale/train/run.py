@@ -35,6 +35,7 @@ from mae_scale.train.determinism import deterministic
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
 from mae_scale.train.engine import build_engine, fill_in
 from mae_scale.train.evaluation import Pictures, Schedule, Validation
+from mae_scale.train.loaders import train_loader
 from mae_scale.train.loading import load_checkpoint
 from mae_scale.train.loop import Loop, replay
 from mae_scale.train.metrics import Record
@@ -113,47 +114,6 @@ def training_data(
             )
     shards = open_shards(config.data.train, config.data.cache_dir)
     return shards, train_loader(config, world, shards, augment)
-
-
-def train_loader(
-    config: RunConfig,
-    world: World,
-    shards: ShardSet,
-    augment: Any = None,
-    kind: type[TrainLoader] = TrainLoader,
-) -> TrainLoader:
-    """Make the loader of this rank.
-
-    Args:
-        config: config of the run.
-        world: processes of the run.
-        shards: shards to train on.
-        augment: augmentation, in the form that the loader takes.
-        kind: class of the loader.
-
-    Raises:
-        UserError: there are too few samples, or the batch does not divide among the ranks.
-    """
-    return kind(
-        shards,
-        img_size=config.model.img_size,
-        seed=config.seed,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.data.worker_processes,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
-        max_bad_fraction=config.data.max_bad_fraction,
-        augment=augment,
-        repeats=config.data.repeats,
-        max_pixels=config.data.max_pixels,
-        bands=Bands.of(config),
-    )
 
 
 def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: TrainingSetup) -> int:
