@@ -211,6 +211,8 @@ def test_evaluate_and_reconstruct_take_every_form(
             export(trained["linprobe"], to, out)
         table = tmp_path / "table.json"
         data = [f"val={val_shards}", "--out", str(table), "--workers", "0"]
+        if to == "official":
+            data += ["--classes", str(trained["linprobe"] / "classes.json")]
         assert main(["evaluate", str(out), *data]) == 0
         rows.append(json.loads(table.read_text())["sets"]["val"])
     for row in rows[1:]:
