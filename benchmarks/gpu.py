@@ -5,8 +5,12 @@ Each result is printed as a line of JSON as soon as it is there; at the end all 
 failure is a result, too ("error"), and the rest goes on. Without a GPU, or with --small, tiny
 models stand for the large ones: the numbers mean nothing, but show that the command works.
 
-- stages: `mae-scale pretrain` trains, saves, stops on a signal, goes on; exit codes, for each stage
-- synchronisations: how often the host waits for the device in a step, by PyTorch's profiler
+- stages: `mae-scale pretrain` trains, saves, stops on a signal, goes on, for each stage:
+  exit codes, and whether all losses have the bits of a run without a stop
+- commands: the other commands on its result, and settings that change what runs on the device
+- synchronisations: how often the host waits for the device in a step, by PyTorch's profiler, where
+  it does, and the host's time for a step of one image
+- numbers: loss and gradient of the same step on CPU and GPU, in fp32 and in bf16
 - step: img/s, MFU and peak memory, beside the official design and the memory that `plan` predicts
 - attention: the kernel that PyTorch chooses for the shapes of encoder and decoder
 - deterministic: whether two runs have the same bits, with and without, and what it costs
@@ -22,11 +26,10 @@ import io
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,13 +37,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from gpu_commands import SMALL_STAGES, STAGES, Result, commands, shards, stages
 from machine import header
 from train_step import Way, measure, our_step, synchronize
 
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
+from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import start
 from mae_scale.models import build_mae
 from mae_scale.planning.memory import activation_parts, peak_bytes, sizes
@@ -48,101 +52,13 @@ from mae_scale.train.determinism import deterministic
 from mae_scale.world import World, data_workers
 
 ON_GPU = torch.cuda.is_available()
-STAGES = ("zero0", "zero1", "zero2", "zero3")
-SMALL_STAGES = ("zero3",)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
 MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
 SMALL = ("mae_vit_tiny_patch16",)
-Result = dict[str, Any]
 
 # Processes for single results are forked from one that has imported everything and run nothing.
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["mae_scale.train.step", "mae_scale.train.engine"])
-
-
-def image_folder(folder: Path, count: int) -> Path:
-    """Make two classes of noisy JPEGs, of the size that ImageNet's have."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        place = folder / f"class{number % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((500, 375)).save(place / f"{number}.jpg", quality=90)
-    return folder
-
-
-def shards(folder: Path, count: int) -> Path:
-    """Make a few shards by the project's own script."""
-    script = Path(__file__).parents[1] / "data_prep" / "shard_imagenet.py"
-    images, out = image_folder(folder / "images", count), folder / "shards"
-    command = [sys.executable, script, images, out, "--split", "train", "--workers", "2"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return out
-
-
-def stages(data: Path, folder: Path, small: bool) -> Iterator[Result]:
-    """Train, stop on a signal, go on to the end, for each stage."""
-    for stage in SMALL_STAGES if small else STAGES:
-        run = folder / stage
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "mae_scale",
-                "pretrain",
-                "--run_dir",
-                run,
-                "--deepspeed",
-                stage,
-            ),
-            *("--data.train", data, "--data.workers", 1, "--train.epochs", 40),
-            *("--model.name", SMALL[0] if small else MODELS[0], "--optim.warmup_epochs", 1),
-            *(
-                "--train.global_batch_size",
-                8,
-                "--train.micro_batch_size",
-                4,
-                "--train.log_every",
-                1,
-            ),
-            *("--train.reconstruct_every", "null", "--checkpoint.every_steps", 4),
-        ]
-        if small:
-            command += ["--model.img_size", 32, "--model.patch_size", 8, "--model.depth", 2]
-        limit = ["--train.max_steps", 12]
-        began = time.monotonic()
-        first = _until_signalled([*map(str, command), "--train.max_steps", "500"], run)
-        again = subprocess.run(
-            [*map(str, command), *map(str, limit)], capture_output=True, text=True, timeout=300
-        )
-        rows = (run / "metrics.jsonl").read_text().splitlines() if run.exists() else []
-        steps = [json.loads(row)["step"] for row in rows]
-        result: Result = {"stage": stage, "exit_codes": [first, again.returncode]}
-        result |= {"steps": len(steps), "seconds": round(time.monotonic() - began, 1)}
-        result["ok"] = (
-            first == 85 and again.returncode == 0 and steps == [*range(1, len(steps) + 1)]
-        )
-        if not result["ok"]:
-            result["error"] = again.stderr.strip().splitlines()[-1:]
-        yield result
-
-
-def _until_signalled(command: list[str], run: Path) -> int:
-    """Start, send SIGTERM after the third step, and give the exit code."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    metrics, ends = run / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < ends:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 3:
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.1)
-    try:
-        return process.wait(120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
 
 
 def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> Result:
@@ -169,7 +85,67 @@ def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> 
         "stage": stage,
         **{key.removeprefix("aten::"): round(counts[key] / steps, 2) for key in WAITS},
         "operators": round(operators / steps),
+        "lines_that_wait": waiting_lines(lambda: step(images)),
+        "ms_of_a_step_of_one_image": round(1000 * seconds(step, images[:1], 20), 1),
     }
+
+
+def waiting_lines(step: Callable[[], None]) -> list[str]:
+    """List the lines of Python at which PyTorch makes the host wait for the GPU."""
+    if not ON_GPU:
+        return []
+    found: Counter[str] = Counter()
+
+    def note(*_: Any, **__: Any) -> None:
+        frames = [f for f in traceback.extract_stack()[:-1] if "warnings.py" not in f.filename]
+        names = (f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-4:])
+        found[" > ".join(names)] += 1
+
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return [f"{count} x {lines}" for lines, count in found.most_common(8)]
+
+
+def seconds(step: Callable[[torch.Tensor], None], images: torch.Tensor, steps: int) -> float:
+    """Measure the seconds of a step, after three that are not timed."""
+    for _ in range(3):
+        step(images)
+    synchronize(images.device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(images)
+    synchronize(images.device)
+    return (time.perf_counter() - began) / steps
+
+
+def numbers(small: bool) -> Result:
+    """Compare a step on this device with the same one in fp32 on the CPU, as relative errors."""
+    sizes_ = {"img_size": 32, "patch_size": 8, "depth": 2} if small else {}
+    torch.manual_seed(0)
+    model = build_mae(SMALL[0] if small else MODELS[0], **sizes_)
+    images = normalize(_images(2, model.patch_embed.img_size[0], torch.device("cpu")))
+    noise = torch.rand(2, model.num_patches)
+
+    def step(device: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        model.to(device).zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss, _, _ = model(images.to(device), noise.to(device))
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return loss.item(), torch.cat(gradients).cpu()
+
+    loss, gradient = step("cpu", torch.float32)
+    result: Result = {}
+    device = World().device.type
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        found, other = step(device, dtype)
+        result[f"loss_{name}"] = abs(found - loss) / loss
+        result[f"gradient_{name}"] = float((other - gradient).norm() / gradient.norm())
+    return {key: float(f"{value:.2e}") for key, value in result.items()}
 
 
 def _images(batch: int, size: int, device: torch.device) -> torch.Tensor:
@@ -282,10 +258,10 @@ def a_step(way: Way, batch: int, rounds: int, steps: int) -> Result:
             "peak_gb": round(memory, 2)}  # fmt: skip
 
 
-def step_results(small: bool, batches: list[int]) -> Iterator[Result]:
+def step_results(models: list[str], batches: list[int]) -> Iterator[Result]:
     """Measure the official design, ours, and ours compiled, for each model and micro-batch."""
     half, ours = ("fp16", "bf16") if ON_GPU else ("fp32", "fp32")
-    for name in SMALL if small else MODELS:
+    for name in models:
         for batch in batches:
             ways = [Way(name, True, half, "none", False), Way(name, False, ours, "none", False)]
             if ON_GPU:
@@ -322,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", default=not ON_GPU, help="tiny models")
     parser.add_argument("--batch", type=int, nargs="+", default=None, help="micro-batches")
+    parser.add_argument("--models", nargs="+", default=None, help="of the part step")
     parser.add_argument("--minutes", type=float, default=10, help="begin nothing new after them")
     parser.add_argument("--only", nargs="+", default=None, help="names of parts")
     args = parser.parse_args()
@@ -342,14 +319,15 @@ def main() -> None:
             for number in workers:
                 yield alone(loader, images(), number, 16 if args.small else 128)
 
-        def stage_results() -> Iterator[Result]:
-            yield from stages(images(), folder, args.small)
-
         parts: dict[str, Callable[[], Iterator[Result]]] = {
-            "stages": stage_results,
+            "stages": lambda: stages(images(), folder, args.small),
+            "commands": lambda: commands(images(), folder, args.small),
             "synchronisations": partial(synchronisations, args.small),
+            "numbers": lambda: iter([alone(numbers, args.small)]),
             "attention": partial(attention, args.small),
-            "step": partial(step_results, args.small, batches),
+            "step": partial(
+                step_results, args.models or [*(SMALL if args.small else MODELS)], batches
+            ),
             "deterministic": partial(determinism, args.small),
             "loader": read,
             "upload": lambda: iter([alone(upload)]),

@@ -98,7 +98,9 @@ def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "ze
     samples = torch.arange(batch, device=engine.device)
 
     def step(images: torch.Tensor) -> None:
-        loss, _, _ = engine(normalize(images), mask_noise(0, zeros, samples, model.num_patches))
+        few = slice(len(images))
+        noise = mask_noise(0, zeros[few], samples[few], model.num_patches)
+        loss, _, _ = engine(normalize(images), noise)
         engine.backward(loss)
         engine.step()
 

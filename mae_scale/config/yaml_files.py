@@ -13,6 +13,8 @@ from mae_scale.files import read_file
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
 MOST_DEPTH = 30
+_TOO_DEEP = f"it is nested more than {MOST_DEPTH} levels deep"
+_TOO_MANY = f"it stands for more than {MOST_VALUES:,} values"
 
 
 def read_yaml(path: Path) -> Any:
@@ -50,14 +52,26 @@ def parse_yaml(content: bytes) -> Any:
         ValueError: it is not valid YAML, or stands for too many values; the message is one line.
     """
     try:
-        value = yaml.safe_load(content.decode())
+        text = content.decode()
+        _check_text(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
         # PyYAML raises its own errors, and passes on the errors of the dates and numbers it makes.
         raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     _check_size(value)
     return value
+
+
+def _check_text(text: str) -> None:
+    """Refuse a text that is nested too deeply, or too long, before PyYAML spends long on it."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if count > MOST_VALUES:
+            raise ValueError(_TOO_MANY)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise ValueError(_TOO_DEEP)
 
 
 def _check_size(value: Any) -> None:
@@ -66,9 +80,9 @@ def _check_size(value: Any) -> None:
         found, depth = waiting.pop()
         count += 1
         if depth > MOST_DEPTH:
-            raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+            raise ValueError(_TOO_DEEP)
         if count + len(waiting) > MOST_VALUES:
-            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+            raise ValueError(_TOO_MANY)
         if isinstance(found, dict):
             waiting += [(item, depth + 1) for item in found.values()]
         elif isinstance(found, (list, tuple, set)):

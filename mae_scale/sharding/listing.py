@@ -126,6 +126,7 @@ def sorted_source(
     entries = [entry._replace(class_name=normal(entry.class_name)) for entry in entries]
     if classes is None:
         classes = sorted({entry.class_name for entry in entries})
+    classes = [normal(name) for name in classes]
     label = {name: i for i, name in enumerate(classes)}
     entries.sort(key=lambda e: (label[e.class_name], e.name.rpartition("/")[2], e.name))
     in_archive = bool(entries) and entries[0].offset >= 0

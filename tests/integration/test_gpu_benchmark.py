@@ -10,7 +10,10 @@ from pathlib import Path
 
 from runs import REPOSITORY
 
-PARTS = {"machine", "stages", "synchronisations", "attention", "step", "deterministic", "loader"}
+PARTS = {
+    *("machine", "stages", "commands", "synchronisations", "numbers", "attention", "step"),
+    *("deterministic", "loader", "upload"),
+}
 
 
 def test_every_part_gives_results(tmp_path: Path) -> None:
@@ -22,9 +25,14 @@ def test_every_part_gives_results(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert not [result for result in results if "error" in result], done.stdout + done.stderr
-    assert {result["part"] for result in results} == PARTS | {"upload"}
+    assert {result["part"] for result in results} == PARTS
     by_part = {result["part"]: result for result in results}
-    assert by_part["stages"]["exit_codes"] == [85, 0] and by_part["stages"]["ok"]
+    assert by_part["stages"]["exit_codes"] == [85, 0, 0] and by_part["stages"]["ok"]
+    assert by_part["stages"]["same_losses"]
+    rows = [result for result in results if result["part"] == "commands"]
+    assert [row["command"] for row in rows] == ["pretrain", "finetune", "reconstruct"]
+    assert {row["exit_code"] for row in rows} == {0}
+    assert by_part["numbers"]["gradient_fp32"] < 1e-5 < by_part["numbers"]["gradient_bf16"] < 0.1
     assert by_part["deterministic"]["same_bits"]
     assert "_local_scalar_dense" in by_part["synchronisations"]
     assert by_part["loader"]["images_per_second"] > 0
