@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +57,7 @@ from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.lists import read_classes, read_list
 from mae_scale.sharding.sources import find_source
 from mae_scale.sharding.verify import verify
+from mae_scale.tasks.classifiers import read_classifier
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
@@ -508,8 +508,7 @@ def class_files(material: Material) -> st.SearchStrategy[Files]:
 
 def read_class_file(material: Material, folder: Path) -> None:
     """Load the classifier of a run with these classes."""
-    options = SimpleNamespace(weights=folder, img_size=None, ema=False)
-    loaded = evaluating._load_ours(options)
+    loaded = read_classifier(folder)
     evaluating.outputs_of(open_shards(material.shards), loaded.classes)
 
 

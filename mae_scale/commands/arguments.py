@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from mae_scale.config.sizes import ImageSize, plain_size
 from mae_scale.errors import UserError, did_you_mean
 
 # Option for each name that other programs have for it.
@@ -28,6 +29,27 @@ HABITS = {
     "threshold": "score",
     "n": "most",
 }
+
+IMG_SIZE = (
+    "side of the images in pixels, or height and width such as 224x448; default: that of the "
+    "weights"
+)
+
+
+def image_size(text: str) -> ImageSize:
+    """Read a size of images: `224`, or height and width as `224x448` or `[224, 448]`.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is something else.
+    """
+    found = re.fullmatch(r"\[?\s*(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?\s*\]?", text.strip())
+    both = [int(side) for side in found.groups(found[1])] if found else [0]
+    if min(both) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size of images; expected pixels such as 224, or height and width such "
+            "as 224x448"
+        )
+    return plain_size(both)
 
 
 class Parser(argparse.ArgumentParser):

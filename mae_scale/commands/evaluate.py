@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import IMG_SIZE, Parser, image_size
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.world import data_workers
 
@@ -45,7 +45,7 @@ def parser(prog: str) -> Parser:
         help="classes of the outputs of foreign weights: shard folder, JSON list, or text with a "
         "name in each line; without it, those that the weights name, or else those of the data",
     )
-    add("--img_size", type=int, help="side of the images in pixels; default: that of the weights")
+    add("--img_size", type=image_size, help=IMG_SIZE)
     add(
         "--crop_ratio",
         type=float,

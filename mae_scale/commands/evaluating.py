@@ -12,7 +12,6 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,18 @@ import torch
 
 from mae_scale.commands import evaluate_dense
 from mae_scale.config.batch import resolve_precision
-from mae_scale.data.bands import RGB, Bands
-from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.classifier import (
-    Classifier,
-    build_classifier,
-    keep_statistics_in_fp32,
-)
-from mae_scale.models.description import describe
-from mae_scale.models.weights import fit_to_classifier, read_weights, sizes_of
+from mae_scale.models.classifier import keep_statistics_in_fp32
 from mae_scale.sharding.labels import normal
 from mae_scale.sharding.lists import read_classes
 from mae_scale.tasks.classification import classes_of
-from mae_scale.tasks.trained import (
-    TrainedRun,
-    best_checkpoint,
-    check_foreign_bands,
-    grid_of,
-    is_ours,
-)
-from mae_scale.train import checkpoint
+from mae_scale.tasks.classifiers import read_classifier
+from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.train.validation import Scores, evaluate
 from mae_scale.world import World
 
@@ -101,7 +86,14 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     corrupted = _corrupted(options)
     if not sets and not corrupted:
         raise UserError("nothing to evaluate on: give NAME=SHARDS or --imagenet_c FOLDER")
-    loaded = load(options, next(iter([*sets.values(), *corrupted.values()])))
+    loaded = read_classifier(
+        options.weights,
+        name=options.model,
+        classes=None if options.classes is None else read_classes(options.classes),
+        fallback=next(iter([*sets.values(), *corrupted.values()])).classes,
+        img_size=options.img_size,
+        ema=options.ema,
+    )
     outputs = {name: outputs_of(shards, loaded.classes) for name, shards in sets.items()}
     outputs |= {name: outputs_of(shards, loaded.classes) for name, shards in corrupted.items()}
     model = loaded.model.eval().to(world.device)
@@ -152,83 +144,6 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
         if options.out is not None:
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         print(table(results))
-
-
-@dataclass
-class Loaded:
-    """A classifier, and the facts that evaluation needs about it."""
-
-    model: Classifier
-    """The classifier, in fp32 on the CPU."""
-    classes: list[str]
-    """Names of the outputs, in order."""
-    crop_ratio: float | None
-    """Share of the short side that the centre crop covers; None: the usual one for the size."""
-    step: int | None
-    """Optimiser steps that the run had done; None: foreign weights, which do not say it."""
-    max_pixels: int = MAX_PIXELS
-    """Most pixels that an image may have."""
-    bands: Bands = RGB
-    """Bands of the images, and how they are normalised."""
-
-
-def load(options: argparse.Namespace, data: ShardSet) -> Loaded:
-    """Load the classifier that the options name, in fp32 on the CPU.
-
-    Args:
-        options: arguments of `mae-scale evaluate`.
-        data: data set whose classes count where neither the weights nor the options name any.
-
-    Raises:
-        UserError: there is no classifier, or it does not fit the classes or the options.
-    """
-    if is_ours(options.weights):
-        return _load_ours(options)
-    if options.ema:
-        raise UserError(f"--ema: {options.weights} is no run folder, which a moving average is in")
-    state = read_weights(options.weights)
-    described = describe(options.weights)
-    name = options.model or described.name
-    if name is None:
-        raise UserError(
-            f"{options.weights} is no run folder and does not say what it is: --model NAME"
-        )
-    classes = described.classes or data.classes
-    if options.classes is not None:
-        classes = read_classes(options.classes)
-    head = [value for key, value in state.items() if key.startswith("head.")]
-    if head and len(head[-1]) != len(classes):
-        raise UserError(
-            f"weights: the head has {len(head[-1])} outputs, but there are {len(classes)} classes; "
-            "name those of the head with --classes"
-        )
-    sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
-    own_size = sizes.get("img_size")
-    sizes = described.encoder_sizes() | sizes
-    if options.img_size is not None:
-        sizes["img_size"] = options.img_size
-    pool = "mean" if "fc_norm.weight" in state else "token"
-    kinds = {"head.0.running_mean": "probe", "head.fc1.weight": "mlp"}
-    kind = next((kinds[key] for key in kinds if key in state), "linear")
-    check_foreign_bands(options.weights, sizes)
-    model = build_classifier(name, len(classes), pool=pool, head=kind, **sizes)
-    model.load_state_dict(fit_to_classifier(state, model, whole=True))
-    crop_ratio = described.crop_ratio if options.img_size in (None, own_size) else None
-    return Loaded(model, classes, crop_ratio, None)
-
-
-def _load_ours(options: argparse.Namespace) -> Loaded:
-    trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
-    if not trained.classes:
-        raise UserError(f"{trained.run_dir} is no run of finetune or linprobe: it has no classes")
-    model = trained.model(options.img_size)
-    grid, state = grid_of(trained.folder), trained.weights(options.ema)
-    model.load_state_dict(fit_to_classifier(state, model, whole=True, grid=grid))
-    same_size = options.img_size in (None, trained.config.model.img_size)
-    crop_ratio = getattr(trained.config.model, "crop_ratio", None) if same_size else None
-    step = checkpoint.Commit.read(trained.folder).step
-    limit, bands = trained.config.data.max_pixels, Bands.of(trained.config)
-    return Loaded(model, trained.classes, crop_ratio, step, limit, bands)
 
 
 def _named(specs: Sequence[str]) -> list[tuple[str, str]]:

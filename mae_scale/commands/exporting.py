@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mae_scale.commands.model_card import MARK, model_card
 from mae_scale.config.sizes import ImageSize
-from mae_scale.data.bands import Bands
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import owner, sync_folder, sync_tree
 from mae_scale.models import hugging_face, timm_form
-from mae_scale.models.classifier import ProbeHead
+from mae_scale.models.classifier import Classifier, ProbeHead
 from mae_scale.models.dense_weights import BACKBONE
 from mae_scale.models.description import CARD, CONFIG, PREPROCESSOR, facts_of
 from mae_scale.models.hugging_face import StateDict
@@ -66,8 +67,18 @@ def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None
     lines = [line for line in form.code.splitlines() if not (single and "FOLDER" in line)]
     places = {"FOLDER": str(out), "FILE": str(out if single else out / form.weights)}
     code = re.sub("FOLDER|FILE", lambda found: places[found[0]], "\n".join(lines).strip())
-    ratio = _crop_ratio(trained, trained.config.model.img_size) if trained.classes else None
-    facts = facts_of(trained.config.model.name, model, ratio)
+    facts = facts_of(
+        trained.config.model.name,
+        model,
+        crop_ratio=_crop_ratio(trained, trained.config.model.img_size) if trained.classes else None,
+        switches=vars(trained.config.model),
+        **_facts_of_images(trained),
+        **(
+            {"classes": trained.classes}
+            if to == "official" and isinstance(model, Classifier)
+            else {}
+        ),
+    )
     card = model_card(trained, ema, to, form.library, code, facts)
     try:
         if single:
@@ -276,6 +287,17 @@ def _folded(state: StateDict, model: Any) -> StateDict:
 
 def _crop_ratio(trained: TrainedRun, size: ImageSize) -> float:
     return getattr(trained.config.model, "crop_ratio", None) or default_crop_ratio(size)
+
+
+def _facts_of_images(trained: TrainedRun) -> dict[str, Any]:
+    """Return the bands of the images for the card, where they are not ImageNet's."""
+    bands = Bands.of(trained.config)
+    if bands == RGB:
+        return {}
+    facts: dict[str, Any] = {"mean": list(bands.mean), "std": list(bands.std)}
+    if bands.value_range is not None:
+        facts["value_range"] = np.array(bands.value_range).tolist()
+    return facts
 
 
 def _call(name: str, kwargs: dict[str, Any]) -> str:

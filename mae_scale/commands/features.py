@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import IMG_SIZE, Parser, image_size
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.world import data_workers
 
@@ -25,7 +25,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--model", help="of foreign weights: mae_vit_base_patch16 or the like")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--img_size", type=int, help="pixels; default: the weights'")
+    parser.add_argument("--img_size", type=image_size, help=IMG_SIZE)
     parser.add_argument(
         "--crop_ratio", type=float,
         help="share of the short side that the centre crop covers; default: the run's, or 0.875 "

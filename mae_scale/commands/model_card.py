@@ -7,11 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, flatten
 from mae_scale.config.sizes import sides
+from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.shards import MANIFEST, open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.description import FACTS
@@ -37,7 +39,7 @@ def model_card(
         facts: facts about the weights that evaluation needs, from `description.facts_of`.
     """
     config, commit = trained.config, Commit.read(trained.folder)
-    name = config.model.name
+    name, bands = config.model.name, Bands.of(config)
     front: dict[str, Any] = {"library_name": library, "tags": ["mae-scale", "masked-autoencoder"]}
     front |= {"pipeline_tag": trained.task.hub_tag, FACTS: facts}
     average = ", the moving average of its weights" if ema else ""
@@ -65,7 +67,7 @@ def model_card(
 {trained.task.card}
 with mae-scale after He et al., "Masked Autoencoders Are Scalable Vision Learners"
 ([arXiv 2111.06377](https://arxiv.org/abs/2111.06377)){average}.
-Inputs are RGB images, scaled to 0 to 1 and normalised with ImageNet's mean and deviation.
+{_inputs(bands)}
 
 |  |  |
 |---|---|
@@ -88,6 +90,23 @@ Inputs are RGB images, scaled to 0 to 1 and normalised with ImageNet's mean and 
 Not stated yet: that of the weights is for whoever publishes them to choose, with regard to the
 images and to the weights that training started from. Write it here, and as `license:` above.
 """
+
+
+def _inputs(bands: Bands) -> str:
+    """Say which images the model takes, and how their values are normalised."""
+    if bands == RGB:
+        return (
+            "Inputs are RGB images, scaled to 0 to 1 and normalised with ImageNet's mean and "
+            "deviation."
+        )
+    scaled = "scaled to 0 to 1"
+    if bands.value_range is not None:
+        scaled = f"scaled so that {np.array(bands.value_range).tolist()} becomes 0 to 1 and clipped"
+    kind = "RGB images" if bands.count == 3 else f"images of {bands.count} bands"
+    return (
+        f"Inputs are {kind}, {scaled}, then normalised\nby the mean {list(bands.mean)} and the "
+        f"deviation {list(bands.std)} of the bands."
+    )
 
 
 RECIPE = ("seed", "weights", "model.", "augment.", "train.", "optim.", "deepspeed")

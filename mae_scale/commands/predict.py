@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import IMG_SIZE, Parser, image_size
+from mae_scale.data.formats import MAX_PIXELS
 
 
 def parser(prog: str) -> Parser:
@@ -15,7 +16,8 @@ def parser(prog: str) -> Parser:
         "weights",
         type=Path,
         help="run folder of finetune, linprobe, detect or segment (its best checkpoint is taken), "
-        "or a step folder in it",
+        "a step folder in it, or a classifier's weights: an export, a .pth of the authors, a "
+        ".safetensors, a folder of timm or Hugging Face",
     )
     add("images", type=Path, nargs="+", help="image files, or folders of them")
     add(
@@ -37,11 +39,20 @@ def parser(prog: str) -> Parser:
         default=0.5,
         help="lowest score of an object that is shown (default: %(default)s)",
     )
+    add("--img_size", type=image_size, help=f"of a classifier: {IMG_SIZE}")
+    add("--model", help="architecture of foreign weights that do not say it, such as "
+        "mae_vit_base_patch16")  # fmt: skip
+    add(
+        "--classes",
+        help="classes of the outputs of foreign weights: shard folder, JSON list, or text with a "
+        "name in each line; default: those that the weights name, or else numbers",
+    )
     add("--ema", action="store_true", help="use the moving average of the weights")
     add(
         "--max_pixels",
         type=int,
-        help="refuse larger images (default: data.max_pixels of the run)",
+        help="refuse larger images; default: data.max_pixels of the run, or for weights from "
+        f"elsewhere {MAX_PIXELS}",
     )
     return parser
 

@@ -21,6 +21,8 @@ from mae_scale.data.formats import IMAGE_SUFFIXES, image_files
 from mae_scale.data.transforms import default_crop_ratio, eval_crop
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import read_file, write_atomically
+from mae_scale.sharding.lists import read_classes
+from mae_scale.tasks.classifiers import Trained, read_classifier
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.world import World
 
@@ -61,9 +63,8 @@ def run(options: argparse.Namespace, world: World) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is not a folder")
     files = find_images(options.images)
-    trained, predict = load(options, world.device)
-    max_pixels = options.max_pixels or trained.config.data.max_pixels
-    bands = Bands.of(trained.config)
+    task, predict, limit, bands = load(options, world.device)
+    max_pixels = options.max_pixels or limit
     rows, damaged = [], []
     for file, name in files:
         try:
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace, world: World) -> None:
             continue
         seen = predict(image)
         height, width = image.shape[1:]
-        facts = {"file": str(file), "task": trained.task.name, "height": height, "width": width}
+        facts = {"file": str(file), "task": task, "height": height, "width": width}
         base = options.out / name
         base.parent.mkdir(parents=True, exist_ok=True)
         facts |= seen.facts
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace, world: World) -> None:
         content = json.dumps(facts, indent=1, ensure_ascii=False)
         write_atomically(base.with_name(f"{base.name}.json"), content + "\n")
         rows.append((str(file), seen.facts.get("classes", [])))
-    if trained.task.best_by == "top1" and rows:
+    if task not in _DENSE and rows:
         write_atomically(options.out / TABLE, _table(rows))
     log.info("wrote %s: %d images", options.out, len(rows))
     if damaged:
@@ -124,40 +125,67 @@ def find_images(paths: list[Path]) -> list[tuple[Path, Path]]:
     return list(dict.fromkeys(found))
 
 
-def load(options: argparse.Namespace, device: torch.device) -> tuple[TrainedRun, Predict]:
-    """Read a run, and return it and a function from an image to what its model sees.
+class Predictor(NamedTuple):
+    """A function that predicts, and the facts about its images."""
+
+    task: str | None  # task of the run; None: weights from elsewhere
+    predict: Predict
+    max_pixels: int  # most pixels that an image may have
+    bands: Bands
+
+
+def load(options: argparse.Namespace, device: torch.device) -> Predictor:
+    """Read a trained model, and return a function from an image to what the model sees.
 
     Raises:
-        UserError: there is no run, or it is a run of a task whose models cannot predict.
+        UserError: there is no model, or its task is one whose models cannot predict.
     """
-    if not is_ours(options.weights):
-        raise UserError(
-            f"{options.weights} is neither a run folder nor a committed checkpoint of one"
-        )
-    trained = TrainedRun.read(best_checkpoint(options.weights))
-    if trained.task.name not in _PREDICTORS:
-        raise UserError(
-            f"{trained.run_dir} is a run of {trained.task.name}; predict takes runs of "
-            f"{', '.join(_PREDICTORS)} (mae-scale reconstruct draws what pre-training sees)"
-        )
-    model = trained.model_with_weights(options.ema)
-    model = model.eval().to(device)
-    return trained, _PREDICTORS[trained.task.name](trained, model, device, options)
+    trained = None
+    if is_ours(options.weights):
+        trained = TrainedRun.read(best_checkpoint(options.weights))
+        if trained.task.name not in (*_CLASSIFIERS, *_DENSE):
+            raise UserError(
+                f"{trained.run_dir} is a run of {trained.task.name}; predict takes runs of "
+                f"{', '.join((*_CLASSIFIERS, *_DENSE))} (mae-scale reconstruct draws what "
+                "pre-training sees)"
+            )
+        if trained.task.name in _DENSE:
+            return _dense(trained, device, options)
+    elif not options.weights.exists():
+        raise UserError(f"there is no run folder, step folder or file of weights {options.weights}")
+    found = read_classifier(
+        options.weights,
+        name=options.model,
+        classes=None if options.classes is None else read_classes(options.classes),
+        img_size=options.img_size,
+        ema=options.ema,
+    )
+    task = None if trained is None else trained.task.name
+    return Predictor(task, _classifier(found, device, options), found.max_pixels, found.bands)
 
 
-def _classifier(
-    trained: TrainedRun, model: Any, device: torch.device, options: argparse.Namespace
-) -> Predict:
-    config: Any = trained.config
-    size = config.model.img_size
-    ratio, bands = config.model.crop_ratio or default_crop_ratio(size), Bands.of(config)
+def _dense(trained: TrainedRun, device: torch.device, options: argparse.Namespace) -> Predictor:
+    for name in ("model", "classes", "img_size"):
+        if getattr(options, name) is not None:
+            task = trained.task.name
+            raise UserError(f"--{name} is for classifiers; {trained.run_dir} is a run of {task}")
+    model = trained.model_with_weights(options.ema).eval().to(device)
+    predict = _DENSE[trained.task.name](trained, model, device, options)
+    config = trained.config
+    return Predictor(trained.task.name, predict, config.data.max_pixels, Bands.of(config))
+
+
+def _classifier(found: Trained, device: torch.device, options: argparse.Namespace) -> Predict:
+    model, classes, bands = found.model.eval().to(device), found.classes, found.bands
+    size = model.patch_embed.img_size
+    ratio = found.crop_ratio or default_crop_ratio(size)
 
     @torch.no_grad()
     def predict(image: torch.Tensor) -> Seen:
         crop = eval_crop(image, size, ratio)[None].to(device)
         logits = model(bands.normalize(crop))[0]
-        best = logits.softmax(0).topk(min(options.top, len(trained.classes)))
-        names = [trained.classes[number] for number in best.indices.tolist()]
+        best = logits.softmax(0).topk(min(options.top, len(classes)))
+        names = [classes[number] for number in best.indices.tolist()]
         scores = best.values.tolist()
         facts = [{"name": n, "score": s} for n, s in zip(names, scores, strict=True)]
         return Seen({"classes": facts}, drawing.ranked_names(_pixels(image), names, scores))
@@ -224,9 +252,8 @@ def _segmenter(
     return predict
 
 
-_PREDICTORS: dict[str, Callable[..., Predict]] = {
-    "finetune": _classifier,
-    "linprobe": _classifier,
+_CLASSIFIERS = ("finetune", "linprobe")  # tasks whose models classify
+_DENSE: dict[str, Callable[..., Predict]] = {  # the other tasks
     "detect": _detector,
     "segment": _segmenter,
 }

@@ -16,13 +16,9 @@ from mae_scale.errors import UserError
 from mae_scale.files import read_file
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.description import describe
-from mae_scale.models.weights import (
-    fit_to_mae,
-    read_weights,
-    sizes_of,
-)
+from mae_scale.models.weights import fit_to_mae, read_weights
 from mae_scale.tasks.figures import save_reconstruction_grid
-from mae_scale.tasks.trained import TrainedRun, check_foreign_bands, is_ours
+from mae_scale.tasks.trained import TrainedRun, bands_of, grid_in, is_ours
 from mae_scale.train import checkpoint
 
 log = logging.getLogger("mae_scale")
@@ -64,7 +60,7 @@ def reconstruct(
         raise UserError(f"--max_pixels {max_pixels} must be at least 1")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
-    files, bands = _evenly(_find_images([Path(image) for image in images]), most), RGB
+    files = _evenly(_find_images([Path(image) for image in images]), most)
     if is_ours(weights):
         if model is not None or norm_pix_loss is not None:
             raise UserError(
@@ -77,7 +73,7 @@ def reconstruct(
         step = checkpoint.Commit.read(folder).step
         source = f"{folder.parents[1].resolve().name} at step {step:,}"
     else:
-        mae, source = load_foreign(weights, model, norm_pix_loss), weights.name
+        (mae, bands), source = load_foreign(weights, model, norm_pix_loss), weights.name
         limit = MAX_PIXELS
     size = mae.patch_embed.img_size
     pixels = torch.stack([_read(file, size, max_pixels or limit, bands) for file in files])
@@ -113,8 +109,10 @@ def load_mae(folder: Path) -> MaskedAutoencoderViT:
     return model.eval()
 
 
-def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> MaskedAutoencoderViT:
-    """Load the masked autoencoder of foreign weights, in fp32 on the CPU.
+def load_foreign(
+    path: Path, name: str | None, norm_pix_loss: str | None
+) -> tuple[MaskedAutoencoderViT, Bands]:
+    """Load the masked autoencoder of foreign weights, in fp32 on the CPU, and its images' bands.
 
     The sizes of the model follow from the shapes of the weights.
 
@@ -136,18 +134,18 @@ def load_foreign(path: Path, name: str | None, norm_pix_loss: str | None) -> Mas
             "elsewhere say what they are: --model NAME"
         )
     state = read_weights(path)
-    normalised = described.norm_pix_loss
+    switches = described.switches
     if norm_pix_loss is not None:
-        normalised = norm_pix_loss == "true"
-    if normalised is None:
+        switches = {**switches, "norm_pix_loss": norm_pix_loss == "true"}
+    if "norm_pix_loss" not in switches:
         raise UserError(
             f"{path} does not say whether it predicts normalised pixels, and published weights "
             "exist in both kinds; add --norm_pix_loss true or --norm_pix_loss false"
         )
-    check_foreign_bands(path, sizes_of(state))
-    model = build_mae(name, **{**described.sizes, **sizes_of(state), "norm_pix_loss": normalised})
-    model.load_state_dict(fit_to_mae(state, model, whole=True))
-    return model.eval()
+    sizes = described.sizes_for(state, decoder=True)
+    model = build_mae(name, **switches, **sizes)
+    model.load_state_dict(fit_to_mae(state, model, whole=True, grid=grid_in(sizes)))
+    return model.eval(), bands_of(path, described, sizes)
 
 
 def _find_images(paths: list[Path]) -> list[Path]:

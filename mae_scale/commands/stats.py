@@ -1,7 +1,7 @@
 """Compute mean and deviation of each band of the images of a shard folder.
 
-They are what data.mean and data.std of a config take. Images with 16 bits or floats show the range
-of their values first, from which --value_range is chosen.
+They are what data.mean and data.std of a config take. The range of the values of each band is shown
+first, from which --value_range is chosen.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def parser(prog: str) -> Parser:
     add("--in_chans", type=int, default=3, help="bands of an image (default: %(default)s)")
     add(
         "--value_range",
-        type=float,
-        nargs=2,
-        metavar=("BLACK", "WHITE"),
-        help="values that become black and white, as data.value_range",
+        nargs="+",
+        metavar="BLACK WHITE",
+        help="values that become black and white, as data.value_range: two numbers, or two for "
+        "each band; auto: for each band the range of all but 2 %% of its values on each side",
     )
     add(
         "--most",

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     From0 = int
     From1 = int
     Workers = int
+    Finite = float
     Above0 = float
     AtLeast0 = float
     AtLeast10 = float
@@ -23,6 +24,7 @@ else:
     From0 = restricted_number_type("whole number from 0 on", int, [(">=", 0), ("<", 2**62)])
     From1 = restricted_number_type("whole number from 1 on", int, [(">=", 1), ("<", 2**62)])
     Workers = restricted_number_type("whole number from 0 to 256", int, [(">=", 0), ("<=", 256)])
+    Finite = restricted_number_type("number", float, [(">", -float("inf")), FINITE])
     Above0 = restricted_number_type("number above 0", float, [(">", 0), FINITE])
     AtLeast0 = restricted_number_type("number from 0 on", float, [(">=", 0), FINITE])
     AtLeast10 = restricted_number_type("number from 10 on", float, [(">=", 10), FINITE])

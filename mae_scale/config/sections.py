@@ -14,6 +14,7 @@ from mae_scale.config.numbers import (
     Above0,
     AtLeast0,
     AtLeast10,
+    Finite,
     From0,
     From1,
     Share,
@@ -79,9 +80,10 @@ class DataConfig:
     null: ImageNet's means of three bands."""
     std: list[Above0] | None = None
     """Standard deviation of each band; null: ImageNet's deviations of three bands."""
-    value_range: tuple[float, float] | None = None
-    """Values that become black and white, such as 0 and 10000 for many satellites; values beyond
-    them are clipped. null: the whole range of 8 or 16 bits."""
+    value_range: tuple[Finite, Finite] | list[tuple[Finite, Finite]] | None = None
+    """Values that become black and white, such as [0, 10000] for many satellites, or a list of such
+    pairs, one for each band; values beyond them are clipped. null: the whole range of 8 or 16
+    bits."""
 
     @property
     def worker_processes(self) -> int:

@@ -41,9 +41,9 @@ class Bands:
     """Mean of each band, for values from 0 (black) to 1 (white)."""
     std: tuple[float, ...] = IMAGENET_STD
     """Standard deviation of each band, for values from 0 to 1."""
-    value_range: tuple[float, float] | None = None
-    """Values that become black and white; values beyond are clipped. None: the smallest and largest
-    integers of 8 or 16 bits."""
+    value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
+    """Values that become black and white, for all bands or for each; values beyond are clipped.
+    None: the smallest and largest integers of 8 or 16 bits."""
 
     @classmethod
     def of(cls, config: Any) -> Bands:
@@ -57,10 +57,12 @@ class Bands:
         given = [key for key in ("mean", "std", "value_range") if getattr(data, key) is not None]
         if given and not hasattr(config.model, "in_chans"):
             raise UserError(f"data.{given[0]}: {config.task} takes ordinary images of three bands")
-        if data.value_range is not None and not data.value_range[0] < data.value_range[1]:
-            raise UserError(f"data.value_range {list(data.value_range)} must rise")
+        try:
+            value_range = checked_range(data.value_range, count)
+        except ValueError as error:
+            raise UserError(f"data.value_range {error}") from None
         if data.mean is None and data.std is None and count == 3:
-            return cls(value_range=data.value_range)
+            return cls(value_range=value_range)
         if data.mean is None or data.std is None:
             raise UserError(
                 f"model.in_chans {count} needs data.mean and data.std, a number for each band; "
@@ -71,7 +73,7 @@ class Bands:
                 f"data.mean has {len(data.mean)} numbers and data.std {len(data.std)}; expected "
                 f"one for each of the {count} bands (model.in_chans)"
             )
-        return cls(count, tuple(data.mean), tuple(data.std), data.value_range)
+        return cls(count, tuple(data.mean), tuple(data.std), value_range)
 
     @property
     def are_plain(self) -> bool:
@@ -101,7 +103,7 @@ class Bands:
                     "and white; give data.value_range"
                 )
             return np.round(values / 257).astype(np.uint8)
-        low, high = self.value_range
+        low, high = np.array(self.value_range, np.float64).T  # numbers, or one for each band
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))
         if not np.isfinite(scaled).all():
             raise ValueError("has values that are not finite")
@@ -119,6 +121,28 @@ class Bands:
 
 
 RGB = Bands()
+
+
+def checked_range(value_range: Any, count: int) -> Any:
+    """Return a range of values, or a range for each band, as tuples; None stays None.
+
+    Args:
+        value_range: a pair of numbers, or a sequence of pairs.
+        count: number of bands.
+
+    Raises:
+        ValueError: a pair does not rise, or there are not as many pairs as bands.
+    """
+    if value_range is None:
+        return None
+    is_pair = not isinstance(value_range[0], (list, tuple)) if value_range else False
+    pairs = [tuple(pair) for pair in ([value_range] if is_pair else value_range)]
+    if not is_pair and len(pairs) != count:
+        raise ValueError(f"has {len(pairs)} pairs; expected one pair for all, or {count}")
+    for low, high in pairs:
+        if not low < high:
+            raise ValueError(f"[{low:g}, {high:g}] must rise")
+    return pairs[0] if is_pair else tuple(pairs)
 
 
 @lru_cache  # kept, because a copy to a GPU waits for the work that is queued there

@@ -8,16 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mae_scale.config.sizes import ImageSize, plain_size, sides
 from mae_scale.config.yaml_files import parse_yaml
 from mae_scale.files import read_file
+from mae_scale.models.hugging_face import StateDict
 from mae_scale.models.mae import MODELS
-from mae_scale.models.weights import read_json
+from mae_scale.models.weights import read_json, sizes_of
 
 CARD, CONFIG, PREPROCESSOR = "README.md", "config.json", "preprocessor_config.json"
 FACTS = "mae_scale"  # key of the front matter of a model card, with what `Description` holds
 _MOST_CARD = 1 << 20  # bytes
-_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
+_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio",
           "decoder_num_heads")  # fmt: skip
+# Switches of a masked autoencoder that its weights do not show, and the values that each may have;
+# a type allows all its values that `_is_allowed` does.
+_SWITCHES: dict[str, Any] = {
+    "norm_pix_loss": bool,
+    "mask_ratio": float,
+    "mask_sampling": ("random", "block", "grid"),
+    "mask_tokens_in_encoder": bool,
+    "target": ("pixels", "pca", "tokens"),
+    "pca_components": int,
+    "vocabulary_size": int,
+}
 _HUGGING_FACE = {
     "image_size": "img_size",
     "patch_size": "patch_size",
@@ -40,12 +53,32 @@ class Description:
     """Share of the short side that the centre crop of an evaluation covers."""
     classes: list[str] = field(default_factory=list)
     """Names of the outputs, in order."""
-    norm_pix_loss: bool | None = None
-    """Whether a masked autoencoder predicts normalised pixels."""
+    switches: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `build_mae`: its target and its masking."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each band of the images, for values from 0 to 1."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each band."""
+    value_range: Any = None
+    """Values of the images that become black and white, as in `Bands.value_range`."""
 
-    def encoder_sizes(self) -> dict[str, Any]:
-        """Return the sizes without those of the decoder, arguments of `build_classifier`."""
-        return {key: size for key, size in self.sizes.items() if not key.startswith("decoder_")}
+    def sizes_for(self, state: StateDict, decoder: bool = False) -> dict[str, Any]:
+        """Return the sizes of the model that weights belong to, as arguments of `build_classifier`.
+
+        Shapes of the weights count more than the description. Only the height and width of images
+        cannot be told from shapes: the described ones count if they have as many patches.
+
+        Args:
+            state: the weights.
+            decoder: whether the sizes are for `build_mae`, with those of the decoder.
+        """
+        shown, table = sizes_of(state), state.get("pos_embed")
+        if "img_size" in shown and "img_size" in self.sizes and table is not None:
+            height, width = (side // shown["patch_size"] for side in sides(self.sizes["img_size"]))
+            if height * width == table.shape[1] - 1:
+                del shown["img_size"]
+        sizes = self.sizes | shown
+        return {key: v for key, v in sizes.items() if decoder or not key.startswith("decoder_")}
 
 
 def describe(path: str | Path) -> Description:
@@ -72,25 +105,44 @@ def describe(path: str | Path) -> Description:
         facts["architecture"] if facts.get("architecture") in MODELS else theirs.name,
         theirs.sizes | _numbers(facts),
         _ratio(facts.get("crop_pct")) or theirs.crop_ratio,
-        theirs.classes,
-        _boolean(facts.get("norm_pix_loss", theirs.norm_pix_loss)),
+        theirs.classes or _names(facts.get("classes")),
+        theirs.switches | _switches(facts),
+        _values(facts.get("mean")) or theirs.mean,
+        _values(facts.get("std")) or theirs.std,
+        _range(facts.get("value_range")),
     )
 
 
-def facts_of(name: str, model: Any, crop_ratio: float | None) -> dict[str, Any]:
+def facts_of(
+    name: str,
+    model: Any,
+    *,
+    crop_ratio: float | None = None,
+    switches: Mapping[str, Any] = {},
+    **more: Any,
+) -> dict[str, Any]:
     """Collect the facts for the card of an export, from which `describe` reads them.
 
     Args:
         name: name of the architecture.
         model: model to export; it may be on the meta device.
         crop_ratio: share of the short side that evaluation crops; None: there is no evaluation.
+        switches: settings of a masked autoencoder, of which those of `Description.switches` count.
+        more: facts that go into the card as they are: classes, and the attributes of `Bands`.
     """
     encoder = getattr(model, "backbone", model)
-    facts: dict[str, Any] = {"architecture": name, "num_heads": encoder.blocks[0].attn.num_heads}
+    size = plain_size(encoder.patch_embed.img_size)
+    facts: dict[str, Any] = {
+        "architecture": name,
+        "img_size": size if isinstance(size, int) else list(size),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+    }
     if decoder := getattr(model, "decoder_blocks", None):
         facts["decoder_num_heads"] = decoder[0].attn.num_heads
-        facts["norm_pix_loss"] = model.norm_pix_loss
-    return facts if crop_ratio is None else {**facts, "crop_pct": crop_ratio}
+        facts |= _switches(switches)
+    if crop_ratio is not None:
+        facts["crop_pct"] = crop_ratio
+    return facts | more
 
 
 def _of_timm(config: Mapping[str, Any]) -> Description:
@@ -105,6 +157,8 @@ def _of_timm(config: Mapping[str, Any]) -> Description:
         _numbers(arguments if isinstance(arguments, dict) else {}),
         _ratio(preprocessing.get("crop_pct")),
         _names(config.get("label_names")),
+        mean=_values(preprocessing.get("mean")),
+        std=_values(preprocessing.get("std")),
     )
 
 
@@ -125,7 +179,9 @@ def _of_hugging_face(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
         sizes,
         _ratio_of_processor(processor),
         _names(names),
-        _boolean(config.get("norm_pix_loss")),
+        _switches(config),
+        _values(processor.get("image_mean")),
+        _values(processor.get("image_std")),
     )
 
 
@@ -142,19 +198,58 @@ def _ratio_of_processor(processor: Mapping[str, Any]) -> float | None:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    sizes = {
         key: values[key]
         for key in _SIZES
         if isinstance(values.get(key), (int, float)) and values[key] > 0
     }
+    size = _image_size(values.get("img_size"))
+    return sizes if size is None else {"img_size": size, **sizes}
+
+
+def _image_size(value: Any) -> ImageSize | None:
+    both = value if isinstance(value, (list, tuple)) else [value, value]
+    if len(both) == 2 and all(type(side) is int and 0 < side < 1 << 20 for side in both):
+        return plain_size(both)
+    return None
+
+
+def _switches(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: values[key]
+        for key, allowed in _SWITCHES.items()
+        if key in values and _is_allowed(values[key], allowed)
+    }
+
+
+def _is_allowed(value: Any, allowed: Any) -> bool:
+    if isinstance(allowed, tuple):
+        return value in allowed
+    if type(value) is not allowed:
+        return False
+    return allowed is bool or (0 < value < 1 if allowed is float else 0 < value < 1 << 20)
+
+
+def _values(value: Any) -> tuple[float, ...] | None:
+    """Return a list of finite numbers as a tuple; None for anything else."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    if not all(type(v) in (int, float) and abs(v) < 1e30 for v in value):
+        return None
+    return tuple(float(v) for v in value)
+
+
+def _range(value: Any) -> Any:
+    """Return a pair of numbers that rise, or a pair for each band; None for anything else."""
+    if isinstance(value, list) and value and all(isinstance(pair, list) for pair in value):
+        pairs = [_range(pair) for pair in value]
+        return None if None in pairs else tuple(pairs)
+    pair = _values(value)
+    return pair if pair is not None and len(pair) == 2 and pair[0] < pair[1] else None
 
 
 def _ratio(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else None
-
-
-def _boolean(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _names(value: Any) -> list[str]:

@@ -92,7 +92,8 @@ def initial_weights(
         return None
 
     def read() -> dict[str, torch.Tensor]:
-        state, grid = read_any(spec, model), grid_of(spec)
+        state = read_any(spec, model)
+        grid = grid_of(spec, state)
         weights = fit_to_classifier(state, model, new_head=new_head, grid=grid)
         log.info("from %s: %s", spec, fitted(state, weights, model))
         return weights

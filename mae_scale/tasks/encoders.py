@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mae_scale.config.sizes import ImageSize, plain_size
 from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.formats import MAX_PIXELS
 from mae_scale.errors import UserError
@@ -17,11 +18,12 @@ from mae_scale.models import MaskedAutoencoderViT, build_classifier, build_mae
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.description import Description, describe
 from mae_scale.models.encoder import Encoder, Pool
-from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights, sizes_of
+from mae_scale.models.weights import fit_to_classifier, fit_to_mae, read_weights
 from mae_scale.tasks.trained import (
     TrainedRun,
+    bands_of,
     best_checkpoint,
-    check_foreign_bands,
+    grid_in,
     grid_of,
     is_ours,
 )
@@ -58,7 +60,7 @@ def read_describer(
     *,
     pool: Pool | None = None,
     name: str | None = None,
-    img_size: int | None = None,
+    img_size: ImageSize | None = None,
     ema: bool = False,
 ) -> Describer:
     """Read an encoder, in fp32 on the CPU; all ranks call.
@@ -69,13 +71,13 @@ def read_describer(
         pool: features that describe an image; None: the class token of a masked autoencoder, and
             for a classifier the features that its head gets.
         name: architecture of foreign weights; None: the one that they name.
-        img_size: side of the images in pixels; None: that of the weights.
+        img_size: side, or height and width, of the images in pixels; None: that of the weights.
         ema: whether to take the moving average of the weights.
 
     Raises:
         UserError: there are no such weights, or they do not fit the other arguments.
     """
-    crop_ratio, grid, max_pixels, bands = None, None, MAX_PIXELS, RGB
+    crop_ratio, max_pixels = None, MAX_PIXELS
     if is_ours(weights):
         trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(weights)))
         model: nn.Module = trained.model(img_size)
@@ -85,9 +87,9 @@ def read_describer(
                 "finetune or linprobe"
             )
         state, source = trained.weights(ema), f"{weights}, {trained.folder.name}"
-        grid, max_pixels = grid_of(trained.folder), trained.config.data.max_pixels
-        bands = Bands.of(trained.config)
-        if img_size in (None, trained.config.model.img_size):
+        grid, max_pixels = grid_of(trained.folder, state), trained.config.data.max_pixels
+        bands, own_size = Bands.of(trained.config), plain_size(trained.config.model.img_size)
+        if img_size is None or plain_size(img_size) == own_size:
             crop_ratio = getattr(trained.config.model, "crop_ratio", None)
     else:
         if ema:
@@ -97,9 +99,10 @@ def read_describer(
         name = name or described.name
         if name is None:
             raise UserError(f"{weights} is no run folder and does not say what it is: --model NAME")
-        check_foreign_bands(weights, sizes_of(state))
+        sizes = described.sizes_for(state)
+        bands, grid = bands_of(weights, described, sizes), grid_in(sizes)
         model = _foreign(state, name, img_size, described)
-        if img_size in (None, sizes_of(state).get("img_size")):
+        if img_size is None or plain_size(img_size) == sizes.get("img_size"):
             crop_ratio = described.crop_ratio
     if isinstance(model, MaskedAutoencoderViT):
         found = fit_to_mae(state, model, grid=grid)
@@ -119,12 +122,11 @@ def read_describer(
 
 
 def _foreign(
-    state: dict[str, torch.Tensor], name: str, img_size: int | None, described: Description
+    state: dict[str, torch.Tensor], name: str, img_size: ImageSize | None, described: Description
 ) -> Encoder:
-    sizes = {key: n for key, n in sizes_of(state).items() if not key.startswith("decoder_")}
-    sizes = described.encoder_sizes() | sizes
+    sizes = described.sizes_for(state, decoder="decoder_embed.weight" in state)
     if img_size is not None:
         sizes["img_size"] = img_size
     if "fc_norm.weight" in state:
         return build_classifier(name, num_classes=len(state["head.bias"]), pool="mean", **sizes)
-    return build_mae(name, **sizes)
+    return build_mae(name, **described.switches, **sizes)

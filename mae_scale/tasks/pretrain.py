@@ -182,7 +182,7 @@ def initial_weights(
         weights = {}
         if spec is not None:
             state = read_any(spec, model)
-            weights = fit_to_mae(state, model, grid=grid_of(spec))
+            weights = fit_to_mae(state, model, grid=grid_of(spec, state))
             log.info("from %s: %s", spec, fitted(state, weights, model))
         if weights and "decoder_pred.weight" not in weights:
             log.warning("%s has no decoder: training starts with a new one", spec)

@@ -12,11 +12,12 @@ import torch
 
 from mae_scale.config.parsing import from_mapping
 from mae_scale.config.sections import RunConfig
-from mae_scale.config.sizes import ImageSize
+from mae_scale.config.sizes import ImageSize, sides
 from mae_scale.config.yaml_files import read_yaml
+from mae_scale.data.bands import RGB, Bands, checked_range
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
-from mae_scale.models.description import describe
+from mae_scale.models.description import Description, describe
 from mae_scale.models.weights import read_weights
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
@@ -56,29 +57,55 @@ def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
     return read_weights(path) if run is None else load_weights(run.folder)
 
 
-def check_foreign_bands(path: str | Path, sizes: dict[str, Any]) -> None:
-    """Raise a UserError for foreign weights that do not say how their images are normalised.
+def bands_of(path: str | Path, described: Description, sizes: dict[str, Any]) -> Bands:
+    """Return the bands of the images that foreign weights are for.
 
-    They are those whose images do not have three bands.
+    Without a description images of three bands are normalised as ImageNet's.
 
     Args:
         path: path of the weights, for the message.
-        sizes: sizes of their model, from `weights.sizes_of`.
+        described: description that lies beside the weights.
+        sizes: sizes of their model, from `Description.sizes_for`.
+
+    Raises:
+        UserError: the images have another number of bands, and nothing says how to normalise them.
     """
-    if "in_chans" in sizes:
+    count, mean, std = sizes.get("in_chans", 3), described.mean, described.std
+    if mean and std and len(mean) == len(std) == count and min(std) > 0:
+        try:
+            return Bands(count, mean, std, checked_range(described.value_range, count))
+        except ValueError as error:
+            raise UserError(f"{path}: value_range {error}") from None
+    if count != 3:
         raise UserError(
-            f"{path} is for images of {sizes['in_chans']} bands, and does not say how they are "
-            "normalised; use the run folder"
+            f"{path} is for images of {count} bands, and does not say how they are normalised; "
+            "use the run folder"
         )
+    return RGB
 
 
-def grid_of(path: str | Path) -> tuple[int, int] | None:
-    """Return the rows and columns of patches of a run whose images are not square.
+def grid_in(sizes: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns of patches of a model; None for square images.
 
-    None: the images are square, or the path is not of a run.
+    Args:
+        sizes: sizes of the model, from `Description.sizes_for`.
+    """
+    height, width = sides(sizes.get("img_size", 0))
+    patch = sizes.get("patch_size", 16)
+    return None if height == width else (height // patch, width // patch)
+
+
+def grid_of(path: str | Path, state: dict[str, torch.Tensor]) -> tuple[int, int] | None:
+    """Return the rows and columns of patches of weights whose images are not square.
+
+    None: the images are square, or nothing says that they are not.
+
+    Args:
+        path: run folder, step folder, or foreign weights.
+        state: the weights.
     """
     if not is_ours(path):
-        return None
+        return grid_in(describe(path).sizes_for(state))
     trained = TrainedRun.read(best_checkpoint(path))
     if isinstance(trained.config.model.img_size, int):
         return None

@@ -50,7 +50,7 @@ def place(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def settings(place: Path) -> dict[str, object]:
     stats = yaml.safe_load((place / "stats.yaml").read_text())
     return {
-        "model.img_size": "[16, 32]",
+        "model.img_size": "[16, 64]",  # 2 x 8 patches, as many as of a square
         "model.depth": 2,
         **{f"data.{key}": value for key, value in stats["data"].items()},
         "model.in_chans": stats["model"]["in_chans"],
@@ -63,7 +63,12 @@ def settings(place: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def pretrained(place: Path) -> Run:
-    own = {**settings(place), "train.reconstruct_every": 3, "train.probe_every": 3}
+    own = {
+        **settings(place),
+        "model.mask_ratio": 0.5,
+        "train.reconstruct_every": 3,
+        "train.probe_every": 3,
+    }
     run = Run(place / "pretrained", place / "shards", own)
     run.finish()
     return run
@@ -97,6 +102,16 @@ def test_the_range_of_the_values_is_shown(place: Path, capsys: pytest.CaptureFix
     assert main(["stats", shards, "--in_chans", "5"]) == 0
     shown = capsys.readouterr().out
     assert "# band 4: 0 to " in shown and "(uint16)" in shown and "# of 32 of 32 images" in shown
+    assert main(["stats", shards, "--in_chans", "5", "--value_range", "auto"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert len(found["value_range"]) == 5 and all(0 <= a < b for a, b in found["value_range"])
+    assert all(0.2 < mean < 0.8 for mean in found["mean"])
+    pairs = [str(value) for pair in found["value_range"] for value in pair]
+    assert main(["stats", shards, "--in_chans", "5", "--value_range", *pairs]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"] == found
+    for wrong in (["0"], ["0", "x"], ["0", "inf"], ["5", "5"], ["0", "1", "2", "3"]):
+        assert main(["stats", shards, "--in_chans", "5", "--value_range", *wrong]) == 2
+        assert "--value_range" in capsys.readouterr().err
     assert main(["stats", shards, "--in_chans", "4"]) == 1
     assert "has 5 bands, expected 4" in capsys.readouterr().err
 
@@ -105,15 +120,29 @@ def test_pretraining_draws_and_probes(pretrained: Run, place: Path, tmp_path: Pa
     assert len(pretrained.rows()) == 3
     assert [row["step"] for row in pretrained.rows("validation.jsonl")] == [3]
     with Image.open(pretrained.run_dir / "reconstructions/step-00000003.png") as picture:
-        assert picture.width == 4 * 160 + 3 * 6 + 2 * 16  # four tiles, twice as wide as high
+        assert picture.width == 4 * 192 + 3 * 6 + 2 * 16  # four tiles, wider than those of squares
     out = tmp_path / "drawn.png"
     arrays = str(place / "arrays")
     assert main(["reconstruct", str(pretrained.run_dir), arrays, "--out", str(out)]) == 0
     assert out.stat().st_size > 1000
-    features = tmp_path / "features.npy"
-    command = ["features", str(pretrained.run_dir), str(place / "shards"), "--workers", "0"]
-    assert main([*command, "--out", str(features)]) == 0
-    assert np.load(features).shape == (32, 192)
+    export = tmp_path / "export.pth"
+    assert main(["export", str(pretrained.run_dir), "--to", "official", str(export)]) == 0
+    again = tmp_path / "again.png"
+    assert main(["reconstruct", str(export), arrays, "--out", str(again)]) == 0
+    with Image.open(out) as one, Image.open(again) as other:
+        pixels = [np.asarray(image)[60:] for image in (one, other)]  # without the title
+    np.testing.assert_array_equal(*pixels)
+    encoder = tmp_path / "timm"
+    assert main(["export", str(pretrained.run_dir), "--to", "timm", str(encoder)]) == 0
+    found = []
+    for number, weights in enumerate((pretrained.run_dir, export, encoder)):
+        features = tmp_path / f"{number}.npy"
+        command = ["features", str(weights), str(place / "shards"), "--workers", "0"]
+        assert main([*command, "--img_size", "16x48", "--out", str(features)]) == 0
+        found.append(np.load(features))
+        assert found[-1].shape == (32, 192)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_fine_tuned_model_is_evaluated_predicts_and_is_exported(
@@ -147,17 +176,37 @@ def test_a_fine_tuned_model_is_evaluated_predicts_and_is_exported(
     rows = list(csv.DictReader((seen / "predictions.csv").open()))
     assert len(rows) == 32 and {row["class1"] for row in rows} <= {"field", "water"}
 
-    folder = tmp_path / "timm"
-    assert main(["export", str(tuned.run_dir), "--to", "timm", str(folder)]) == 0
+    folder, file = tmp_path / "timm", tmp_path / "official.pth"
+    for to, export in (("timm", folder), ("official", file)):
+        assert main(["export", str(tuned.run_dir), "--to", to, str(export)]) == 0
+        command = ["evaluate", str(export), f"val={place / 'shards'}", "--workers", "0"]
+        assert main([*command, "--out", str(results)]) == 0
+        scores = json.loads(results.read_text())["sets"]["val"]
+        assert scores["loss"] == pytest.approx(found["loss"], rel=1e-5)
+        assert scores["per_class"] == found["per_class"]
+        command = ["predict", str(export), str(place / "arrays"), "--out", str(tmp_path / to)]
+        assert main(command) == 0
+        again = list(csv.DictReader((tmp_path / to / "predictions.csv").open()))
+        for one, other in zip(rows, again, strict=True):
+            assert one["class1"] == other["class1"]
+            assert float(one["score1"]) == pytest.approx(float(other["score1"]), abs=2e-6)
+    assert "images of 5 bands" in (folder / "README.md").read_text()
+    for size in ("16x48", "[16, 48]"):
+        values = []
+        for weights in (tuned.run_dir, folder, file):
+            command = ["evaluate", str(weights), f"val={place / 'shards'}", "--workers", "0"]
+            assert main([*command, "--img_size", size, "--out", str(results)]) == 0
+            values.append(json.loads(results.read_text())["sets"]["val"]["loss"])
+        assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-5)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(theirs)
-    assert data["input_size"] == (5, 16, 32)
+    assert data["input_size"] == (5, 16, 64)
     trained = TrainedRun.read(best_checkpoint(tuned.run_dir))
     bands = Bands.of(trained.config)
     assert tuple(data["mean"]) == bands.mean and tuple(data["std"]) == bands.std
     model = trained.model().eval()
     model.load_state_dict(trained.weights())
-    images = torch.rand(2, 5, 16, 32)
+    images = torch.rand(2, 5, 16, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), model(images), atol=1e-5, rtol=1e-5)
     capsys.readouterr()

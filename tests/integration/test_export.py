@@ -211,8 +211,6 @@ def test_evaluate_and_reconstruct_take_every_form(
             export(trained["linprobe"], to, out)
         table = tmp_path / "table.json"
         data = [f"val={val_shards}", "--out", str(table), "--workers", "0"]
-        if to == "official":
-            data += ["--classes", str(trained["linprobe"] / "classes.json")]
         assert main(["evaluate", str(out), *data]) == 0
         rows.append(json.loads(table.read_text())["sets"]["val"])
     for row in rows[1:]:
@@ -276,7 +274,12 @@ def test_the_card_says_what_it_is(trained: dict[str, Path], shards: Path, tmp_pa
         "library_name": "timm",
         "tags": ["mae-scale", "masked-autoencoder"],
         "pipeline_tag": "image-classification",
-        "mae_scale": {"architecture": "mae_vit_tiny_patch16", "num_heads": 3, "crop_pct": 0.875},
+        "mae_scale": {
+            "architecture": "mae_vit_tiny_patch16",
+            "img_size": 32,
+            "num_heads": 3,
+            "crop_pct": 0.875,
+        },
     }
     last = read_metrics(run / "metrics.jsonl")[-1]
     manifest = checkpoint.Commit.read(checkpoint.find_checkpoint(run)).data

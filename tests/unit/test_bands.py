@@ -19,7 +19,7 @@ from timm.models import adapt_input_conv
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.data.augment import Augment
-from mae_scale.data.bands import RGB, Bands, for_display, raw_values, statistics
+from mae_scale.data.bands import RGB, Bands, checked_range, for_display, raw_values, statistics
 from mae_scale.data.formats import image_files
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, crop_box, eval_crop, normalize
@@ -51,7 +51,7 @@ def as_array(values: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def bands(count: int, value_range: tuple[float, float] | None = None) -> Bands:
+def bands(count: int, value_range: Any = None) -> Bands:
     return Bands(count, (0.5,) * count, (0.25,) * count, value_range)
 
 
@@ -271,6 +271,23 @@ def test_masks_of_a_rectangle(sampling: Any) -> None:
     if sampling == "block":  # neighbours go together, in rows and in columns
         same = (mask[:, :, 1:] == mask[:, :, :-1]).float().mean()
         assert same > 0.75 and (mask[:, 1:] == mask[:, :-1]).float().mean() > 0.7
+
+
+def test_a_range_for_each_band() -> None:
+    values = np.dstack([np.full((4, 5), 100), np.full((4, 5), 7)]).astype(np.float32)
+    decoded = bands(2, ((0, 250), (-1, 9))).decode(as_array(values))
+    assert decoded[0].unique().tolist() == [102] and decoded[1].unique().tolist() == [204]
+    assert checked_range([[0, 1], [2, 3]], 2) == ((0, 1), (2, 3))
+    for wrong in ([], [[0, 1]], [[0, 1], [1, 1]], [[0, 1], [0, float("nan")]], [1, 0]):
+        with pytest.raises(ValueError, match=r"must rise|pairs; expected"):
+            checked_range(wrong, 2)
+    own = config("--data.value_range", "[[0, 1], [0, 2], [-3, 3]]")
+    assert Bands.of(own).value_range == ((0, 1), (0, 2), (-3, 3))
+    with pytest.raises(UserError, match="has 2 pairs; expected one pair for all, or 3"):
+        Bands.of(config("--data.value_range", "[[0, 1], [0, 2]]"))
+    for wrong in ("[0, .inf]", "[.nan, 1]", "[0]", "[[0, 1, 2]]", "5"):
+        with pytest.raises(UserError, match=r"data\.value_range"):
+            config("--data.value_range", wrong)
 
 
 SIZES = {"patch_size": 8, "depth": 2, "decoder_depth": 1}

@@ -12,9 +12,9 @@ import yaml
 
 from mae_scale.data.transforms import eval_crop
 from mae_scale.errors import UserError
-from mae_scale.models import build_classifier, hugging_face, timm_form
+from mae_scale.models import build_classifier, build_mae, hugging_face, timm_form
 from mae_scale.models.description import FACTS, Description, describe, facts_of
-from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.trained import bands_of, grid_in, read_any
 
 NAME = "mae_vit_tiny_patch16"
 SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 6}
@@ -35,7 +35,7 @@ def folder_of(path: Path, **files: Any) -> Path:
 
 def fits(found: Description, **more: Any) -> bool:
     with torch.device("meta"):
-        again = build_classifier(str(found.name), 3, **{**found.encoder_sizes(), **more})
+        again = build_classifier(str(found.name), 3, **{**found.sizes_for({}), **more})
     shapes = [(k, v.shape) for k, v in again.state_dict().items()]
     block: Any = again.blocks[0]
     return block.attn.num_heads == 6 and shapes == [
@@ -49,6 +49,7 @@ def test_timm(tmp_path: Path) -> None:
     found = describe(folder_of(tmp_path / "timm", config=config))
     assert (found.crop_ratio, found.classes) == (0.9, CLASSES)
     assert fits(found, mlp_ratio=3)
+    assert found.mean is None
     theirs = {"architecture": "vit_large_patch14_clip_224", "pretrained_cfg": {"crop_pct": 1.0}}
     found = describe(folder_of(tmp_path / "hub", config=theirs))
     assert found == Description("mae_vit_large_patch16", {}, 1.0, [])
@@ -74,12 +75,48 @@ def test_numbers_as_labels_are_no_names(tmp_path: Path) -> None:
 
 
 def test_the_card_of_an_export(tmp_path: Path) -> None:
-    facts = facts_of(NAME, model(), 0.95)
+    facts = facts_of(NAME, model(), crop_ratio=0.95, classes=CLASSES)
     front = yaml.safe_dump({"tags": ["mae-scale"], FACTS: facts})
     (tmp_path / "weights.md").write_text(f"---\n{front}---\n\n# A card\n")
     found = describe(tmp_path / "weights.pth")
-    assert found == Description(NAME, {"num_heads": 6}, 0.95, [])
+    assert found == Description(NAME, {"img_size": 48, "num_heads": 6}, 0.95, CLASSES)
     assert describe(str(tmp_path / "other.pth")) == Description()
+
+
+def test_the_card_of_wide_images_of_five_bands(tmp_path: Path) -> None:
+    wide = {"img_size": (16, 64), "patch_size": 8, "depth": 1, "decoder_depth": 1, "in_chans": 5}
+    weights = build_mae(NAME, **wide, mask_ratio=0.5, target="pca", pca_components=7)
+    range_of_each = [[0, 10 + band] for band in range(5)]
+    facts = facts_of(NAME, weights, switches={"mask_ratio": 0.5, "target": "pca", "name": NAME,
+                                              "pca_components": 7, "norm_pix_loss": False},
+                     mean=[0.5] * 5, std=[0.25] * 5, value_range=range_of_each)  # fmt: skip
+    (tmp_path / "w.md").write_text(f"---\n{yaml.safe_dump({FACTS: facts})}---\n")
+    found = describe(tmp_path / "w.pth")
+    sizes = found.sizes_for(weights.state_dict(), decoder=True)
+    again = build_mae(NAME, **found.switches, **sizes)
+    again.load_state_dict(weights.state_dict())
+    assert again.grid == (2, 8) == grid_in(sizes) and again.mask_ratio == 0.5
+    bands = bands_of(tmp_path, found, sizes)
+    assert (bands.count, bands.mean[4], bands.value_range[4]) == (5, 0.5, (0, 14))
+    # Sizes that the weights contradict do not count, and a grid of 16 patches is 4 x 4 then.
+    other = Description(NAME, {"img_size": (16, 48)})
+    assert other.sizes_for(weights.state_dict())["img_size"] == 32
+    with pytest.raises(UserError, match="images of 5 bands, and does not say how"):
+        bands_of(tmp_path, other, sizes)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"mask_ratio": 2.0, "target": ["pca"], "norm_pix_loss": 1, "pca_components": True},
+        {"mean": [0.5, "x"], "std": [float("nan")] * 3, "value_range": [[0, 1], 2]},
+        {"img_size": [0, 8], "classes": [1, 2], "value_range": [3, 3]},
+        {"img_size": True, "mean": 3, "std": [], "value_range": {"a": 1}},
+    ],
+)
+def test_facts_out_of_their_range_count_as_unknown(tmp_path: Path, facts: dict[str, Any]) -> None:
+    (tmp_path / "w.md").write_text(f"---\n{yaml.safe_dump({FACTS: facts})}---\n")
+    assert describe(tmp_path / "w.pth") == Description()
 
 
 @pytest.mark.parametrize("content", ['{"architecture": 3}', '{"hidden_size": "x"}'])
@@ -99,7 +136,7 @@ def test_a_damaged_config(tmp_path: Path, content: str, says: str) -> None:
 def test_weights_with_other_heads_are_refused(tmp_path: Path) -> None:
     weights = build_classifier(NAME, 3, **SIZES)
     torch.save({"model": weights.state_dict()}, tmp_path / "w.pth")
-    front = yaml.safe_dump({FACTS: facts_of(NAME, weights, None)})
+    front = yaml.safe_dump({FACTS: facts_of(NAME, weights)})
     (tmp_path / "w.md").write_text(f"---\n{front}---\n")
     assert read_any(tmp_path / "w.pth", weights).keys() == weights.state_dict().keys()
     other = build_classifier(NAME, 3, **{**SIZES, "num_heads": 3})

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_scale.commands import evaluating, exporting, predicting, reconstructing
+from mae_scale.commands import exporting, predicting, reconstructing
 from mae_scale.config.identity import as_yaml
 from mae_scale.config.parsing import parse
 from mae_scale.errors import UserError
+from mae_scale.tasks.classifiers import read_classifier
 from mae_scale.tasks.encoders import read_describer
 from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.trained import TrainedRun, read_any
@@ -62,14 +63,15 @@ def step_of(run: Path) -> Path:
 
 
 def options(run: Path) -> argparse.Namespace:
-    return argparse.Namespace(weights=run, ema=False, img_size=None, top=5, score=0.5)
+    none = dict.fromkeys(("img_size", "model", "classes"))
+    return argparse.Namespace(weights=run, ema=False, top=5, score=0.5, **none)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "reconstruct": ("pretrain", lambda run: reconstructing.load_mae(step_of(run))),
     "weights of pretrain and finetune": ("pretrain", read_any),
     "features and knn": ("pretrain", lambda run: read_describer(run)),
-    "evaluate": ("finetune", lambda run: evaluating._load_ours(options(run))),
+    "evaluate": ("finetune", read_classifier),
     "predict": ("finetune", lambda run: predicting.load(options(run), torch.device("cpu"))),
     "export": (
         "finetune",
