@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "write an HTML page that shows one or several runs",
     "export": "weights for the authors' code, timm or Hugging Face",
     "reconstruct": "draw what a trained one makes of images",
+    "attention": "draw where an encoder's class token looks in images",
     "predict": "draw what a classifier, detector or segmenter sees in images",
     "completion": "print what makes bash or zsh complete commands and options",
 }

@@ -60,7 +60,7 @@ def reconstruct(
         raise UserError(f"--max_pixels {max_pixels} must be at least 1")
     if most < 1:
         raise UserError(f"--most {most} must be at least 1")
-    files = _evenly(_find_images([Path(image) for image in images]), most)
+    files = choose_images([Path(image) for image in images], most)
     if is_ours(weights):
         if model is not None or norm_pix_loss is not None:
             raise UserError(
@@ -76,7 +76,7 @@ def reconstruct(
         (mae, bands), source = load_foreign(weights, model, norm_pix_loss), weights.name
         limit = MAX_PIXELS
     size = mae.patch_embed.img_size
-    pixels = torch.stack([_read(file, size, max_pixels or limit, bands) for file in files])
+    pixels = torch.stack([read_centre(file, size, max_pixels or limit, bands) for file in files])
     number = torch.arange(len(files))
     noise = mae.noise(seed, torch.zeros_like(number), number, mask_ratio)
     inputs = bands.normalize(pixels)
@@ -148,7 +148,16 @@ def load_foreign(
     return model.eval(), bands_of(path, described, sizes)
 
 
-def _find_images(paths: list[Path]) -> list[Path]:
+def choose_images(paths: list[Path], most: int) -> list[Path]:
+    """List image files, and those in folders; where there are too many, some at even distances.
+
+    Args:
+        paths: image files, and folders of them.
+        most: largest number of files.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no images.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -160,24 +169,28 @@ def _find_images(paths: list[Path]) -> list[Path]:
             files.append(path)
         else:
             raise UserError(f"there is no image or folder {path}")
-    return files
-
-
-def _evenly(files: list[Path], most: int) -> list[Path]:
-    """Choose at most `most` files, spread evenly over the whole list."""
     if len(files) <= most:
         return files
     return [files[i * len(files) // most] for i in range(most)]
 
 
-def _read(file: Path, size: ImageSize, max_pixels: int, bands: Bands = RGB) -> torch.Tensor:
-    """Read the centre of an image, resized to cover `size`, as uint8 [C, height, width].
+def read_centre(
+    file: Path, size: ImageSize, max_pixels: int, bands: Bands = RGB, crop_ratio: float = 1.0
+) -> torch.Tensor:
+    """Read the centre of an image, resized to `size`, as uint8 [C, height, width].
+
+    Args:
+        file: image file.
+        size: side, or height and width, in pixels.
+        max_pixels: most pixels that the image may have.
+        bands: bands of the image.
+        crop_ratio: share of the image that the centre covers, as for `eval_crop`.
 
     Raises:
         UserError: the file cannot be read or decoded.
     """
     try:
-        return eval_crop(bands.decode(read_file(file), max_pixels), size, crop_ratio=1.0)
+        return eval_crop(bands.decode(read_file(file), max_pixels), size, crop_ratio)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
