@@ -12,7 +12,7 @@ from typing import NoReturn
 from mae_scale import __version__
 from mae_scale.commands import COMMANDS
 from mae_scale.errors import CommonError, RunError, UserError, did_you_mean
-from mae_scale.files import TRUST
+from mae_scale.files import TRUST, TRUST_OPTION
 from mae_scale.launch.outputs import one_line, take_over
 from mae_scale.launch.stopping import catch_signals_early
 from mae_scale.tasks.task import TASKS
@@ -37,7 +37,7 @@ def usage() -> str:
             *lines,
             "",
             "mae-scale COMMAND --help explains every option and config key.",
-            "Any command takes --trust: it runs the code that pickles in a run folder ask for.",
+            f"Any command takes {TRUST_OPTION}: it runs the code that pickles in a run folder ask for.",
             "Without it such a folder is refused; give it only where you know who made the folder.",
         ]
     )
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher adds --local_rank=N; the rank is read from the environment instead.
     argv = [token for token in argv if not token.startswith(("--local_rank=", "--local-rank="))]
-    if "--trust" in argv:
+    if TRUST_OPTION in argv:
         os.environ[TRUST] = "1"
-        argv = [token for token in argv if token != "--trust"]
+        argv = [token for token in argv if token != TRUST_OPTION]
     name = argv[0] if argv else "--help"
     if name == "help" and argv[1:]:
         name, argv = argv[1], [argv[1], "--help"]

@@ -11,9 +11,11 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Environment variable that `--trust` sets, so that child processes see it too. It allows pickles,
-# which may run code when they are read.
+# Environment variable that allows pickles, which may run code when they are read, and indexes of
+# tars elsewhere. TRUST_OPTION, which every command takes, sets it, so that child processes see it
+# too.
 TRUST = "MAE_SCALE_TRUST"
+TRUST_OPTION = "--trust"
 
 
 def host_label() -> str:

@@ -1,6 +1,7 @@
 """Print a script with which a shell completes commands, options, recipes and values.
 
-bash: source <(mae-scale completion bash), or that line in ~/.bashrc; likewise in zsh.
+In bash: source <(mae-scale completion bash), or that line in ~/.bashrc. In zsh: the same with zsh in
+~/.zshrc, or write the script into a file named _mae-scale in a folder of fpath.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from mae_scale.errors import UserError
 from mae_scale.tasks.task import TASKS
 
 SHELLS = ("bash", "zsh")
+# shtab's script for zsh takes itself for an autoloaded function where a shell reads it by `source`.
+# This end asks for the name under which fpath would have it, and starts completion where the user's
+# own files have not.
+_SHTABS_END = "\nif [[ $zsh_eval_context[-1] == eval ]]"
+_ZSH_END = """
+if [[ $funcstack[1] == _mae-scale ]]; then
+  _shtab_mae_scale "$@"
+else
+  (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+  compdef _shtab_mae_scale mae-scale
+fi"""
 
 
 def parser(prog: str) -> Parser:
@@ -44,7 +56,8 @@ def script(shell: str) -> str:
         import shtab
     except ImportError:
         raise UserError("completion needs shtab: pip install shtab") from None
-    return shtab.complete(everything(), shell)
+    text = shtab.complete(everything(), shell)
+    return text if shell == "bash" else text.partition(_SHTABS_END)[0] + _ZSH_END
 
 
 def everything() -> argparse.ArgumentParser:

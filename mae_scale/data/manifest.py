@@ -15,7 +15,7 @@ from typing import Any
 
 from mae_scale.data.remote import ADDRESSES, is_remote, printable, scheme_of, shown
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST, open_file, read_file
+from mae_scale.files import TRUST, TRUST_OPTION, open_file, read_file
 
 log = logging.getLogger("mae_scale")
 
@@ -92,7 +92,7 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
         raise UserError(
             f"{root}: {MANIFEST} names tars outside of the folder, such as "
             f"{printable(outside[0])}, and you have not made this index here; index the tars "
-            "yourself (`mae-scale index`), or add --trust if you know who made it"
+            f"yourself (`mae-scale index`), or add {TRUST_OPTION} if you know who made it"
         )
     return manifest
 
@@ -103,7 +103,7 @@ def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -
     A folder that came from somebody else must not choose files on this machine, and its own
     statements (`made_by`) prove nothing. So the program remembers the indexes that it has made, and
     accepts those. It also accepts an index whose tars belong to the same other user as the index,
-    who could as well have put them into the folder, and any index under --trust.
+    who could as well have put them into the folder, and any index where `TRUST` is set.
     """
     if os.environ.get(TRUST) == "1" or _was_indexed_here(content):
         return True
@@ -135,7 +135,7 @@ def remember_index(content: bytes) -> None:
     except OSError as error:
         log.warning(
             "this index names tars outside of its folder, and it cannot be noted that you made it "
-            "(%s: %s); reading it needs --trust", path, error.strerror,
+            "(%s: %s); reading it needs %s", path, error.strerror, TRUST_OPTION,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST, require_file
+from mae_scale.files import TRUST, TRUST_OPTION, require_file
 from mae_scale.models.weights import UNREADABLE, check_members, is_plain, why_unreadable
 
 log = logging.getLogger("mae_scale")
@@ -108,6 +108,6 @@ def _refusal(path: Path, error: Exception, zipped: bool) -> str:
         more = ", ..." if len(names) > 5 else ""
         return (
             f"{path} asks for code that no checkpoint of ours needs: {', '.join(names[:5])}{more}; "
-            "if you know who made it and why, --trust runs it"
+            f"if you know who made it and why, {TRUST_OPTION} runs it"
         )
     return f"{path} cannot be read as a checkpoint's file: {why_unreadable(error)}"

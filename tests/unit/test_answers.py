@@ -91,3 +91,7 @@ def test_a_shell_completes_commands_options_recipes_and_values(tmp_path: Path) -
     assert "pretrain_vit_base" in completed("pretrain", "--config", "pretrain_vit")
     assert completed("finetune", "--model.pool", "m") == {"mean"}
     assert completed("evaluate", "--multi") == {"--multi_scale"}
+    # With zsh 5.9 the script was tried by hand: read by source and eval, and as a file of fpath.
+    zsh = script("zsh")
+    assert zsh.startswith("#compdef mae-scale\n") and "zsh_eval_context" not in zsh
+    assert zsh.count("compdef _shtab_mae_scale mae-scale") == 1
