@@ -37,7 +37,8 @@ def usage() -> str:
             *lines,
             "",
             "mae-scale COMMAND --help explains every option and config key.",
-            f"Any command takes {TRUST_OPTION}: it runs the code that pickles in a run folder ask for.",
+            f"Any command takes {TRUST_OPTION}: it runs the code that pickles in a run folder "
+            "ask for.",
             "Without it such a folder is refused; give it only where you know who made the folder.",
         ]
     )

@@ -1,7 +1,7 @@
 """Print a script with which a shell completes commands, options, recipes and values.
 
-In bash: source <(mae-scale completion bash), or that line in ~/.bashrc. In zsh: the same with zsh in
-~/.zshrc, or write the script into a file named _mae-scale in a folder of fpath.
+In bash: source <(mae-scale completion bash), or that line in ~/.bashrc. In zsh: the same with zsh
+in ~/.zshrc, or write the script into a file named _mae-scale in a folder of fpath.
 """
 
 from __future__ import annotations
