@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,11 +22,10 @@ def class_attention(model: Encoder, images: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [B, heads, rows, columns] of the model's grid.
     """
-    *first, last = model.blocks
+    *first, block = cast("list[Any]", list(model.blocks))
     x = model.prepend_cls_token(model.embed_patches(images))
-    for block in first:
-        x = block(x)
-    block: Any = last
+    for earlier in first:
+        x = earlier(x)
     attention, x = block.attn, block.norm1(x)
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1)
