@@ -5,8 +5,11 @@ The model has ViT-L's depth (24 blocks and 8) and a width of 16, so that arithme
 and what remains is what the host does for each step: Python, dispatch, hooks, hand-written loops.
 On a GPU this is the time in which it must be done with a step, or the GPU waits for it.
 
-- plain: DistributedDataParallel, autocast to bf16, fused AdamW with two groups
-- zero0 to zero3: `Stepper.hand_over`, the step of `mae-scale pretrain`, in bf16
+- plain: DistributedDataParallel, autocast to bf16, fused AdamW with the same groups of parameters
+- zero0 to zero3: `Stepper.hand_over`, the step of every task of `mae-scale`, in bf16
+
+Pre-training has 2 groups of parameters. Fine-tuning with layer-wise decay has two for each layer,
+and its model has no decoder.
 
 All of them run in one process without a GPU and take turns, round after round; a
 round's host time is the shortest of its steps, and a ratio is the median of the ratios within the
@@ -23,26 +26,32 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from machine import header
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_scale.config.sections import OptimConfig, TrainConfig
+from mae_scale.config.classification import FinetuneOptimConfig
+from mae_scale.config.sections import OptimConfig, OptimizerConfig, TrainConfig
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import process_group
 from mae_scale.launch.stopping import StopRequest
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models import MaskedAutoencoderViT, build_mae
+from mae_scale.models import build_classifier, build_mae
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.engine import build_engine
-from mae_scale.train.step import Stepper, Wishes
+from mae_scale.train.optimizers import optimizer_groups
+from mae_scale.train.step import Batch, Stepper, Wishes
 from mae_scale.world import World
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 AIMS = {"zero0": 1.3, "zero1": 1.3, "zero2": 1.3, "zero3": 2.0}
+NAME = "mae_vit_large_patch16"
 BATCH = 2
 Step = Callable[[], object]
 
@@ -70,32 +79,53 @@ NO_KERNELS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::_
               "aten::detach_", "aten::lift_fresh"}  # fmt: skip
 
 
-def small_model(depth: int, decoder_depth: int) -> MaskedAutoencoderViT:
-    """Build a model of this depth, so narrow that only the number of operators takes time."""
-    torch.manual_seed(0)
-    return build_mae(
-        "mae_vit_large_patch16", img_size=32, embed_dim=16, num_heads=1, decoder_embed_dim=16,
-        decoder_num_heads=1, depth=depth, decoder_depth=decoder_depth,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Task:
+    """A task of `mae-scale` on a model that is so narrow that only the number of operators takes
+    time."""
+
+    make: Callable[[], nn.Module]
+    optim: OptimizerConfig
+    loss: Callable[[nn.Module, nn.Module, Batch], torch.Tensor]
+    """Loss of a batch; takes the model, the same model or engine around it, and the batch."""
 
 
-def a_batch() -> dict[str, torch.Tensor]:
+def tasks(depth: int, decoder_depth: int) -> dict[str, Task]:
+    """Make pre-training and fine-tuning with layer-wise decay, at these depths."""
+    narrow = {"img_size": 32, "embed_dim": 16, "num_heads": 1, "depth": depth}
+    decoder = {"decoder_embed_dim": 16, "decoder_num_heads": 1, "decoder_depth": decoder_depth}
+
+    def reconstruct(model: Any, call: nn.Module, batch: Batch) -> torch.Tensor:
+        noise = model.noise(0, batch["epoch"], batch["sample"])
+        return call(normalize(batch["image"]), noise)[0]
+
+    def classify(model: Any, call: nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(call(normalize(batch["image"])).float(), batch["sample"])
+
+    return {
+        "pretrain": Task(lambda: build_mae(NAME, **narrow, **decoder), OptimConfig(), reconstruct),
+        "finetune": Task(
+            lambda: build_classifier(NAME, num_classes=10, **narrow, drop_path=0.2),
+            FinetuneOptimConfig(layer_decay=0.75), classify,
+        ),
+    }  # fmt: skip
+
+
+def a_batch() -> Batch:
     images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
     return {"image": images, "sample": torch.arange(BATCH), "epoch": torch.zeros(BATCH).long()}
 
 
-def plain_step(model: MaskedAutoencoderViT, batch: dict[str, torch.Tensor]) -> Step:
+def plain_step(task: Task, batch: Batch) -> Step:
     """Make a function that takes a step of PyTorch alone."""
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    model = task.make()
+    groups = optimizer_groups(model, task.optim)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     wrapped = DistributedDataParallel(model)
 
     def step() -> None:
-        noise = model.noise(0, batch["epoch"], batch["sample"])
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _, _ = wrapped(normalize(batch["image"]), noise)
+            loss = task.loss(model, wrapped, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,25 +133,15 @@ def plain_step(model: MaskedAutoencoderViT, batch: dict[str, torch.Tensor]) -> S
     return step
 
 
-def our_step(
-    stage: str,
-    model: MaskedAutoencoderViT,
-    batch: dict[str, torch.Tensor],
-    world: World,
-    watchdog: Watchdog,
-) -> Step:
-    """Make a function that takes a step of `mae-scale pretrain` and reads its numbers one step
-    late."""
-    train, optim = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH), OptimConfig()
-    engine = build_engine(model, optim, fill_deepspeed_config(stage, train, world, "bf16"))
-
-    def loss_of(engine: Any, batch: dict[str, torch.Tensor], *_: int) -> torch.Tensor:
-        noise = model.noise(0, batch["epoch"], batch["sample"])
-        return engine(normalize(batch["image"]), noise)[0]
-
+def our_step(stage: str, task: Task, batch: Batch, world: World, watchdog: Watchdog) -> Step:
+    """Make a function that takes a step of `mae-scale` and reads its numbers one step late."""
+    train = TrainConfig(global_batch_size=BATCH, micro_batch_size=BATCH)
+    model = task.make()
+    engine = build_engine(model, task.optim, fill_deepspeed_config(stage, train, world, "bf16"))
     stepper = Stepper(
-        engine=engine, loss_of=loss_of, world=world, watchdog=watchdog, stop=StopRequest(), seed=0,
-        train=train, optim=optim, steps_per_epoch=10, accumulation=1,
+        engine=engine, loss_of=lambda engine, batch, *_: task.loss(model, engine, batch),
+        world=world, watchdog=watchdog, stop=StopRequest(), seed=0, train=train, optim=task.optim,
+        steps_per_epoch=10, accumulation=1,
     )  # fmt: skip
     batches, steps = itertools.repeat(batch), itertools.count()
     return lambda: stepper.hand_over(batches, next(steps), Wishes())
@@ -137,15 +157,15 @@ def shortest(step: Step, steps: int) -> float:
     return 1e3 * min(times)
 
 
-def table(depth: int, decoder_depth: int, rounds: int, steps: int) -> list[dict[str, Any]]:
+def table(task: Task, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Make a row for each setting: host_ms, ratio, operators, kernels, reads, and the counts by
     name."""
+    torch.manual_seed(0)
     batch, world = a_batch(), World()
     with process_group(world, 600) as watchdog:
-        ways: dict[str, Step] = {"plain": plain_step(small_model(depth, decoder_depth), batch)}
+        ways = {"plain": plain_step(task, batch)}
         for stage in STAGES:
-            model = small_model(depth, decoder_depth)
-            ways[stage] = our_step(stage, model, batch, world, watchdog)
+            ways[stage] = our_step(stage, task, batch, world, watchdog)
         for step in ways.values():
             shortest(step, 3)
         times: dict[str, list[float]] = {way: [] for way in ways}
@@ -169,6 +189,7 @@ def table(depth: int, decoder_depth: int, rounds: int, steps: int) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=tasks(0, 0), default=[*tasks(0, 0)])
     parser.add_argument("--depth", type=int, nargs=2, default=(24, 8), help="encoder, decoder")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4, help="of a round; the shortest counts")
@@ -176,21 +197,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["MAE_SCALE_DEVICE"] = "cpu"
-    rows = table(*args.depth, args.rounds, args.steps)
     print(header("deepspeed"))
     print(f"{args.depth[0]} + {args.depth[1]} blocks; {args.rounds} rounds of {args.steps} steps")
+    for name in args.tasks:
+        task = tasks(*args.depth)[name]
+        show(name, len(optimizer_groups(task.make(), task.optim)),
+             table(task, args.rounds, args.steps), args.names)  # fmt: skip
+
+
+def show(name: str, groups: int, rows: list[dict[str, Any]], names: int) -> None:
+    """Print the table of a task."""
+    print(f"\n{name}, {groups} groups of parameters")
     print(f"{'':8}{'host ms':>9}{'x plain':>9}{'aim':>6}{'operators':>11}{'kernels':>9}"
           f"{'x plain':>9}{'reads':>7}")  # fmt: skip
     for row in rows:
         share = row["kernels"] / rows[0]["kernels"]
         print(f"{row['way']:8}{row['host_ms']:9.1f}{row['ratio']:9.2f}"
               f"{AIMS.get(row['way'], 1.0):6.1f}{row['operators']:11,}{row['kernels']:9,}"
-              f"{share:9.2f}{row['reads']:7}")  # fmt: skip
-    for row in rows if args.names else ():
-        names = ", ".join(
-            f"{name} {count}" for name, count in row["by_name"].most_common(args.names)
-        )
-        print(f"{row['way']}: {names}")
+              f"{share:9.2f}{row['reads']:7}", flush=True)  # fmt: skip
+    for row in rows if names else ():
+        counts = row["by_name"].most_common(names)
+        print(f"{row['way']}: " + ", ".join(f"{kernel} {count}" for kernel, count in counts))
 
 
 if __name__ == "__main__":

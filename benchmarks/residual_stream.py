@@ -16,6 +16,8 @@ for a second fp32 run with another seed, which shows how much of the difference 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -28,22 +30,22 @@ from mae_scale.sharding.plan import Options
 from mae_scale.sharding.run import shard
 from mae_scale.train.records import read_metrics
 
+BATCH = 16
 SETTINGS = {
     "model.name": "mae_vit_tiny_patch16",
-    "model.embed_dim": 96,
-    "model.depth": 4,
+    "model.embed_dim": 48,
+    "model.decoder_embed_dim": 48,
+    "model.depth": 12,
     "model.img_size": 32,
     "model.patch_size": 8,
     "model.decoder_depth": 1,
     "data.workers": 0,
     "data.lanes": 8,
-    "train.epochs": 1000,
-    "train.global_batch_size": 16,
-    "train.micro_batch_size": 16,
+    "train.global_batch_size": BATCH,
+    "train.micro_batch_size": BATCH,
     "train.log_every": 1,
     "train.reconstruct_every": "null",
     "optim.base_lr": 6e-3,
-    "optim.warmup_epochs": 10,
     "checkpoint.every_minutes": "null",
 }
 WAYS: dict[str, dict[str, object]] = {
@@ -73,7 +75,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         assert shard(args.images, folder / "shards", Options("train", resize_short=64)) == 0
-        limit = {"train.max_steps": args.steps}
+        images = json.loads((folder / "shards" / "manifest.json").read_text())["num_samples"]
+        per_epoch = images // BATCH
+        # The learning rate warms up within a tenth of the steps, and falls until the last of them.
+        limit = {
+            "train.max_steps": args.steps,
+            "train.epochs": math.ceil(args.steps / per_epoch),
+            "optim.warmup_epochs": 0.1 * args.steps / per_epoch,
+        }
         curves = {
             way: losses(folder / way.replace(", ", "_").replace(" ", "_"), folder / "shards",
                         {**limit, **settings})

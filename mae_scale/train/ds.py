@@ -19,10 +19,12 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import (
     parameter_offload,
+    partition_parameters,
     partitioned_param_coordinator,
     stage3,
     stage_1_and_2,
 )
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -61,6 +63,20 @@ deepspeed.utils.nvtx.enable_nvtx = False
 
 stage3_modules = (parameter_offload, partitioned_param_coordinator)
 
+
+def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> None:
+    """Print a message of DeepSpeed's on rank 0, if it is to be seen.
+
+    DeepSpeed's own function asks for the rank first, some 2,000 times in a step under ZeRO-3, and
+    then prints nothing.
+    """
+    if (debug or force) and deepspeed.comm.get_rank() == 0:
+        print(message)
+
+
+for _module in (partition_parameters, *stage3_modules):
+    _module.print_rank_0 = _print_if_forced
+
 __all__ = [
     "DeepSpeedBF16Config",
     "DeepSpeedConfig",
@@ -69,7 +85,9 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "FP16_UnfusedOptimizer",
+    "LinearFunctionForZeroStage3",
     "TorchCheckpointEngine",
     "deepspeed",
+    "stage3",
     "stage3_modules",
 ]

@@ -2,8 +2,9 @@
 
 DeepSpeed 0.19 converts, copies, adds and measures the gradient of each parameter on its own: about
 7 operators for each of a ViT-L's 400 parameters. At small micro-batches a GPU then waits for the
-host. Here the gradients of a bucket are copied, sent and added together. Every number has the bits
-that DeepSpeed computes, and checkpoints are the same, too.
+host. Here the gradients of a bucket are copied, sent and added together, and those of all groups
+are made and measured together: layer-wise decay has some 50 groups. Every number has the bits that
+DeepSpeed computes, and checkpoints are the same, too.
 
 With `overlap_comm` the device waits here for the stream of reductions, where DeepSpeed makes the
 host wait for everything that the device has been given to do.
@@ -11,7 +12,7 @@ host wait for everything that the device has been given to do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +20,7 @@ from mae_scale.train.ds import DeepSpeedZeroOptimizer, deepspeed
 
 # Number of values converted to fp64 at once for norms. It bounds the memory that this takes.
 NORM_CHUNK = 1 << 24
+PADDING = "_zero_padding"  # attribute by which DeepSpeed knows that a tensor is padding
 
 dist = deepspeed.comm
 unflatten = torch._C._nn.unflatten_dense_tensors
@@ -42,10 +44,34 @@ def use_fewer_operators(optimizer: Any) -> None:
         optimizer.__class__ = FewerOperators
 
 
+class Piece(NamedTuple):
+    """A stretch of this rank's gradients: its share of a parameter, or padding."""
+
+    group: int
+    """Number of the optimiser's group."""
+    form: torch.Tensor
+    """Tensor of the stretch's shape, without values."""
+    param_id: int | None
+    """Id of the parameter; None: the stretch is padding."""
+    start: int
+    """Index of the share's first value in the parameter."""
+
+
+class Gradients(list[torch.Tensor]):
+    """This rank's fp32 gradients of a group: views of one tensor, as DeepSpeed expects them."""
+
+    def __init__(self, flat_partition: torch.Tensor) -> None:
+        super().__init__()
+        self.flat_partition = flat_partition
+        self.shares: dict[int, tuple[int, torch.Tensor]] = {}
+        """By a parameter's id: index of the share's first value in the parameter, and its view."""
+
+
 class FewerOperators(DeepSpeedZeroOptimizer):
-    """The optimiser of ZeRO 1 and 2 for bf16 weights; a group's fp32 gradients are one tensor."""
+    """The optimiser of ZeRO 1 and 2 for bf16 weights; its fp32 gradients are one tensor."""
 
     params_already_reduced: list[bool]
+    _pieces: list[Piece] | None = None
 
     def should_refresh_expected_hook_count(self) -> bool:
         """Return False: only callers of `loss.backward()` itself need the count of hooks."""
@@ -63,23 +89,22 @@ class FewerOperators(DeepSpeedZeroOptimizer):
 
     def fill_grad_accum_attribute(self) -> None:
         """Add the gradients of a micro-batch to the fp32 sums, at stage 1."""
-        for group in self.bit16_groups:
-            have = [p for p in group if p.grad is not None]
-            for part in _parts(have, self.reduce_bucket_size):
-                flat = torch.empty(
-                    sum(p.numel() for p in part), dtype=self.gradient_accumulation_dtype,
-                    device=part[0].device,
-                )  # fmt: skip
-                grads = [p.grad for p in part]
-                views = unflatten(flat, grads)
-                torch._foreach_copy_(views, grads)
-                old = [(p, v) for p, v in zip(part, views, strict=True) if p.grad_accum is not None]
-                if old:
-                    torch._foreach_add_([p.grad_accum for p, _ in old], [view for _, view in old])
-                for p, view in zip(part, views, strict=True):
-                    p.grad = None
-                    if p.grad_accum is None:
-                        p.grad_accum = view
+        have = [p for group in self.bit16_groups for p in group if p.grad is not None]
+        for part in _parts(have, self.reduce_bucket_size):
+            flat = torch.empty(
+                sum(p.numel() for p in part), dtype=self.gradient_accumulation_dtype,
+                device=part[0].device,
+            )  # fmt: skip
+            grads = [p.grad for p in part]
+            views = unflatten(flat, grads)
+            torch._foreach_copy_(views, grads)
+            old = [(p, v) for p, v in zip(part, views, strict=True) if p.grad_accum is not None]
+            if old:
+                torch._foreach_add_([p.grad_accum for p, _ in old], [view for _, view in old])
+            for p, view in zip(part, views, strict=True):
+                p.grad = None
+                if p.grad_accum is None:
+                    p.grad_accum = view
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Send all gradients after the last backward pass of a step, at stage 1."""
@@ -167,7 +192,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
             unflatten(total.to(self.gradient_accumulation_dtype), params),
             bucket.params, strict=True,
         ):  # fmt: skip
-            share = self._shares(i).get(param_id)
+            share = self._get_compact_grad_partition_buffer(i).shares.get(param_id)
             if share is None:
                 continue
             start, place = share
@@ -178,23 +203,49 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         if mine:
             torch._foreach_add_(shares, mine)
 
-    def _shares(self, i: int) -> dict[int, tuple[int, torch.Tensor]]:
-        """Return this rank's share of each parameter of a group, by the parameter's id.
+    def _get_compact_grad_partition_buffer(self, group_idx: int) -> Gradients:
+        """Return this rank's gradients of a group; make those of all groups if there are none."""
+        if self.averaged_gradients.get(group_idx) is None:
+            self._make_gradients()
+        return self.averaged_gradients[group_idx]
 
-        A share is the index of its first value in the parameter, and a view of the gradients that
-        this rank keeps.
-        """
-        group = self._get_compact_grad_partition_buffer(i)
-        if not hasattr(group, "shares"):
-            rank = dist.get_rank(group=self.real_dp_process_group[i])
+    def _make_gradients(self) -> None:
+        if self._pieces is None:
+            self._pieces = self._list_pieces()
+        sizes = [int(size) for size in self.partition_size]
+        device = deepspeed.get_accelerator().current_device_name()
+        flat = torch.zeros(sum(sizes), dtype=self.gradient_accumulation_dtype, device=device)
+        groups = [Gradients(part) for part in flat.split(sizes)]
+        views = unflatten(flat, [piece.form for piece in self._pieces])
+        for piece, view in zip(self._pieces, views, strict=True):
+            groups[piece.group].append(view)
+            if piece.param_id is None:
+                setattr(view, PADDING, True)
+            else:
+                groups[piece.group].shares[piece.param_id] = (piece.start, view)
+        self.averaged_gradients.update(enumerate(groups))
+
+    def _list_pieces(self) -> list[Piece]:
+        """List the stretches of this rank's gradients in their order, group by group."""
+        rank, pieces = dist.get_rank(group=self.dp_process_group), []
+        for i, params in enumerate(self.params_in_partition):
+            size, end = int(self.partition_size[i]), 0
             starts = self.grad_start_offset[i][rank]
-            ids = [self.get_param_id(p) for p in self.params_in_partition[i]]
-            views = [view for view in group if not getattr(view, "_zero_padding", False)]
-            group.shares = {
-                param_id: (int(starts[param_id]), view)
-                for param_id, view in zip(ids, views, strict=True)
-            }
-        return group.shares
+            places = self.grad_partition_insertion_offset[i][rank]
+            for param in params:
+                param_id = self.get_param_id(param)
+                start, place = int(starts[param_id]), int(places[param_id])
+                number = min(param.numel() - start, size - place)
+                if place > end:
+                    pieces.append(Piece(i, _form(place - end), None, 0))
+                    end = place
+                if number > 0:
+                    form = _form(*(param.shape if number == param.numel() else [number]))
+                    pieces.append(Piece(i, form, param_id, start))
+                    end = place + number
+            if end < size:
+                pieces.append(Piece(i, _form(size - end), None, 0))
+        return pieces
 
     def independent_gradient_partition_epilogue(self) -> None:
         """Send the last bucket, and let later work on the device wait for all buckets."""
@@ -213,17 +264,12 @@ class FewerOperators(DeepSpeedZeroOptimizer):
 
     def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
         """Return the gradient's L2 norm over all ranks: a scalar, infinite if it is not finite."""
-        squares = torch.stack([self._square_of_norm(i) for i, _ in enumerate(self.bit16_groups)])
+        groups = [self.averaged_gradients[i] for i, _ in enumerate(self.bit16_groups)]
+        own = [[v for v in group if not getattr(v, PADDING, False)] for group in groups]
+        squares = squares_of_norms(own, groups[0].flat_partition.device).float()
         dist.all_reduce(squares, group=self.dp_process_group)
         norm = torch.linalg.vector_norm(squares.pow(0.5))
         return norm.masked_fill(~torch.isfinite(norm), float("inf"))
-
-    def _square_of_norm(self, i: int) -> torch.Tensor:
-        views = [v for v in self.averaged_gradients[i] if not getattr(v, "_zero_padding", False)]
-        norms = norms_of(views)
-        if not norms:
-            return torch.zeros((), device=self.averaged_gradients[i].flat_partition.device)
-        return torch.stack(norms).pow(2.0).sum().float()
 
     def _update_model_bit16_weights(self, group_index: int) -> None:
         """Link the parameters to the flat weights, unless they are linked already."""
@@ -252,17 +298,25 @@ class FewerOperators(DeepSpeedZeroOptimizer):
             self.averaged_gradients[i] = self.all_grad_tensors[i] = None
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
-        shares = [
-            partitions[dist.get_rank(group=self.real_dp_process_group[i])]
-            for i, partitions in enumerate(self.parallel_partitioned_bit16_groups)
-        ]
+        rank = dist.get_rank(group=self.dp_process_group)
+        alone = dist.get_world_size(group=self.dp_process_group) == 1
+        shares = [partitions[rank] for partitions in self.parallel_partitioned_bit16_groups]
         torch._foreach_copy_(shares, list(self.single_partition_of_fp32_groups))
         for i, master in enumerate(self.single_partition_of_fp32_groups):
             master.grad = None
-            if dist.get_world_size(group=self.real_dp_process_group[i]) > 1:
-                group = self.real_dp_process_group[i]
-                dist.all_gather_into_tensor(self.bit16_groups_flat[i], shares[i], group)
+            if not alone:
+                flat, group = self.bit16_groups_flat[i], self.real_dp_process_group[i]
+                dist.all_gather_into_tensor(flat, shares[i], group)
             self._update_model_bit16_weights(i)
+
+
+def squares_of_norms(groups: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Return the square of the L2 norm of each group of tensors, float64 [groups]."""
+    norms = norms_of([tensor for group in groups for tensor in group])
+    if not norms:
+        return torch.zeros(len(groups), dtype=torch.float64, device=device)
+    squares = torch.stack(norms).pow(2.0).split([len(group) for group in groups])
+    return torch.stack([square.sum() for square in squares])
 
 
 def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -274,6 +328,10 @@ def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         torch._foreach_copy_(high, part)
         norms += torch._foreach_norm(high)
     return norms
+
+
+def _form(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
 
 
 def _accumulated(param: torch.nn.Parameter) -> torch.Tensor | None:

@@ -1,21 +1,30 @@
 """ZeRO 3 with fewer operators and less Python: the counterpart of `fewer_operators`.
 
 Every number has the bits that DeepSpeed computes. Gradients are copied and measured for many
-parameters at once. Four things of DeepSpeed's are left out: listing a module's parameters anew at
-each fetch and release, marking ranges for NVIDIA's profiler (see `ds`), counting hooks, and asking
+parameters at once, and one step of the optimiser serves all groups. Left out are some things that
+DeepSpeed does: listing a module's parameters anew at each fetch and release, marking ranges for
+NVIDIA's profiler and making messages that nobody sees (see `ds`), counting hooks, reading the
+signature of an autograd function at each call, looking for flushes of CUDA's allocator, and asking
 the device whether the norm is finite, which `nonfinite.StepGuard` decides on the device.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from mae_scale.train.ds import DeepSpeedZeroOptimizer_Stage3, deepspeed, stage3_modules
-from mae_scale.train.fewer_operators import norms_of
+from mae_scale.train.ds import (
+    DeepSpeedZeroOptimizer_Stage3,
+    LinearFunctionForZeroStage3,
+    deepspeed,
+    stage3,
+    stage3_modules,
+)
+from mae_scale.train.fewer_operators import squares_of_norms
 
 dist = deepspeed.comm
 
@@ -24,6 +33,11 @@ def use_fewer_operators_at_stage_3(optimizer: Any) -> None:
     """Let a ZeRO optimiser of stage 3 handle many parameters at once, if that is possible."""
     if not (optimizer.zenflow or optimizer.model_parallel_rank):
         optimizer.__class__ = FewerOperatorsStage3
+    functions = {LinearFunctionForZeroStage3}
+    for module in optimizer.module.modules():
+        functions |= {getattr(module, name, None) for name in ("pre_bwd_fn", "post_bwd_fn")}
+    for function in functions - {None}:  # autograd asks for the signature at each call
+        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
@@ -77,14 +91,74 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
             torch._foreach_add_(shares, [grad.to(dtype) for grad in mine])
         return shares
 
-    def get_grad_norm_direct(
-        self, gradients: list[torch.Tensor], params: list[nn.Parameter], norm_type: int = 2
-    ) -> torch.Tensor:
-        """Return the L2 norm of a sub-group's gradients over all ranks; -1 if it is not finite."""
-        squares = torch.stack(norms_of(gradients)).pow(2.0).sum()
-        dist.all_reduce(squares, group=self._get_param_partition_group(params[0]))
-        norm = squares.pow(0.5)
-        return norm.masked_fill(~torch.isfinite(norm), -1.0)
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Step on this rank's share of all sub-groups at once.
+
+        DeepSpeed steps on one sub-group after the other, and each time goes through all groups of
+        the optimiser. Layer-wise decay has some 50 of them.
+        """
+        low, high = self.fp16_partitioned_groups_flat, self.fp32_partitioned_groups_flat
+        swapped = self.offload_optimizer or any(flat is None for flat in low)
+        if swapped or self.clip_grad or self.loss_scale != 1:
+            super().step(closure)
+            return
+        self._pre_step()
+        self._partition_all_parameters()
+        self.overflow = False
+        self._global_grad_norm = self._norm()
+        self._update_scale(False)  # counts the step; DeepSpeed saves the count
+        self.zero_grad(set_to_none=True)
+        groups = self.optimizer.param_groups
+        for i, master in enumerate(high):
+            self._give_gradient(i)
+            groups[self.sub_group_to_group_id[i]]["params"].append(master)
+        try:
+            self.optimizer.step()
+        finally:
+            for group in groups:
+                group["params"] = []
+        if any(a is not b for a, b in zip(low, high, strict=True)):
+            torch._foreach_copy_(low, high)
+        for i, master in enumerate(high):
+            master.grad = None
+            shares = _joined(self.fp16_partitioned_groups[i])
+            if shares is None or shares.data_ptr() != low[i].data_ptr():
+                self._unflatten_partitioned_parameters(i)
+        self._post_step(set())
+
+    def _norm(self) -> torch.Tensor:
+        """Return the gradient's L2 norm over all ranks: a scalar, infinite if it is not finite."""
+        gradients = [self.averaged_gradients[i] for i, _ in enumerate(self.fp16_groups)]
+        squares = squares_of_norms(gradients, gradients[0][0].device)
+        dist.all_reduce(squares, group=self._get_param_partition_group(self.fp16_groups[0][0]))
+        norms = squares.pow(0.5)
+        norms = norms.masked_fill(~torch.isfinite(norms), -1.0)
+        return stage3.combine_grad_norm_groups(norms.unbind())
+
+    def _give_gradient(self, i: int) -> None:
+        """Give the gradients of a sub-group to its master; they are copied only if they must be.
+
+        As a rule all gradients of this rank are one tensor, in the order of the sub-groups.
+        """
+        master, whole = self.fp32_partitioned_groups_flat[i], _joined(self.averaged_gradients[i])
+        if whole is None or whole.dtype != master.dtype:
+            self._prepare_fp32_grad_for_sub_group(i)
+        else:
+            master.grad, self.averaged_gradients[i] = whole, None
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return a flat view of tensors that lie one after the other; None if they do not."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end:
+            return None
+        end += tensor.numel() * tensor.element_size()
+    if first.untyped_storage().data_ptr() != tensors[-1].untyped_storage().data_ptr():
+        return None
+    number = sum(tensor.numel() for tensor in tensors)
+    return first.as_strided((number,), (1,), first.storage_offset())
 
 
 class _WaitingOnTheDevice:
