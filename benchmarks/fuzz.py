@@ -196,23 +196,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-material-") as scratch:
         os.environ["XDG_STATE_HOME"] = scratch  # indexes that are made here are not the user's
         material = Material(args.shards, Path(scratch))
-        while sum(seconds.values()) < 60 * args.minutes:
-            for target in targets:
-                if target.name in findings:
-                    continue
-                began = time.process_time()
-                try:
-                    keep = args.keep and args.keep / f"{target.name}-{number}"
-                    quietly(fuzz, target, material, 100, number, counts[target.name], keep)
-                except BaseException as error:
-                    if isinstance(error, KeyboardInterrupt):
-                        raise
-                    findings[target.name] = one_line(error)[:600]
-                    print(f"FOUND {target.name}: {findings[target.name]}", flush=True)
-                seconds[target.name] += time.process_time() - began
-            number += 1
-            if len(findings) == len(targets):
-                break
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C prints what there is
+            while sum(seconds.values()) < 60 * args.minutes and len(findings) < len(targets):
+                for target in targets:
+                    if target.name not in findings:
+                        began = time.process_time()
+                        keep = args.keep and args.keep / f"{target.name}-{number}"
+                        try:
+                            quietly(fuzz, target, material, 100, number, counts[target.name], keep)
+                        except Exception as error:
+                            findings[target.name] = one_line(error)[:600]
+                            print(f"FOUND {target.name}: {findings[target.name]}", flush=True)
+                        seconds[target.name] += time.process_time() - began
+                number += 1
     print(f"{'target':<26}{'examples':>10}{'read':>9}{'refused':>9}{'CPU s':>8}  finding")
     for target in targets:
         c = counts[target.name]

@@ -24,12 +24,20 @@ PIECE = 4096  # number of bytes that a writable pipe takes at once (PIPE_BUF)
 # else is escaped: text such as a file's name must not move the cursor or rename the window.
 OWN = r"\x1b\[(?:A|H\x1b\[2J|0m|3[123]m)"
 UNWANTED = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+MOST_LETTERS = 2000  # of a line
 CONTROL = re.compile(rf"({OWN})|[{UNWANTED}]")
 
 
 def one_line(text: object) -> str:
-    """Return a text for a message, with control characters and line ends escaped."""
-    return "".join(c if c.isprintable() else _escape(c) for c in str(text))
+    """Return a text for a message, with control characters and line ends escaped.
+
+    The middle of a text that would fill a screen is left out: it may quote a file of anybody.
+    """
+    line = "".join(c if c.isprintable() else _escape(c) for c in str(text))
+    if len(line) <= MOST_LETTERS:
+        return line
+    start, end = line[: MOST_LETTERS * 2 // 3], line[-(MOST_LETTERS // 4) :]
+    return f"{start} [{len(line) - len(start) - len(end):,} letters are left out here] {end}"
 
 
 def printable(text: str) -> str:

@@ -71,7 +71,8 @@ class GuardedLars(Lars):
     def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
         for group in groups:
             group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
-        super().__init__(groups, lr=0.0, momentum=momentum, foreach=False)
+            group["foreach"] = False  # of the group, since timm's before 1.0.31 take no argument
+        super().__init__(groups, lr=0.0, momentum=momentum)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
