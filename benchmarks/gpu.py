@@ -46,12 +46,13 @@ from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import start
-from mae_scale.models import build_mae
+from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.planning.memory import activation_parts, peak_bytes, sizes
 from mae_scale.train.determinism import deterministic
 from mae_scale.world import World, data_workers
 
 ON_GPU = torch.cuda.is_available()
+PLAIN = "plain PyTorch"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
 MODELS = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
 SMALL = ("mae_vit_tiny_patch16",)
@@ -66,8 +67,10 @@ def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> 
     world = World()
     start(world)
     model = build_mae(name, **sizes_)
-    way = Way(name, False, precision, "none", False)
-    step = our_step(model, way, batch, stage)
+    if stage == PLAIN:
+        step = plain_step(model.to(world.device))
+    else:
+        step = our_step(model, Way(name, False, precision, "none", False), batch, stage)
     images = _images(batch, model.patch_embed.img_size[0], world.device)
     for _ in range(4):
         step(images)
@@ -88,6 +91,22 @@ def waits(stage: str, name: str, batch: int, sizes_: Result, precision: str) -> 
         "lines_that_wait": waiting_lines(lambda: step(images)),
         "ms_of_a_step_of_one_image": round(1000 * seconds(step, images[:1], 20), 1),
     }
+
+
+def plain_step(model: MaskedAutoencoderViT) -> Callable[[torch.Tensor], None]:
+    """Make a function that takes a step of PyTorch alone: autocast to bf16 and fused AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step(images: torch.Tensor) -> None:
+        noise = torch.rand(len(images), model.num_patches, device=images.device)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss, _, _ = model(normalize(images), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def waiting_lines(step: Callable[[], None]) -> list[str]:
@@ -290,7 +309,7 @@ def determinism(small: bool) -> Iterator[Result]:
 def synchronisations(small: bool) -> Iterator[Result]:
     sizes_ = {"img_size": 32, "patch_size": 8, "depth": 2} if small else {}
     name, batch = (SMALL[0], 4) if small else (MODELS[0], 32)
-    for stage in SMALL_STAGES if small else STAGES:
+    for stage in (PLAIN, *(SMALL_STAGES if small else STAGES)):
         yield alone(waits, stage, name, batch, sizes_, "bf16")
 
 
