@@ -216,8 +216,13 @@ def _class_of(value: Any, names: list[str] | None, where: str) -> str | None:
     if isinstance(value, (list, dict)):
         raise UserError(f"{where} has several labels, or a label of type {type(value).__name__}")
     text = label_text(value)
-    if text is not None and names is not None and not isinstance(value, str):
-        if not text.isdecimal() or int(text) >= len(names):
-            raise UserError(f"{where} has the label {value}, but there are {len(names)} classes")
-        return names[int(text)]
-    return text
+    if text is None or names is None:
+        return text
+    if isinstance(value, str) and text in map(normal, names):
+        return text
+    if not text.isdecimal() or int(text) >= len(names):
+        raise UserError(
+            f"{where} has the label {value}, but the file's metadata list {len(names)} classes: "
+            f"{', '.join(names[:10])}{', …' * (len(names) > 10)}"
+        )
+    return names[int(text)]

@@ -13,6 +13,7 @@ from make_trees import counts, jpg, tree, write_tar
 
 from mae_scale.cli import main
 from mae_scale.errors import UserError
+from mae_scale.sharding.listing import Source
 from mae_scale.sharding.sources import Choice, find_source
 
 
@@ -192,6 +193,26 @@ def test_parquet(tmp_path: Path, named: bool) -> None:
     (tmp_path / "src/data/train-00000-of-00001.parquet").write_bytes(b"PAR1 spoilt")
     with pytest.raises(UserError, match="not an intact parquet file"):
         find_source(tmp_path / "src", "train", work=tmp_path / "work")
+
+
+def test_labels_of_parquet_that_are_names_of_the_metadata(tmp_path: Path) -> None:
+    """Names may be written in another Unicode form; a label that no name fits gets a line."""
+    import pyarrow
+    from pyarrow import parquet
+
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    facts = json.dumps({"info": {"features": {"label": {"names": ["tea", decomposed]}}}})
+
+    def source_of(labels: list[str]) -> Source:
+        columns = {"image": [jpg(i) for i in range(len(labels))], "label": labels}
+        table = pyarrow.table(columns).replace_schema_metadata({"huggingface": facts})
+        parquet.write_table(table, tmp_path / "train.parquet")
+        return find_source(tmp_path, "train", work=tmp_path / "work")
+
+    assert counts(source_of([composed, decomposed, "tea", "1"])) == {"tea": 1, composed: 3}
+    for label in ("cocoa", "2", "\x1b[2J"):
+        with pytest.raises(UserError, match=r"row 1 of .*list 2 classes: tea, caf"):
+            source_of(["tea", label])
 
 
 def test_parquet_as_others_write_it(tmp_path: Path) -> None:
