@@ -196,7 +196,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-material-") as scratch:
         os.environ["XDG_STATE_HOME"] = scratch  # indexes that are made here are not the user's
         material = Material(args.shards, Path(scratch))
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C prints what there is
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # both signals print what there is
             while sum(seconds.values()) < 60 * args.minutes and len(findings) < len(targets):
                 for target in targets:
                     if target.name not in findings:
