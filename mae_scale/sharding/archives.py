@@ -6,6 +6,7 @@ import bz2
 import lzma
 import os
 import re
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -276,7 +277,7 @@ def _unpack(path: Path, spool: IO[bytes]) -> Listed:
                     spool.write(data)
                 elif member.isfile() and _is_text(name):
                     texts.append(_clean(name))
-    except (EOFError, lzma.LZMAError, IsalError, OSError) as error:  # type: ignore[misc]  # its stubs say it is an instance
+    except (tarfile.TarError, EOFError, lzma.LZMAError, IsalError, OSError) as error:  # type: ignore[misc]  # its stubs say it is an instance
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} is not an intact archive: {printable(str(error))}") from None

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -147,7 +148,7 @@ def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:
                     for name in (truth_name, meta_name)
                     if member.isfile() and f"/{member.name}".endswith(f"/{name}")
                 }
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
             raise UserError(f"{packed} is not an intact archive: {error}") from error
         if set(members) != {truth_name, meta_name}:
             raise UserError(f"{packed} lacks {truth_name} or {meta_name}")
@@ -158,12 +159,17 @@ def _devkit(folder: Path) -> tuple[list[str], list[str]] | None:
         return None
     from scipy.io import loadmat
 
-    synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-    leaf = synsets["num_children"] == 0  # the file also lists the 860 synsets above the classes
-    wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets[leaf]}
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        leaf = synsets["num_children"] == 0  # the file also lists the 860 synsets above the classes
+        wnid = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets[leaf]}
+    except Exception as error:  # scipy raises whatever a damaged file leads it to
+        raise UserError(
+            f"{folder}: the devkit's meta.mat cannot be read ({type(error).__name__}: {error})"
+        ) from error
     try:
         return [wnid[int(line)] for line in truth.split()], sorted(wnid.values())
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise UserError(f"{folder}: the devkit's meta.mat has no class {error}") from error
 
 

@@ -285,6 +285,30 @@ def test_bad_sources(photos, val, tmp_path: Path) -> None:
     assert "none for this image" in error(src, "val")
 
 
+def test_a_damaged_devkit_gets_a_line(val, tmp_path: Path) -> None:
+    """Wherever the archive, meta.mat or the list of labels is damaged: one line, or the labels."""
+    val_archive(tmp_path, val)
+    devkit(tmp_path, val, packed=False)
+    devkit(tmp_path, val)
+    unpacked, packed = (tmp_path / f"ILSVRC2012_devkit_t12{end}" for end in ("", ".tar.gz"))
+    refused = 0
+    files = [packed, unpacked / "data/meta.mat"]
+    files.append(unpacked / "data/ILSVRC2012_validation_ground_truth.txt")
+    for file in files:
+        whole = file.read_bytes()
+        for offset in range(0, len(whole), max(1, len(whole) // 60)):
+            for spoilt in (whole[:offset], whole[:offset] + b"\xff\xfe" + whole[offset + 2 :]):
+                file.write_bytes(spoilt)
+                try:
+                    find_source(tmp_path, "val")
+                except UserError as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+        file.write_bytes(whole)
+        packed.unlink(missing_ok=True)  # the folder is read where there is no archive
+    assert refused > 100
+
+
 def test_a_file_that_changes_is_an_error(photos, tmp_path: Path) -> None:
     source = find_source(train_tree(tmp_path / "src", photos), "train")
     path = source.root / source.names[0]
