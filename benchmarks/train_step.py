@@ -7,7 +7,7 @@ backward, AdamW. Each row runs in a process of its own, on one device.
 - official: the design of the authors' code, written for this benchmark: attention as two products
   with a softmax between them, autocast to fp16 with a GradScaler (fp32 on a CPU), AdamW of plain
   tensor operations, the loss read at each step
-- mae-scale: DeepSpeed ZeRO-1 in bf16 or fp32, as `mae-scale pretrain` runs it
+- mae-scale: DeepSpeed in bf16 or fp32 as `mae-scale pretrain` runs it, at each of `--stages`
 
 MFU counts the operations of the model (recomputing them is none) against the bf16 peak.
 """
@@ -52,11 +52,17 @@ class Way:
     precision: str
     checkpointing: str
     compile: bool
+    stage: str = "zero1"
 
     def __str__(self) -> str:
         if self.official:
             return f"official, {self.precision}"
-        parts = (self.precision, f"checkpointing {self.checkpointing}", "compiled" * self.compile)
+        parts = (
+            self.stage,
+            self.precision,
+            f"checkpointing {self.checkpointing}",
+            "compiled" * self.compile,
+        )
         return ", ".join(part for part in parts if part)
 
 
@@ -119,7 +125,11 @@ def measure(
     torch.manual_seed(0)
     model = build_mae(way.model).to(device)
     flops = training_flops(model)
-    step = official_step(model, way, device) if way.official else our_step(model, way, batch)
+    step = (
+        official_step(model, way, device)
+        if way.official
+        else our_step(model, way, batch, way.stage)
+    )
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8, device=device)
     for _ in range(warm_up):
         step(images)
@@ -147,6 +157,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batch", type=int, nargs="+", default=[64] if on_gpu else [2])
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"] if on_gpu else ["fp32"])
+    parser.add_argument("--stages", nargs="+", default=["zero1"], help="configs in ds_configs/")
     parser.add_argument("--checkpointing", nargs="+", default=["none", "full"])
     parser.add_argument("--compile", nargs="+", choices=("no", "yes"), default=["no", "yes"])
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
@@ -156,15 +167,15 @@ def main() -> None:
     print(header("timm", "deepspeed"))
     print(
         f"{args.rounds} rounds of {args.steps} steps after {args.warm_up}\n"
-        f"{'model':24}{'batch':>6}  {'':38}{'img/s':>9}{'MFU':>7}{'peak GB':>9}{'x official':>12}"
+        f"{'model':24}{'batch':>6}  {'':46}{'img/s':>9}{'MFU':>7}{'peak GB':>9}{'x official':>12}"
     )
     processes = multiprocessing.get_context("spawn")
     for name, batch in itertools.product(args.models, args.batch):
         ways = [Way(name, True, "fp16" if on_gpu else "fp32", "none", False)]
-        for precision, checkpointing, compiled in itertools.product(
-            args.precision, args.checkpointing, args.compile
+        for stage, precision, checkpointing, compiled in itertools.product(
+            args.stages, args.precision, args.checkpointing, args.compile
         ):
-            ways.append(Way(name, False, precision, checkpointing, compiled == "yes"))
+            ways.append(Way(name, False, precision, checkpointing, compiled == "yes", stage))
         official = float("nan")
         for way in ways:
             # Each row has a process of its own, so that its memory is freed before the next one.
@@ -173,13 +184,13 @@ def main() -> None:
                 try:
                     result = job.result()
                 except torch.OutOfMemoryError:
-                    print(f"{name:24}{batch:6}  {way!s:38}  out of memory", flush=True)
+                    print(f"{name:24}{batch:6}  {way!s:46}  out of memory", flush=True)
                     continue
             rate, share, memory = result
             official = rate if way.official else official
             mfu_text = "-" if share is None else f"{share:.3f}"
             print(
-                f"{name:24}{batch:6}  {way!s:38}{rate:9.2f}{mfu_text:>7}{memory:9.2f}"
+                f"{name:24}{batch:6}  {way!s:46}{rate:9.2f}{mfu_text:>7}{memory:9.2f}"
                 f"{rate / official:12.2f}",
                 flush=True,
             )
