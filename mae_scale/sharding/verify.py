@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isal.isal_zlib import crc32
 
-from mae_scale.data.formats import IMAGE_SUFFIXES
+from mae_scale.data.formats import IMAGE_SUFFIXES, MAX_PIXELS, open_image
 from mae_scale.data.remote import is_remote, shown
 from mae_scale.data.shards import (
     MANIFEST,
@@ -40,6 +41,8 @@ class Report:
     samples: int
     classes: int
     problems: list[str]  # each names the shard, and the damaged member if there is one
+    max_pixels: int = MAX_PIXELS  # images of more pixels were not decoded ...
+    allowed: int = MAX_PIXELS  # ... and those of more than this are problems
 
 
 @dataclass
@@ -47,15 +50,23 @@ class _Job:
     shards: ShardSet
     own: bool  # whether this program wrote them, instead of indexing them
     fast: bool
+    max_pixels: int
+    allowed: int  # limit of pixels that the manifest says the shards were made with
     checked: Any  # number of checked images of each shard, in shared memory
 
 
-def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Report:
+def verify(
+    folder: str | Path, *, fast: bool = False, workers: int = 1, max_pixels: int | None = None
+) -> Report:
     """Check sizes, SHA-256, tar structure, labels, checksums, and that every image decodes.
 
     Args:
         fast: whether to leave out the decoding of images.
         workers: number of processes.
+        max_pixels: most pixels of an image that is decoded. None: the usual limit; where the
+            manifest says that the shards were made with a higher one, larger images are compared
+            with their checksum only. A manifest may come from anybody, so it must not choose how
+            much memory is taken.
 
     Raises:
         UserError: there is no finished folder of shards.
@@ -75,14 +86,17 @@ def verify(folder: str | Path, *, fast: bool = False, workers: int = 1) -> Repor
     manifest = read_manifest(folder)
     own = "plan" in manifest.get("made_by", {})
     count = len(shards.files)
-    job = _Job(shards, own, fast, multiprocessing.RawArray("q", count))
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    asked = manifest["made_by"].get("plan", {}).get("max_pixels")
+    allowed = max(limit, asked) if max_pixels is None and type(asked) is int else limit
+    job = _Job(shards, own, fast, limit, allowed, multiprocessing.RawArray("q", count))
     found = dict(run_all(_verify_shard, range(count), workers, job, job.checked, len(shards)))
     problems = [problem for i in range(count) for problem in found[i]]
     entries = [Shard(**entry) for entry in manifest["shards"]]
     for name, content in files_for_others(shards.split, entries).items() if own else ():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             problems.append(f"{name} is missing or does not agree with {MANIFEST}")
-    return Report(count, len(shards), len(shards.classes), problems)
+    return Report(count, len(shards), len(shards.classes), problems, limit, allowed)
 
 
 def _verify_shard(number: int) -> tuple[int, list[str]]:
@@ -131,7 +145,7 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
             offset, length, label = (int(entry[key]) for key in ("offset", "size", "label"))
             name = names.get(offset) or _name_before(descriptor, offset)
             data = os.pread(descriptor, length, offset)
-            problem = _image_problem(data, length, int(shards.checksums[sample]), job.fast)
+            problem = _image_problem(data, length, int(shards.checksums[sample]), job)
             text = labels.get(name.rpartition(".")[0], labels.get(split_name(name)[0]))
             if problem is None and offset not in names:
                 problem = "is not where the index says, or a header before it is damaged"
@@ -151,13 +165,21 @@ def _problems(job: _Job, number: int, path: Path) -> list[str]:
     return problems
 
 
-def _image_problem(data: bytes, length: int, checksum: int, fast: bool) -> str | None:
+def _image_problem(data: bytes, length: int, checksum: int, job: _Job) -> str | None:
     if len(data) != length:
         return "is cut short"
-    reason = None if fast else decode_error(data)
+    large = job.allowed > job.max_pixels and _is_between(data, job.max_pixels, job.allowed)
+    reason = None if job.fast or large else decode_error(data, job.max_pixels)
     if reason:
         return f"cannot be decoded: {reason}"
     return "has other bytes than were written" if crc32(data) != checksum else None
+
+
+def _is_between(data: bytes, low: int, high: int) -> bool:
+    """Return whether an image's header says that it has more than `low` pixels, up to `high`."""
+    with suppress(Exception), open_image(data, high) as image:  # PIL raises many kinds of error
+        return image.width * image.height > low
+    return False
 
 
 def _annotation_problems(

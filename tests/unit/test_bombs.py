@@ -13,7 +13,7 @@ from make_shards import make_shards
 from PIL import Image
 from test_images import bomb
 
-from mae_scale.commands.reconstructing import _read
+from mae_scale.commands.reconstructing import read_centre
 from mae_scale.data.annotated_transforms import DetectionTransform, SegmentationTransform
 from mae_scale.data.augment import Augment
 from mae_scale.data.images_dataset import ShardDataset
@@ -84,9 +84,19 @@ def test_shards(tmp_path: Path) -> None:
     assert len(open_shards(folder)) == 1  # the other image is left out
 
 
+def test_shards_that_allow_more_pixels_are_intact_but_not_decoded(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "train", [bytes(small("JPEG")), bomb("JPEG")], [2])
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.setdefault("made_by", {}).setdefault("plan", {})["max_pixels"] = 576_000_000
+    path.write_text(json.dumps(manifest))
+    assert not any("pixels" in problem for problem in verify(folder).problems)
+    assert any("pixels" in problem for problem in verify(folder, max_pixels=10**8).problems)
+
+
 def test_pictures(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(bomb("JPEG"))
     with pytest.raises(UserError, match=PIXELS):
-        _read(path, 32, 10**8)
+        read_centre(path, 32, 10**8)
     assert "cannot be read" in _figure("reconstruction", path, "picture-1")
