@@ -60,7 +60,7 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
 
     A manifest may come from anybody, so it is treated as data only: a tar is a file below the
     folder, or in an index of foreign tars an address (never a command), and every count is a whole
-    number. See `_may_lead_outside` for absolute paths.
+    number. See `_may_lead_outside` for absolute paths and links.
 
     Args:
         content: bytes of the manifest.
@@ -87,7 +87,10 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
         raise UserError(
             f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
         ) from None
-    outside = [shard["file"] for shard in manifest["shards"] if _is_outside(shard["file"])]
+    names = [shard["file"] for shard in manifest["shards"]]
+    outside = [name for name in names if _is_outside(name)]
+    if folder is not None:
+        outside += _led_outside(folder, [name for name in names if not _is_outside(name)])
     if outside and not _may_lead_outside(content, folder, outside):
         raise UserError(
             f"{root}: {MANIFEST} names tars outside of the folder, such as "
@@ -98,7 +101,7 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
 
 
 def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -> bool:
-    """Return whether an index may name tars outside of its folder, by absolute paths.
+    """Return whether an index may name tars outside of its folder, by absolute paths or by links.
 
     A folder that came from somebody else must not choose files on this machine, and its own
     statements (`made_by`) prove nothing. So the program remembers the indexes that it has made, and
@@ -110,7 +113,7 @@ def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -
     if folder is None:
         return False
     try:
-        owners = {path.stat().st_uid for path in [folder / MANIFEST, *map(Path, outside)]}
+        owners = {(folder / name).stat().st_uid for name in [MANIFEST, *outside]}
     except OSError:
         return False
     return len(owners) == 1 and owners != {os.geteuid()}
@@ -158,6 +161,31 @@ def _known_indexes() -> Path | None:
 
 def _is_outside(name: str) -> bool:
     return not is_remote(name) and PurePosixPath(name).is_absolute()
+
+
+def _led_outside(folder: Path, names: list[str]) -> list[str]:
+    """List the names that lead out of a folder through a link that another user has made.
+
+    This user's own links are their own choice. Tars beside the manifest are inside, too, where the
+    manifest is itself a link to the folder that holds both.
+    """
+    paths = {name: PurePosixPath(name) for name in names if not is_remote(name)}
+    places = {place for path in paths.values() for place in (path, *path.parents)}
+    links = {place for place in places if _is_link_of_others(folder / place)}
+    links.discard(PurePosixPath())  # the folder itself
+    if not links:
+        return []
+    homes = (folder.resolve(), (folder / MANIFEST).resolve().parent)
+    return [
+        name
+        for name, path in paths.items()
+        if links & {path, *path.parents}
+        and not any((folder / path).resolve().is_relative_to(home) for home in homes)
+    ]
+
+
+def _is_link_of_others(path: Path) -> bool:
+    return path.is_symlink() and path.lstat().st_uid != os.geteuid()
 
 
 def _check_manifest(manifest: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -170,6 +171,32 @@ def test_an_index_of_another_user_may_name_that_users_tars(
     tar.unlink()  # nobody's
     with pytest.raises(UserError, match="names tars outside"):
         open_shards(foreign)
+
+
+def test_links_of_others_do_not_lead_out_of_the_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "train"
+    shutil.copytree(folder, copy)
+    name = next(path.name for path in copy.glob("*.tar"))
+    elsewhere, inside = tmp_path / "elsewhere.tar", copy / "inside.tar"
+    (copy / name).rename(elsewhere)
+    (copy / name).symlink_to(elsewhere)
+    user = os.geteuid()
+    assert open_shards(copy)  # one's own links
+    monkeypatch.setattr("os.geteuid", lambda: user + 1)
+    assert open_shards(copy)  # links to tars of the user whose folder it is
+    elsewhere.rename(inside)  # now the link leads to nobody's file
+    with pytest.raises(UserError, match=r"names tars outside of the folder.*--trust"):
+        open_shards(copy)
+    (copy / name).unlink()
+    (copy / name).symlink_to("inside.tar")
+    assert open_shards(copy)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for path in copy.iterdir():
+        (whole / path.name).symlink_to(path)
+    assert open_shards(whole)  # the manifest is a link into the folder that the tars lie in
 
 
 @pytest.mark.parametrize("name", ["x; touch X", "$(touch X).tar", "-x.tar", "a b.tar", "`x`.tar"])
