@@ -105,7 +105,8 @@ def gpu_evidence(env: Mapping[str, str], device_file: Path = GPU_FILE) -> str | 
         return f"SLURM_JOB_GPUS={env['SLURM_JOB_GPUS']}"
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and "CROSS_SIZE" not in env:  # DeepSpeed's launcher sets CROSS_SIZE
-        named = visible not in ("", "-1", "NoDevFiles")
+        # CUDA takes the GPUs up to the first word that is neither a number nor a UUID.
+        named = re.match(r"\s*(\d|GPU-|MIG-)", visible)
         return f"CUDA_VISIBLE_DEVICES={visible}" if named else None
     return f"there is {device_file}" if device_file.exists() else None
 

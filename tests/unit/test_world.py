@@ -101,6 +101,8 @@ def test_cpus_of_a_rank_of_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) 
         ({"SLURM_GPUS_ON_NODE": "0"}, None),
         ({"CUDA_VISIBLE_DEVICES": ""}, None),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1,0"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "none"}, None),
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
         ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),
         ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, "SLURM_GPUS_ON_NODE=8"),
