@@ -67,7 +67,8 @@ class DataConfig:
     """Number of images that a step makes of each of its samples, decoded once, with different crops
     and masks (repeated augmentation); it multiplies the images and steps of an epoch."""
     cache_dir: str | None = changeable(None)
-    """Folder on a local disk into which remote shards are staged; only remote shards need it."""
+    """Folder on a local disk into which remote shards are staged; only remote shards need it, such
+    as those of `FOLDER+pipe:cat FOLDER/{}` on a slow shared file system."""
     cache_gb: Above0 = changeable(200.0)
     """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shards are deleted
     first."""

@@ -19,8 +19,8 @@ from mae_scale.data.shards import ShardSet
 from mae_scale.data.tar import BLOCK, read_header
 from mae_scale.errors import UserError
 from mae_scale.files import NotAFile, open_descriptor
+from mae_scale.launch.descriptors import room_for_shards
 
-_OPEN_SHARDS = 512  # most shards that a worker keeps open, as a process may have 1024 files
 _READ_TRIES = 4
 _READ_WAIT_S = 0.5  # wait before the second try; it doubles after each
 _FETCHES = 8  # number of remote shards that a worker fetches at a time
@@ -45,6 +45,7 @@ class ShardReader:
         self._shards = shards
         self._cache = cache
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, last used last
+        self._most_open = room_for_shards()
 
     def prepare(self, samples: npt.NDArray[np.int64]) -> None:
         """Fetch the remote shards that these samples lie in, several at a time.
@@ -75,11 +76,12 @@ class ShardReader:
             shard = int(self._shard_of(sample))
             if is_remote(self._shards.files[shard]):
                 continue
-            offset, size = self._shards.index[sample].item()[:2]
-            with suppress(OSError, UserError):
-                os.posix_fadvise(
-                    self._descriptor(shard), offset - BLOCK, size + BLOCK, os.POSIX_FADV_WILLNEED
-                )
+            entry = self._shards.index[sample]
+            fields = [("offset", "size"), ("extra_offset", "extra_size")]  # image, annotation
+            for place, length in fields[: 1 + ("extra_offset" in entry.dtype.names)]:
+                start, size = int(entry[place]) - BLOCK, int(entry[length]) + BLOCK
+                with suppress(OSError, UserError):
+                    os.posix_fadvise(self._descriptor(shard), start, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, sample: int) -> Member:
         """Read the image file of a global sample id.
@@ -159,7 +161,7 @@ class ShardReader:
 
     def _keep(self, shard: int, descriptor: int) -> None:
         self._open[shard] = descriptor
-        while len(self._open) > _OPEN_SHARDS:
+        while len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
 
     def _changed(self, shard: int, what: str) -> UserError:

@@ -17,7 +17,7 @@ log = logging.getLogger("mae_scale")
 # how many a rank needs by itself, and how many for each rank of the run.
 OWN = 100
 PER_RANK, PER_RANK_ON_RANK0 = 1, 3
-SHARDS = 512  # number that a data worker, or a rank without workers, keeps open
+SHARDS = 512  # most that a data worker, or a rank without workers, keeps open
 
 
 def raise_limit() -> int:
@@ -34,6 +34,15 @@ def raise_limit() -> int:
 def needed(rank: int, world_size: int) -> int:
     """Return how many descriptors a rank takes besides shards, rounded up."""
     return OWN + (PER_RANK if rank else PER_RANK_ON_RANK0) * world_size
+
+
+def room_for_shards() -> int:
+    """Return how many shards a data worker, or a rank without workers, may keep open.
+
+    At most half of the open files are shards, so that a low limit leaves room for all else.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return SHARDS if limit == resource.RLIM_INFINITY else min(SHARDS, max(1, limit // 2))
 
 
 def make_room(rank: int, world_size: int) -> None:

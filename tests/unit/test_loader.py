@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image, eval_crop, train_crop
 from mae_scale.errors import RunError, UserError
+from mae_scale.launch.descriptors import room_for_shards
 from mae_scale.models.masking import mask_noise
 from mae_scale.randomness import Purpose, uniform
 
@@ -399,7 +401,7 @@ def test_a_read_that_fails_at_first_is_tried_again(
 def test_shards_are_closed_when_too_many_are_open(
     shards: ShardSet, photographs: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mae_scale.data.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("mae_scale.data.reader.room_for_shards", lambda: 2)
     reader = ShardReader(shards)
     before = psutil.Process().num_fds()
     for sample in [0, 40, 45, 71, 80, 0, 96]:
@@ -407,6 +409,15 @@ def test_shards_are_closed_when_too_many_are_open(
     assert psutil.Process().num_fds() == before + 2
     reader.close()
     assert psutil.Process().num_fds() == before
+
+
+def test_a_low_limit_of_open_files_leaves_room_for_all_else() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert room_for_shards() == 128
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- processes
