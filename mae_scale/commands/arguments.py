@@ -62,6 +62,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, after a check that no argument is empty."""
+        for number, word in enumerate(args or []):
+            if re.fullmatch(r"(--[\w.-]+=)?\s*", word):
+                before = " ".join([self.prog, *args[:number], word]).rstrip()
+                self.error(f"the argument at the end of '{before}' is empty; is a variable unset?")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`, with a hint where an option is not known."""
         if found := re.match(r"unrecognized arguments: (-\S+)", message):

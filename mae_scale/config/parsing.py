@@ -129,6 +129,7 @@ def parse(config_class: type[T], argv: list[str], prog: str) -> T:
     namespace.pop("config")
     config = _plain(config_class(**vars(parser.instantiate(namespace))))
     _check_nulls(config)
+    _check_texts(config)
     if "train.micro_batch_size" not in options:
         fit_micro_batch(config.train, World.from_environment().size)
     return config
@@ -169,6 +170,22 @@ def _check_nulls(config: Any, prefix: str = "") -> None:
             raise UserError(
                 f'config key "{prefix}{entry.name}": null is not a {type_text(hint)}; '
                 "give a value, or leave the key out"
+            )
+
+
+def _check_texts(config: Any, prefix: str = "") -> None:
+    """Raise a UserError where a text is empty, as behind a shell's variable that is not set.
+
+    An empty path would mean the working folder.
+    """
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, str) and not value.strip():
+            raise UserError(
+                f'config key "{prefix}{entry.name}": the text is empty; give a value, or leave '
+                "the key out"
             )
 
 

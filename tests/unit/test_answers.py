@@ -72,6 +72,24 @@ def test_nothing_to_do_shows_the_commands(capsys: pytest.CaptureFixture[str]) ->
     assert all(f"  {name} " in shown for name in [*TASKS, *COMMANDS])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evaluate", "", "val=x"], "at the end of 'mae-scale evaluate' is empty"),
+        (["evaluate", "run", "--out="], "at the end of 'mae-scale evaluate run --out=' is empty"),
+        (["pretrain", "--run_dir", "", "--data.train=x"], '"run_dir": the text is empty'),
+        (["finetune", "--run_dir=r", "--data.train=x", "--weights="], '"weights": the text is'),
+        (["plan", "--config", ""], "at the end of 'mae-scale plan --config' is empty"),
+    ],
+)
+def test_a_variable_of_the_shell_that_is_not_set(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty path would be the working folder, and empty weights would be random ones."""
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_shell_completes_commands_options_recipes_and_values(tmp_path: Path) -> None:
     program = tmp_path / "completion.sh"
     program.write_text(
