@@ -58,7 +58,8 @@ def encoder_of(options: argparse.Namespace, world: World) -> Describer:
         keep_statistics_in_fp32(found.model)
     if options.crop_ratio is not None:
         found.crop_ratio = options.crop_ratio
-    log.info("features: the %s of %s", found.pool, found.source)
+    words = {"token": "class token", "mean": "mean of the patches"}
+    log.info("features are the %s; encoder of %s", words[found.pool], found.source)
     return found
 
 

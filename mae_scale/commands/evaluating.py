@@ -150,6 +150,8 @@ def _named(specs: Sequence[str]) -> list[tuple[str, str]]:
     named = []
     for spec in specs:
         name, equals, folder = spec.partition("=")
+        if equals and not folder:
+            raise UserError(f"no shard folder stands behind '{spec}'; is a variable unset?")
         named.append((name, folder) if equals else (spec, spec))
     names = [name for name, _ in named]
     for name in names:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     From0 = int
     From1 = int
     Workers = int
+    Size = int
     Finite = float
     Above0 = float
     AtLeast0 = float
@@ -23,6 +24,8 @@ else:
     FINITE = ("<", float("inf"))
     From0 = restricted_number_type("whole number from 0 on", int, [(">=", 0), ("<", 2**62)])
     From1 = restricted_number_type("whole number from 1 on", int, [(">=", 1), ("<", 2**62)])
+    # Larger sizes would fill any memory before anything could say so.
+    Size = restricted_number_type("whole number from 1 to 16384", int, [(">=", 1), ("<=", 16384)])
     Workers = restricted_number_type("whole number from 0 to 256", int, [(">=", 0), ("<=", 256)])
     Finite = restricted_number_type("number", float, [(">", -float("inf")), FINITE])
     Above0 = restricted_number_type("number above 0", float, [(">", 0), FINITE])

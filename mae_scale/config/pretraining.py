@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_scale.config.numbers import Between0And1, From1, Share, ShareAbove0
+from mae_scale.config.numbers import Between0And1, From1, Share, ShareAbove0, Size
 from mae_scale.config.sections import BandedConfig, OptimConfig, RunConfig, TrainConfig, changeable
 
 
@@ -36,11 +36,11 @@ class ModelConfig(BandedConfig):
     fewer_passes: bool = False
     """Whether visible patches are selected before they are projected, which is a quarter of the
     work, and targets are normalised in one pass. Results differ by rounding only."""
-    decoder_embed_dim: From1 | None = None
+    decoder_embed_dim: Size | None = None
     """Width of the decoder, in channels; null takes the architecture's (paper Table 1b)."""
-    decoder_depth: From1 | None = None
+    decoder_depth: Size | None = None
     """Blocks of the decoder; null takes the architecture's (paper Table 1a)."""
-    decoder_num_heads: From1 | None = None
+    decoder_num_heads: Size | None = None
     """Attention heads of the decoder, which must divide decoder_embed_dim; null: the
     architecture's."""
 

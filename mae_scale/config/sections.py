@@ -19,6 +19,7 @@ from mae_scale.config.numbers import (
     From1,
     Share,
     ShareBelow1,
+    Size,
     Workers,
 )
 from mae_scale.world import data_workers
@@ -98,16 +99,16 @@ class EncoderConfig:
 
     name: str = "mae_vit_base_patch16"
     """Architecture: mae_vit_{tiny,small,base,large}_patch16 or mae_vit_huge_patch14."""
-    img_size: From1 | tuple[From1, From1] = 224
+    img_size: Size | tuple[Size, Size] = 224
     """Side of the square input image in pixels, or its height and width; multiples of the patch
     size."""
-    patch_size: From1 | None = None
+    patch_size: Size | None = None
     """Side of a patch, in pixels; null takes the size in the model's name."""
-    embed_dim: From1 | None = None
+    embed_dim: Size | None = None
     """Width of the encoder, in channels; null takes the architecture's."""
-    depth: From1 | None = None
+    depth: Size | None = None
     """Blocks of the encoder; null takes the architecture's."""
-    num_heads: From1 | None = None
+    num_heads: Size | None = None
     """Attention heads of the encoder, which must divide embed_dim; null: the architecture's."""
     mlp_ratio: Above0 | None = None
     """Width of the MLPs' hidden layers divided by the width of their blocks; null: 4."""
@@ -117,7 +118,7 @@ class EncoderConfig:
 class BandedConfig(EncoderConfig):
     """An encoder of images with any number of bands."""
 
-    in_chans: From1 = 3
+    in_chans: Size = 3
     """Number of bands of an image; numbers other than 3 need data.mean and data.std."""
 
 

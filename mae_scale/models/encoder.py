@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -264,8 +265,9 @@ def check_transformer(prefix: str, width: int, depth: int, heads: int) -> None:
             f"embedding; nearest: {_multiples_near(width, 4)}"
         )
     if width % heads:
-        fitting = [n for n in range(1, width + 1) if width % n == 0]
-        nearest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:2])
+        near = min(heads, width)
+        tried = (n for k in range(10**6) for n in {near - k, near + k} if 1 <= n <= width)
+        nearest = sorted(islice((n for n in tried if width % n == 0), 2))
         raise UserError(
             f"{prefix}embed_dim {width} does not divide among {prefix}num_heads {heads}; "
             f"nearest numbers of heads that fit: {', '.join(map(str, nearest))}"

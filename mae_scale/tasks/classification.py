@@ -19,7 +19,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights import fit_to_classifier
 from mae_scale.sharding.labels import normal
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import CLASSES, grid_of, read_any
+from mae_scale.tasks.trained import CLASSES, grid_of, read_any, warn_of_other_bands
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loaders import common_to_loaders
@@ -79,20 +79,22 @@ def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
 
 
 def initial_weights(
-    spec: str | None, model: Classifier, new_head: bool = False
+    config: FinetuneConfig | LinprobeConfig, model: Classifier, new_head: bool = False
 ) -> Callable[[], dict[str, torch.Tensor]] | None:
     """Return a function that reads the weights to start from; None: training starts from scratch.
 
     Args:
-        spec: path of the weights, as for `read_any`; None: from scratch.
+        config: config of the run.
         model: model that gets them; it may be on the meta device.
         new_head: whether to leave out the head that the weights may have.
     """
+    spec = config.weights
     if spec is None:
         return None
 
     def read() -> dict[str, torch.Tensor]:
         state = read_any(spec, model)
+        warn_of_other_bands(spec, state, Bands.of(config))
         grid = grid_of(spec, state)
         weights = fit_to_classifier(state, model, new_head=new_head, grid=grid)
         log.info("from %s: %s", spec, fitted(state, weights, model))

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.config.dense import DenseConfig
+from mae_scale.data.bands import Bands
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.models.dense_weights import fit_to_dense_model
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import read_any
+from mae_scale.tasks.trained import read_any, warn_of_other_bands
 from mae_scale.train.loaders import common_to_loaders
 from mae_scale.world import World
 
@@ -64,6 +65,7 @@ def initial_weights(
 
     def read() -> dict[str, torch.Tensor]:
         state = read_any(path, model)
+        warn_of_other_bands(path, state, Bands.of(config))
         weights = fit_to_dense_model(state, model, new_head=config.new_head)
         log.info("from %s: %s", path, fitted(state, weights, model))
         return weights

@@ -68,7 +68,7 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
         loader,
         loss_of,
         flops(model),
-        weights=initial_weights(config.weights, model, config.new_head),
+        weights=initial_weights(config, model, config.new_head),
         validation=validation(config, world, shards),
         notes=notes(classes),
     )

@@ -92,7 +92,7 @@ def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
         loss_of,
         flops(model),
         # The probe's head is new, whatever head the weights may bring.
-        weights=initial_weights(config.weights, model, new_head=True),
+        weights=initial_weights(config, model, new_head=True),
         validation=validation(config, world, shards),
         notes=notes(classes),
     )

@@ -24,7 +24,7 @@ from mae_scale.planning.flops import training_flops as flops
 from mae_scale.tasks.classification import classes_of, eval_loader
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.tasks.summary import fitted
-from mae_scale.tasks.trained import grid_of, read_any
+from mae_scale.tasks.trained import grid_of, read_any, warn_of_other_bands
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.evaluation import Validation
 from mae_scale.train.features import features_of
@@ -182,6 +182,7 @@ def initial_weights(
         weights = {}
         if spec is not None:
             state = read_any(spec, model)
+            warn_of_other_bands(spec, state, Bands.of(config))
             weights = fit_to_mae(state, model, grid=grid_of(spec, state))
             log.info("from %s: %s", spec, fitted(state, weights, model))
         if weights and "decoder_pred.weight" not in weights:

@@ -27,6 +27,8 @@ def summary(config: RunConfig, world: World, model: nn.Module, steps_per_epoch: 
     accumulation = accumulation_steps(train, world.size)
     total = total_steps(train, steps_per_epoch)
     validation = config.data.val or "none (data.val is null)"
+    if config.data.val and getattr(train, "probe_every", 0) is None:
+        validation = f"none (train.probe_every is null); pictures are of {config.data.val}"
     return [
         f"model       {config.model.name}, {sum(size for size, _ in sizes):,} parameters, "
         f"{trained:,} of them trained",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mae_scale.config.parsing import from_mapping
@@ -23,6 +25,8 @@ from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
 from mae_scale.train.loading import load_averages, load_weights
 from mae_scale.train.optimizers import optimizer_order
+
+log = logging.getLogger("mae_scale")
 
 _MOST_BYTES = 1 << 24  # size limit of classes.json
 CLASSES = "classes.json"  # in the run folder of a task that has classes
@@ -82,6 +86,37 @@ def bands_of(path: str | Path, described: Description, sizes: dict[str, Any]) ->
             "use the run folder"
         )
     return RGB
+
+
+def warn_of_other_bands(path: str | Path, state: dict[str, torch.Tensor], bands: Bands) -> None:
+    """Warn where weights to start from know their images with other values than a run has.
+
+    Args:
+        path: run folder, step folder, or foreign weights.
+        state: the weights.
+        bands: bands of the run that starts from them.
+    """
+    if is_ours(path):
+        theirs = Bands.of(TrainedRun.read(best_checkpoint(path)).config)
+    else:
+        described = describe(path)
+        sizes = described.sizes_for(state)
+        if described.mean is None or sizes.get("in_chans", 3) != bands.count:
+            return
+        theirs = bands_of(path, described, sizes)
+    names = ("mean", "std", "value_range")
+    differ = [name for name in names if getattr(theirs, name) != getattr(bands, name)]
+    if theirs.count == bands.count and differ:
+        log.warning(
+            "%s: images were normalised by %s; this run has %s",
+            path,
+            ", ".join(f"data.{name} {_shown(getattr(theirs, name))}" for name in differ),
+            ", ".join(_shown(getattr(bands, name)) for name in differ),
+        )
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(np.array(value).tolist())
 
 
 def grid_in(sizes: dict[str, Any]) -> tuple[int, int] | None:

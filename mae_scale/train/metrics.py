@@ -39,30 +39,38 @@ class MetricsLog:
             steps will be done again.
         file: name of the file in the folder.
         group: name that groups the curves in TensorBoard.
+        tensorboard: TensorBoard of the run; None: this is the first log of the run.
     """
 
-    def __init__(self, run_dir: Path, step: int, file: str = METRICS, group: str = "train") -> None:
-        self._rows = Rows(run_dir / file, step)
-        self._tensorboard = TensorBoard(run_dir / "tensorboard", step, group)
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        file: str = METRICS,
+        group: str = "train",
+        tensorboard: TensorBoard | None = None,
+    ) -> None:
+        self._rows, self._group = Rows(run_dir / file, step), group
+        self.tensorboard = tensorboard or TensorBoard(run_dir / "tensorboard", step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; it is in the file when this returns, unless the file cannot be written."""
         self._rows.write(row)
-        self._tensorboard.add(row)
+        self.tensorboard.add(self._group, row)
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard."""
-        self._tensorboard.show(name, path, step)
+        self.tensorboard.show(name, path, step)
 
     def sync(self) -> None:
         """Put all rows on disk."""
         self._rows.sync()
-        self._tensorboard.flush()
+        self.tensorboard.flush()
 
     def close(self) -> None:
         """Close the file and TensorBoard."""
         self._rows.close()
-        self._tensorboard.close()
+        self.tensorboard.close()
 
 
 class Progress:
@@ -236,7 +244,8 @@ class Record:
         self._metrics = MetricsLog(run_dir, step)
         self._validations = None
         if validates:
-            self._validations = MetricsLog(run_dir, step, VALIDATION, "validation")
+            board = self._metrics.tensorboard
+            self._validations = MetricsLog(run_dir, step, VALIDATION, "validation", board)
         self._progress = Progress(total_steps, step, steps_per_epoch)
         self._meter = Meter(batch, workers)
         self._growth = Growth()

@@ -97,23 +97,23 @@ class TensorBoard:
 
     Args:
         folder: folder of the event files.
-        step: number of optimiser steps done so far; points of later steps are hidden.
-        group: name that groups the curves.
+        step: number of optimiser steps done so far; points of later steps are hidden, also those
+            in the files of other writers. So a run must have one writer only.
     """
 
-    def __init__(self, folder: Path, step: int, group: str) -> None:
-        self._folder, self._group = folder, group
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder = folder
         self._writer: SummaryWriter | None = None
         try:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         except OSError as error:
             self._give_up(error)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a point to the curve of each value in a row."""
+    def add(self, group: str, row: dict[str, Any]) -> None:
+        """Add a point to the curve of each value in a row; the curves are named after a group."""
         for key, value in row.items():
             if value is not None and key not in ("step", "time"):
-                self._do("add_scalar", f"{self._group}/{key}", value, row["step"])
+                self._do("add_scalar", f"{group}/{key}", value, row["step"])
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Show a PNG under a name."""

@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
+from mae_scale.config.classification import FinetuneConfig
+from mae_scale.config.parsing import parse
 from mae_scale.data.transforms import eval_crop
 from mae_scale.errors import UserError
 from mae_scale.models import build_classifier, build_mae, hugging_face, timm_form
 from mae_scale.models.description import FACTS, Description, describe, facts_of
+from mae_scale.tasks.classification import initial_weights
 from mae_scale.tasks.trained import bands_of, grid_in, read_any
 
 NAME = "mae_vit_tiny_patch16"
@@ -103,6 +106,24 @@ def test_the_card_of_wide_images_of_five_bands(tmp_path: Path) -> None:
     assert other.sizes_for(weights.state_dict())["img_size"] == 32
     with pytest.raises(UserError, match="images of 5 bands, and does not say how"):
         bands_of(tmp_path, other, sizes)
+
+
+def test_other_values_than_those_of_the_weights_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = build_classifier(NAME, 3, **SIZES)
+    torch.save({"model": weights.state_dict()}, tmp_path / "w.pth")
+    own = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    front = yaml.safe_dump({FACTS: facts_of(NAME, weights, **own)})
+    for card, given, warns in ((front, [], True), (front, own, False), ("a: 1", own, False)):
+        (tmp_path / "w.md").write_text(f"---\n{card}\n---\n")
+        keys = [f"--data.{key}={value}" for key, value in dict(given).items()]
+        words = ["--run_dir=r", "--data.train=s", f"--weights={tmp_path / 'w.pth'}", *keys]
+        config = parse(FinetuneConfig, words, "finetune")
+        caplog.clear()
+        read = initial_weights(config, weights)
+        assert read is not None and read().keys() == weights.state_dict().keys()
+        assert ("normalised by data.mean [0.5, 0.5, 0.5]" in caplog.text) is warns
 
 
 @pytest.mark.parametrize(

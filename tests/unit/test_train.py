@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision
 from mae_scale.config.deepspeed import DS_CONFIGS, load_deepspeed_config
@@ -202,6 +203,28 @@ def test_metrics_have_no_gap_and_no_repeat_after_a_kill(tmp_path: Path) -> None:
     again.close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
     assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+def test_tensorboard_has_all_points_of_both_records_after_a_resume(tmp_path: Path) -> None:
+    """A second writer that begins at a step would hide the later points of the first one."""
+
+    def log(done: int, steps: range) -> None:
+        record = Record(
+            tmp_path, step=done, total_steps=9, steps_per_epoch=3, batch=4, log_every=1,
+            workers=0, mfu_of=lambda rate: None, validates=True,
+        )  # fmt: skip
+        for step in steps:
+            record.add(step=step, loss=1.0, lr=0.1, grad_norm=1.0, bad_steps=0, wait=0.0,
+                       at=float(step))  # fmt: skip
+            if step % 3 == 0:
+                record.add_validation(step, {"top1": 50.0})
+        record.close()
+
+    log(0, range(1, 8))
+    log(5, range(6, 10))  # goes on from a checkpoint of step 5
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == list(range(1, 10))
+    assert [point.step for point in board.Scalars("validation/top1")] == [3, 6, 9]
 
 
 @pytest.mark.parametrize(("share", "lines"), [(0.05, 0), (0.3, 1)])
