@@ -17,7 +17,8 @@ from mae_scale.errors import STOPPED
 from mae_scale.launch.outputs import say_at_once
 from mae_scale.launch.parent import when_parent_ends
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# SIGTERM is the last one: where it is handled, the others are, too.
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
 LAUNCHER_ENDED = "the end of the launcher"
 TIME_IS_UP = "train.max_hours"
 GRACE_S = 10  # longest wait for other ranks after a signal

@@ -210,7 +210,7 @@ def test_tensorboard_has_all_points_of_both_records_after_a_resume(tmp_path: Pat
 
     def log(done: int, steps: range) -> None:
         record = Record(
-            tmp_path, step=done, total_steps=9, steps_per_epoch=3, batch=4, log_every=1,
+            run_dir=tmp_path, step=done, total_steps=9, steps_per_epoch=3, batch=4, log_every=1,
             workers=0, mfu_of=lambda rate: None, validates=True,
         )  # fmt: skip
         for step in steps:
