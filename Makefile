@@ -8,19 +8,20 @@ DATA ?=
 
 .PHONY: demo test quick checks setup
 
-# The tests of a file stay on one worker, because they share what that worker has made.
-SIDE_BY_SIDE = .venv/bin/python -m pytest -n auto --dist loadfile
+# The tests of a file stay on one worker, because they share what that worker has made. Files come in
+# the order of tests/conftest.py.
+PYTEST = .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder
 
 demo: .venv/current
 	.venv/bin/python examples/demo.py $(if $(DATA),"$(DATA)")
 
-# Tests that depend on time, memory or a cluster of their own come last, one after the other.
+# Tests that depend on time or have a Slurm cluster come last, two at a time: they mostly wait.
 test: checks
-	$(SIDE_BY_SIDE) -m "not alone"
-	.venv/bin/python -m pytest -m alone
+	$(PYTEST) -n auto -m "not alone"
+	$(PYTEST) -n 2 -m alone
 
 quick: checks
-	$(SIDE_BY_SIDE) tests/unit
+	$(PYTEST) -n auto tests/unit
 
 checks: .venv/current
 	.venv/bin/ruff format --check .

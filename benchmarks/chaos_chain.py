@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -35,6 +36,7 @@ from chaos_faults import (
     SRUN,
     STOPPING,
     TORCHRUN,
+    WITH_PREPARATION,
     Output,
     clock_library,
     expected_codes,
@@ -159,7 +161,7 @@ class Chain:
                 stdout=output.descriptor,
                 stderr=output.descriptor,
                 process_group=0,
-                preexec_fn=output.prepare,
+                preexec_fn=output.prepare if fault in WITH_PREPARATION else None,
                 env=environment
                 | {"OMP_NUM_THREADS": "1", "CHAOS": self.mark}
                 | ({} if rank is None else rank_environment(rank, n, port)),
@@ -498,9 +500,21 @@ class Chain:
             raise Broken(f"metrics differ from those of the undisturbed run at {wrong[:10]}")
         if left := [p.name for p in self.run_dir.rglob("*.tmp")]:
             raise Broken(f"left behind: {left}")
-        if left := set(Path("/dev/shm").iterdir()) - self.shared_memory:
+        if left := [path for path in self.new_shared_memory() if not _maker_lives(path)]:
             raise Broken(f"left behind in /dev/shm: {left}")
         return total
+
+    def new_shared_memory(self) -> set[Path]:
+        """Return the files in /dev/shm that were not there at the beginning."""
+        return set(Path("/dev/shm").iterdir()) - self.shared_memory
+
+
+def _maker_lives(path: Path) -> bool:
+    """Return whether a number in the file's name, such as torch_123_456_0, is a living process.
+
+    Such a file belongs to another program on the machine: nothing of the run is alive.
+    """
+    return any(psutil.pid_exists(int(number)) for number in re.findall(r"\d+", path.name)[:1])
 
 
 def tracebacks(output: str) -> str:

@@ -40,6 +40,7 @@ OUTPUTS = (
 )
 SILENT = ("output closed", "output full", "output read-only")  # the output of the run is lost
 CLOCKS = ("clock forward", "clock back")
+WITH_PREPARATION = ("read-only folder", "output closed")  # see `Output.prepare`
 # After these the run goes on; it is stopped by SIGTERM two steps later.
 LASTING = (
     *OUTPUTS,

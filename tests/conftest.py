@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
+import getpass
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +24,17 @@ hypothesis.settings.load_profile("busy")
 
 # Workers run side by side, so that each has one thread; set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
-# The folder where the program remembers its indexes must not be the developer's own.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mae-scale-state-")
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
-
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CLASSES = 250
+
+# Files whose tests take longest. Workers begin with them, so that none is left over at the end.
+LONGEST = (
+    "test_templates.py", "test_guide.py", "test_finetune.py", "test_pretrain.py",
+    "test_ablations.py", "test_elastic.py", "test_memory.py", "test_chaos.py", "test_watchdog.py",
+    "test_examples.py", "test_watching.py", "test_detect.py", "test_fuzz.py",
+    "test_gpu_benchmark.py", "test_plan.py",
+)  # fmt: skip
 
 warm.install()
 
@@ -45,6 +48,28 @@ def pytest_xdist_auto_num_workers() -> int:
     memory."""
     memory = psutil.virtual_memory().total // (3 * 10**9)
     return max(1, min(len(os.sched_getaffinity(0)), memory))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first; `--no-loadscope-reorder` lets xdist keep this."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let programs keep their temporary files and their memory of indexes in pytest's folder.
+
+    So pytest removes what a killed program leaves, and nothing touches the developer's own. What
+    torch compiles stays in the folder of all sessions.
+    """
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    for variable, name in (("XDG_STATE_HOME", "state"), ("TMPDIR", "t")):
+        folder = tmp_path_factory.getbasetemp() / name
+        folder.mkdir()
+        os.environ[variable] = str(folder)
+    tempfile.tempdir = None  # read $TMPDIR again
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ SMALL = {
     "model.name": "mae_vit_tiny_patch16",
     "model.img_size": 32,
     "model.patch_size": 8,
-    "model.depth": 4,
+    "model.depth": 2,
     "model.decoder_depth": 1,
     "data.workers": 1,
     "data.lanes": 4,
@@ -38,6 +38,7 @@ SMALL = {
     "optim.warmup_epochs": 1,
     "checkpoint.every_minutes": "null",
 }
+VALIDATION_IMAGES = 61  # images in the shards of the fixture `val_shards`
 PRETRAINING = ("model.decoder", "train.reconstruct")  # keys that other tasks lack
 
 

@@ -4,8 +4,8 @@ Importing them takes about five CPU seconds, and a test of interruptions starts 
 server forks the programs that `subprocess.Popen` would start as `python -m mae_scale`, as a
 launcher or as a script of the tests; other programs start as always. A forked program is a process
 of its own and a child of the process that asked for it: with the arguments, variables, folder, open
-files, process group and signal handlers that the command would have had. Launchers start their
-ranks in the same way.
+files, process group and signal handlers that the command would have had; /proc shows its arguments
+and variables, too. Launchers, sweeps and the demo start their programs in the same way.
 
 MAE_SCALE_TEST_COLD=1 in the environment starts everything as always.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import inspect
 import io
@@ -25,16 +26,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 MODULES = ("mae_scale", *LAUNCHERS)
+STARTING_OTHERS = (*LAUNCHERS, "demo.py")  # beside `mae_scale sweep`
 TESTS = Path(__file__).parent
-SCRIPTS = (TESTS / "unit", TESTS / "integration", TESTS / "slurm")
+SCRIPTS = (*(TESTS / name for name in ("unit", "integration", "slurm")), TESTS.parent / "examples")
 # Modules that programs import at first use. DeepSpeed's Muon imports the compiler in every run.
 AT_FIRST_USE = (
     "torch._dynamo",
@@ -44,6 +47,7 @@ AT_FIRST_USE = (
 # Variables that Python and its libraries read when they start.
 AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "MALLOC_", "ATEN_")
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+ROOM = " " * 16_384  # memory of the server for what /proc shows of the programs
 
 cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 signature = inspect.signature(cold)
@@ -149,8 +153,10 @@ def exactly(connection: socket.socket, size: int) -> bytes:
 def start_server() -> socket.socket:
     """Start the server of this process; it ends when this process does."""
     ours, its = socket.socketpair()
-    command = [sys.executable, __file__, str(its.fileno())]
-    process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    command = [sys.executable, __file__, str(its.fileno()), ROOM]
+    process = subprocess.Popen(
+        command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, "ROOM": ROOM}
+    )
     its.close()
     Server.pid, Server.env = process.pid, dict(os.environ)
 
@@ -171,6 +177,8 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()  # no program looks for garbage among what the server has imported
     while True:
         header, files, *_ = socket.recv_fds(connection, 4, 3)
         if not header:
@@ -195,8 +203,8 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
             os.close(fd)
 
 
-def become(request: dict[str, Any]) -> None:
-    """Give this process what the command would have had, and run the module."""
+def become(request: dict[str, Any]) -> NoReturn:
+    """Give this process what the command would have had, run the program, and end."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -211,9 +219,10 @@ def become(request: dict[str, Any]) -> None:
         os.close(own)
     os.environ.clear()
     os.environ.update(request["env"])
+    show_in_proc(request)
     os.chdir(request["cwd"])
     if (rank := os.environ.get("RANK")) is not None:
-        prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # /proc keeps the server's variables
+        prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # for runs.ranks
     whole_lines = not request["unbuffered"]
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = io.TextIOWrapper(
@@ -225,8 +234,26 @@ def become(request: dict[str, Any]) -> None:
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    try:
+        run(request)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            raise
+        code = end.code or 0
+    else:
+        code = 0
+    # As Python ends, without the second in which it would look through all that was imported.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(request: dict[str, Any]) -> None:
+    """Run the module or the script."""
     program = request["program"]
-    if program in LAUNCHERS:
+    if Path(program).name in STARTING_OTHERS or request["arguments"][:1] == ["sweep"]:
         start_a_launchers_server()
     if request["module"]:
         sys.path[0] = request["cwd"]
@@ -239,6 +266,19 @@ def become(request: dict[str, Any]) -> None:
         runpy.run_path(program, run_name="__main__")
 
 
+def show_in_proc(request: dict[str, Any]) -> None:
+    """Write arguments and variables to where /proc shows those of the server."""
+    module = ["-m"] if request["module"] else []
+    words = [sys.executable, *module, request["program"], *request["arguments"]]
+    variables = [f"{key}={value}" for key, value in request["env"].items()]
+    # Fields 48 to 51 of proc(5): where the arguments start and end, and the variables.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:49]
+    places = [int(field) for field in fields]
+    for texts, start, end in ((words, *places[:2]), (variables, *places[2:])):
+        content = b"".join(os.fsencode(text) + b"\0" for text in texts)[: end - start - 1]
+        ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
+
+
 def start_a_launchers_server() -> None:
     """Fork a server for the ranks while this process has no threads yet."""
     ours, its = socket.socketpair()
@@ -247,9 +287,11 @@ def start_a_launchers_server() -> None:
         if (request := serve(its)) is None:
             os._exit(0)
         become(request)
-        sys.exit()  # so that control does not return to the launcher
     its.close()
     Server.connection, Server.env = ours, dict(os.environ)
+    # torchrun asks to which modules its callers belong, and Python would look in all for these two.
+    for file in ("<frozen runpy>", __file__):
+        inspect.modulesbyfile[str(Path(file).absolute())] = "runpy"  # type: ignore[attr-defined]
     install()
 
 
@@ -271,5 +313,6 @@ def import_all() -> None:
 
 if __name__ == "__main__":
     import_all()
-    if asked := serve(socket.socket(fileno=int(sys.argv[1]))):
-        become(asked)
+    if not (asked := serve(socket.socket(fileno=int(sys.argv[1])))):
+        os._exit(0)
+    become(asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def write_sweep(path: Path, **changes: Any) -> Path:
     small = {**SMALL, "data.workers": 0, "train.epochs": 1, "optim.warmup_epochs": 0,
              "model.depth": 2}  # fmt: skip
     classifier = {k: v for k, v in small.items() if "decoder" not in k and "reconstruct" not in k}
+    classifier["train.global_batch_size"] = 48  # five steps
     content = {
         "title": "Sampling",
         "seeds": [3],
@@ -149,6 +151,7 @@ def test_a_sweep_is_stopped_and_goes_on(tmp_path: Path, shards: Path, val_shards
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     while not (out / "seed3/finetune/random/metrics.jsonl").exists():
         assert process.poll() is None
+        time.sleep(0.05)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED and "top-1" not in output

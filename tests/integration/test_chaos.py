@@ -35,13 +35,8 @@ ON_TWO = [
 
 @pytest.mark.parametrize(("processes", "faults"), [(1, ON_ONE_PROCESS), (2, ON_TWO)])
 def test_a_run_survives(
-    tmp_path: Path,
-    shards: Path,
-    processes: int,
-    faults: list[tuple[str, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, shards: Path, processes: int, faults: list[tuple[str, str, str]]
 ) -> None:
-    monkeypatch.setenv("MAE_SCALE_TEST_COLD", "1")  # it finds processes by their command line
     chain = Chain(tmp_path / "chain", shards, processes)
     for launch, fault, moment in faults:
         chain.leg(launch, fault, moment)

@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import free_port
 
 from mae_scale.errors import UserError
 from mae_scale.launch import descriptors
-
-pytestmark = pytest.mark.alone
 
 WORKER = Path(__file__).with_name("descriptors_worker.py")
 
 
 def open_files(folder: Path, ranks: int) -> list[int]:
     """Count the open files of each rank after a step; ranks begin under a limit of 64 files."""
-    out, store = folder / f"{ranks}.json", 29_500 + os.getpid() % 1000 + ranks
+    out, store = folder / f"{ranks}.json", free_port()
     processes = []
     for rank in range(ranks):
         env = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from runs import Run
 
-pytestmark = pytest.mark.alone
-
 STEPS = 4
 
 

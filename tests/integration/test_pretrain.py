@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def test_a_signal_before_the_first_step_stops_it(run: Run) -> None:
     process = run.start()
     while not handles_sigterm(process.pid):
         assert process.poll() is None
+        time.sleep(0.01)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED, output
@@ -200,6 +202,7 @@ def test_two_jobs_cannot_train_in_one_folder(run: Run) -> None:
     first = run.start()
     while not run.rows():
         assert first.poll() is None
+        time.sleep(0.05)
     assert "another process is training in" in run.finish(2)
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
@@ -232,20 +235,20 @@ def test_other_shards_under_an_old_run_are_refused(
 @pytest.mark.timeout(900)
 def test_a_finished_run_exits_0_every_time(run: Run) -> None:
     """Ranks must end together: one that ended early used to make the other abort."""
-    for attempt in range(6):
+    for attempt in range(3):
         again = replace(
             run,
             run_dir=run.run_dir.with_name(f"run {attempt}"),
             launcher="deepspeed",
             processes=2,
-            settings={"train.max_steps": 2, "deepspeed": "zero2", "data.workers": attempt % 3},
+            settings={"train.max_steps": 2, "deepspeed": "zero2", "data.workers": attempt},
         )
         again.finish()
 
 
 def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undisturbed: Run) -> None:
-    """Each stage goes on as the next one, growing and shrinking; samples and states carry over."""
-    legs = [(2, 0), (1, 1), (3, 2), (2, 3), (1, 0)]
+    """A run grows and shrinks; samples and states carry over."""
+    legs = [(2, 1), (3, 3), (1, 0)]  # test_elastic.py has all pairs
     for number, (processes, stage) in enumerate(legs):
         settings = {
             "deepspeed": f"zero{stage}",
@@ -256,8 +259,8 @@ def test_the_number_of_processes_and_the_zero_stage_may_change(run: Run, undistu
         output = leg.finish()
         assert ("converting it for" in output) is (number > 0)
     rows = run.rows()
-    assert [row["step"] for row in rows] == list(range(1, 16))
-    for row, expected in zip(rows, undisturbed.rows()[:15], strict=True):
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    for row, expected in zip(rows, undisturbed.rows()[:9], strict=True):
         assert (row["samples"], row["lr"]) == (expected["samples"], expected["lr"])
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_a_run_stopped_inside_of_the_trace_writes_none(run: Run) -> None:
     run.settings = {"train.profile": "2-100000", "train.epochs": 100000}
     process = run.start()
     while len(run.rows()) < 3 and process.poll() is None:
-        pass
+        time.sleep(0.02)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85 and "Traceback" not in output, output

@@ -28,6 +28,7 @@ ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 # `harsh` none beyond KillWait.
 CONFIG = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld}
 SlurmUser={user}
@@ -152,6 +153,7 @@ class Cluster:
             folder=folder,
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
+            first_job=secrets.randbelow(1_000_000) + 1,  # ports follow from the number of a job
             cpus=CPUS,
             cred_expire=CRED_EXPIRE_S,
             node_timeout=NODE_TIMEOUT_S,

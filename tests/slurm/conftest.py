@@ -12,7 +12,7 @@ from cluster import Cluster, missing_programs
 from runs import REPOSITORY
 
 
-@pytest.fixture(scope="module")  # so that no Slurm test runs beside tests of other folders
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start two nodes, n1 and n2, of four CPUs each; jobs use this Python and this checkout."""
     missing = missing_programs()
