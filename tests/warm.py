@@ -1,6 +1,6 @@
 """Starts the programs under test from a process that has imported torch, timm and DeepSpeed.
 
-Importing them takes about five CPU seconds, and a test of interruptions starts ten processes. So a
+Importing them takes about nine CPU seconds, and a test of interruptions starts ten processes. So a
 server forks the programs that `subprocess.Popen` would start as `python -m mae_scale`, as a
 launcher or as a script of the tests; other programs start as always. A forked program is a process
 of its own and a child of the process that asked for it: with the arguments, variables, folder, open
