@@ -23,7 +23,7 @@ from mae_scale.launch.stopping import STOPPED
 from mae_scale.models import build_mae
 
 TOTAL = 20  # steps: two epochs of 250 // 24 steps
-CLASSIFIER = {"model.depth": 3, "train.precision": "fp32"}
+CLASSIFIER = {"model.depth": 3, "train.precision": "fp32", "train.micro_batch_size": 6}
 
 
 @pytest.fixture(scope="module")
