@@ -306,7 +306,10 @@ def _take_samples(found: Iterable[SampleFile], tar: Indexed, file: str, job: _Jo
             if images or {f.suffix for f in files} != {"cls"}:
                 tar.left_out.append((key, reason))
             else:
-                no_image[key] = _label(files, "", f"{file}: {key}", tar, job.label_keys)
+                try:
+                    no_image[key] = _label(files, "", f"{file}: {key}", tar, job.label_keys)
+                except _TwoLabels as error:
+                    tar.left_out.append((key, str(error)))
         for image in chosen:
             if image.problem:
                 continue

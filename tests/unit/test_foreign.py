@@ -136,13 +136,14 @@ def test_files_of_one_key_twice_are_named(
 ) -> None:
     files = [("a.jpg", jpg(0)), ("a.cls", b"1"), ("a.jpg", jpg(1)), ("a.png", jpg(2)),
              ("b.jpg", jpg(3)), ("b.cls", b"2"), ("b.cls", b"02"),
-             ("c.jpg", jpg(4)), ("c.cls", b"0"), ("c.cls", b"1")]  # fmt: skip
+             ("c.jpg", jpg(4)), ("c.cls", b"0"), ("c.cls", b"1"),
+             ("d.cls", b"0"), ("d.cls", b"1")]  # fmt: skip
     write(tmp_path / "x.tar", files)
     report = index_shards([str(tmp_path)])
-    assert labels(tmp_path) == [1, 2] and report.left_out == 3
+    assert labels(tmp_path) == [1, 2] and report.left_out == 4
     said = capsys.readouterr().err
     assert "2 left out: another image of its key counts (such as a.jpg)" in said
-    assert "1 left out: its labels contradict each other (such as c.jpg)" in said
+    assert "2 left out: its labels contradict each other (such as c.jpg)" in said
     assert verify(tmp_path).problems == []
 
 
