@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,9 +136,11 @@ def test_a_signal_during_validation_loses_nothing(tuning: Run, tmp_path: Path) -
     process = tuning.start()
     while len(tuning.rows()) < 10 and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == STOPPED
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, output
+    assert re.search(r"mae-scale: stopping after .+; press again to see how long", output), output
+    assert "stopped by SIGINT" in output and "Traceback" not in output
     tuning.finish()
     whole.finish()
     assert tuning.rows() == whole.rows()

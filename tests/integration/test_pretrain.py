@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from runs import Run, handles_sigterm, ranks, send
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.train.run_dir import read_history
 
+# The answer to Ctrl-C, such as «stopping after this step».
+ANSWER = re.compile("^mae-scale: stopping (after|once) .+; press again to see how long", re.M)
 TOTAL = 20  # steps: two epochs of 250 // 24 steps
 
 
@@ -134,19 +137,23 @@ def test_a_signal_to_the_whole_group_saves_and_goes_on(
     run.settings = {"data.workers": 2}
     output = run.stop(3, twice, STOPPED)
     assert f"stopped by {number.name}" in output and "Traceback" not in output
+    assert len(ANSWER.findall(output)) == (number == signal.SIGINT)
     run.finish()
     assert run.rows() == undisturbed.rows()
 
 
-def test_a_signal_before_the_first_step_stops_it(run: Run) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_stops_it(run: Run, number: signal.Signals) -> None:
     process = run.start()
     while not handles_sigterm(process.pid):
         assert process.poll() is None
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED, output
     assert "Traceback" not in output
+    if number == signal.SIGINT:
+        assert "mae-scale: stopped before the run began" in output or ANSWER.search(output), output
     run.settings = {"train.max_steps": 2}
     run.finish()
 
