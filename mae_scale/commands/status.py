@@ -5,6 +5,7 @@ For a folder of runs, such as that of a sweep, it prints one line for each run.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -42,7 +43,8 @@ def main(argv: list[str], prog: str) -> int:
     if options.watch is not None and not 0.1 <= options.watch <= 86400:
         raise UserError(f"--watch {options.watch:g} must lie in 0.1 to 86400 seconds")
     terminal = sys.stdout.isatty()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's output is something else
+        sys.stdout.reconfigure(errors="replace")
     colours = terminal and "NO_COLOR" not in os.environ
     clear = "\033[H\033[2J" if options.watch is not None and terminal else ""
     with suppress(KeyboardInterrupt):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,14 @@ def test_a_model_draws_its_noise_itself(sampling: str) -> None:
         assert not torch.equal(mask, model(images)[2])
     picture, pixels = model.reconstruct(images)
     assert picture.shape == images.shape and pixels.mean() == 0.75
+
+
+def test_status_writes_into_a_notebook(tmp_path: Path) -> None:
+    """A notebook's stdout, like a StringIO, cannot be reconfigured."""
+    (tmp_path / "config.yaml").write_text("run_dir: x\n")
+    with redirect_stdout(io.StringIO()) as shown:
+        code = main(["status", str(tmp_path)])
+    assert code == 0 and "not started" in shown.getvalue()
 
 
 def test_a_command_gives_its_exit_code(tmp_path: Path) -> None:
