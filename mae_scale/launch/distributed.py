@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.errors import STOPPED, CommonError, RunError, UserError
 from mae_scale.launch.descriptors import make_room, omit_core_dumps
 from mae_scale.launch.stopping import StopRequest, waiting_for_others
 from mae_scale.launch.watchdog import Watchdog
@@ -140,7 +140,11 @@ def process_group(
             prefix = start(world, stop, problem)
             watchdog = Watchdog(world, hang_timeout, prefix, common_secret(), stop)
             watchdog.start()
-        except dist.DistError as error:
+        except RuntimeError as error:  # dist.DistError is one; gloo's errors have no class
+            if stop is not None and stop.reason:
+                raise SystemExit(STOPPED) from None  # another rank was asked to stop, too, and left
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             first = str(error).splitlines()[0]
             raise RunError(f"the {world.size} ranks did not meet at {where}: {first}") from error

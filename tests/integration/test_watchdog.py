@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch.distributed as dist
 from runs import Run, free_port, handles_sigterm, ranks
 
 pytestmark = pytest.mark.alone
@@ -155,3 +156,22 @@ def test_a_rank_whose_others_never_come_can_be_stopped(run: Run) -> None:
     process.terminate()
     output, _ = process.communicate(timeout=BOUND_S)
     assert process.returncode == 85, output
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_rank_whose_first_rank_leaves_before_they_have_met(run: Run, asked: bool) -> None:
+    """Was it asked to stop, it leaves with 85 as rank 0 does; otherwise one line says why."""
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    process = run.start(
+        RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+    )  # fmt: skip
+    while not store.check(["groups of rank 1"]):
+        time.sleep(0.05)
+    if asked:
+        process.terminate()
+    del store
+    output, _ = process.communicate(timeout=BOUND_S)
+    assert process.returncode == (85 if asked else 1), output
+    assert "Traceback" not in output
+    assert ("error: the 2 ranks did not meet at 127.0.0.1" in output) is not asked
