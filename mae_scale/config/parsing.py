@@ -7,7 +7,7 @@ import re
 from argparse import HelpFormatter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -59,9 +59,14 @@ class _Parser(ArgumentParser):
         value = re.search(
             r"Given value: (.*)$|: (\S+) does not conform|(?:literal|convert).*: ('.*')$", text
         )
-        words = [word for found in _LITERAL.findall(text) for word in found.split(", ")]
-        words = [word.strip("'") for word in words]
         start = text.split(": ")[0]
+        hint = self._type_of(start.removeprefix("config key ").strip('"'))
+        if value and any(get_origin(kind) in (tuple, list) for kind in get_args(hint)):
+            given = next(group for group in value.groups() if group is not None)
+            given = "null" if given == "None" else given
+            raise UserError(f"{start}: {given} is not a {type_text(hint)}")
+        words = [word for found in _LITERAL.findall(text) for word in found.split(", ")]
+        words = list(dict.fromkeys(word.strip("'") for word in words))
         if number and text.endswith("not 'NoneType'"):
             raise UserError(f"{start}: null is not a {number[1]}")
         if number and value:
@@ -78,6 +83,13 @@ class _Parser(ArgumentParser):
                 "'[0.9,0.95]'"
             )
         raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text))
+
+    def _type_of(self, key: str) -> Any:
+        """Return the type of a dotted config key; None if there is no such key."""
+        kind: Any = self.config_class
+        for name in key.split("."):
+            kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        return kind
 
     def _hint(self, word: str) -> str:
         """Give a hint for an argument that is no option."""

@@ -263,8 +263,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["--checkpoint.every_minutes", "0"], "0 is not a number above 0 or null"),
         (
             ["--train.activation_checkpointing", "all"],
-            "all is not a whole number from 1 on or one of none, full",
+            "all is not a whole number from 1 on or one of none, full\n",
         ),
+        (["--model.img_size", "224x448"], "224x448 is not a whole number from 1 to 16384 or list"),
+        (["--data.mean", "0.5"], "0.5 is not a list in brackets, each number from 0 on or null"),
         (["--train.precision", "fp16"], "fp16 is not one of auto, bf16, fp32"),
         (["--config", "pretrain_vit_bse"], "did you mean 'pretrain_vit_base'?"),
         (["--config", "nowhere.yaml"], "neither a file nor a recipe"),
