@@ -16,7 +16,7 @@ import torch
 from make_shards import make_shards
 
 from mae_scale.commands import status
-from mae_scale.commands.reconstructing import _read
+from mae_scale.commands.reconstructing import read_centre
 from mae_scale.config.deepspeed import load_deepspeed_config
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
@@ -150,7 +150,7 @@ def test_weights(tmp_path: Path, name: str, put: Callable[[Path], Path]) -> None
 
 def test_what_commands_name(tmp_path: Path, put: Callable[[Path], Path]) -> None:
     path = put(tmp_path / "x")
-    for read in (read_classes, load_deepspeed_config, lambda p: _read(Path(p), 32, 10**6)):
+    for read in (read_classes, load_deepspeed_config, lambda p: read_centre(Path(p), 32, 10**6)):
         with pytest.raises(UserError):
             read(str(path))
     with pytest.raises(UserError):
