@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,9 +245,16 @@ class Cluster:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Find ports that nobody listens on."""
+    """Choose ports that nobody listens on.
+
+    They lie below those that the kernel gives to connections. Otherwise a connection of another
+    test could take one before the daemon listens on it.
+    """
     with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        found: set[int] = set()
+        while len(found) < number:
+            probe, port = stack.enter_context(socket.socket()), 7000 + secrets.randbelow(3000)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.add(port)
+        return sorted(found)

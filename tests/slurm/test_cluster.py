@@ -28,9 +28,15 @@ time.sleep(1000)
 def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     folder = tmp_path / "cluster"
     folder.mkdir()
-    starter = subprocess.Popen([sys.executable, "-c", SCRIPT, folder], cwd=Path(__file__).parent)
+    said = tmp_path / "said.txt"
+    with said.open("w") as out:
+        starter = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, folder], cwd=Path(__file__).parent, stderr=out
+        )
     try:
-        wait_until(lambda: "sleep" in _names(folder), 60, "a job")
+        wait_until(lambda: "sleep" in _names(folder) or starter.poll() is not None, 90, "a job")
+        logs = [file.read_text() for file in folder.glob("*.log")]
+        assert starter.poll() is None, "\n".join([said.read_text(), *logs])
     finally:
         starter.kill()
         starter.wait()
