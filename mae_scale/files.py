@@ -28,6 +28,15 @@ def owner() -> str:
     return f"{host_label()}-{os.getpid()}"
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Say whether a path is UTF-8. On Linux it may be any bytes, but PyTorch opens no others."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class NotAFile(OSError):
     """A path leads to a folder, a named pipe, a socket or a device instead of a file."""
 
@@ -94,11 +103,17 @@ def read_file(path: str | Path, most: int = 1 << 30) -> bytes:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it, which is synced to disk, then renamed."""
+    """Write a file through a temporary one beside it, which is synced to disk, then renamed.
+
+    Text becomes UTF-8. A file's name and a string in JSON may hold what UTF-8 cannot (surrogates);
+    these are written as escapes such as ``\\udcff``.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,6 +15,7 @@ import torch
 from mae_scale.config.batch import resolve_precision
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.reader import ShardReader, shard_cache
+from mae_scale.data.remote import printable
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import owner, write_atomically
@@ -186,7 +187,9 @@ def _write_parquet(
     )
     temporary = unfinished.with_suffix(".parquet")
     try:
-        with parquet.ParquetWriter(temporary, schema) as writer:
+        # pyarrow takes paths and texts in UTF-8 only.
+        keys, names = ([printable(text) for text in texts] for texts in (keys, names))
+        with temporary.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
             for start in range(0, len(rows), _ROWS):
                 part = slice(start, start + _ROWS)
                 flat = pa.array(np.asarray(rows[part]).reshape(-1))

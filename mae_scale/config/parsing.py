@@ -17,6 +17,7 @@ from mae_scale.config.hints import hint_for
 from mae_scale.config.identity import flatten
 from mae_scale.config.yaml_files import load_yaml
 from mae_scale.errors import UserError, did_you_mean
+from mae_scale.files import is_utf8
 from mae_scale.world import World
 
 T = TypeVar("T")
@@ -186,9 +187,10 @@ def _check_nulls(config: Any, prefix: str = "") -> None:
 
 
 def _check_texts(config: Any, prefix: str = "") -> None:
-    """Raise a UserError where a text is empty, as behind a shell's variable that is not set.
+    """Raise a UserError where a text is empty or not UTF-8.
 
-    An empty path would mean the working folder.
+    It is empty behind a shell's variable that is not set; an empty path would mean the working
+    folder. It is not UTF-8 where a path holds other bytes; PyTorch cannot open such a path.
     """
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -198,6 +200,11 @@ def _check_texts(config: Any, prefix: str = "") -> None:
             raise UserError(
                 f'config key "{prefix}{entry.name}": the text is empty; give a value, or leave '
                 "the key out"
+            )
+        elif isinstance(value, str) and not is_utf8(value):
+            raise UserError(
+                f'config key "{prefix}{entry.name}": {value!r} is not UTF-8, which PyTorch needs; '
+                "rename it or link to it"
             )
 
 

@@ -156,6 +156,8 @@ def why_unreadable(error: Exception) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnicodeEncodeError):
+        return "its path is not UTF-8, which PyTorch needs; rename it or link to it"
     if isinstance(error, SafetensorError):
         return str(error).strip().partition("\n")[0]
     name = re.search(r"GLOBAL (\S+)", str(error))

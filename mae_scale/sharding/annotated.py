@@ -61,7 +61,7 @@ class AnnotatedSource(Source):
         digest = hashlib.sha256(super().fingerprint().encode())
         digest.update(repr(sorted(self.manifest.items())).encode())
         for i, key in enumerate(self.keys):
-            digest.update(f"{key} {self.annotation_sizes[i]}\n".encode())
+            digest.update(f"{key} {self.annotation_sizes[i]}\n".encode("utf-8", "surrogatepass"))
             if isinstance(content := self.annotations[i], bytes):
                 digest.update(content)
         return digest.hexdigest()

@@ -116,7 +116,7 @@ class Source:
         """Return the SHA-256 of class, file name and size of every image."""
         lines = [*self.classes]
         lines += [f"{self.title(i)} {size}" for i, size in enumerate(self.sizes.tolist())]
-        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def sorted_source(

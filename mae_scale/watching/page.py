@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ def _pictures(run: ReportedRun, several: bool) -> list[str]:
     if not files:
         return []
     figures = "".join(
-        _figure(caption, path, f"picture-{zlib.crc32(str(folder).encode()):x}-{number}")
+        _figure(caption, path, f"picture-{zlib.crc32(os.fsencode(folder)):x}-{number}")
         for number, (caption, path) in enumerate(files.items())
     )
     of = f" of {escape(run.label)}" if several else ""

@@ -30,6 +30,7 @@ def pretrain(run_dir: Path, shards: Path, **settings: Any) -> int:
     ("settings", "message"),
     [
         ({"data__train": "/nowhere"}, "/nowhere"),
+        ({"data__train": "a\udcff"}, "config key \"data.train\": 'a\\udcff' is not UTF-8"),
         (
             {"model__img_size": 30},
             "img_size 30 is no multiple of model.patch_size 8; nearest: 24, 32",

@@ -316,6 +316,7 @@ def test_the_same_export_again_and_places_that_hold_something_else(
         ("timm", out, "holds something else than an earlier export"),
         ("timm", run, "holds something else than an earlier export"),
         ("official", tmp_path / "mine.pth", "exists and is no earlier export"),
+        ("timm", tmp_path / "new\udcff", "is not UTF-8, which PyTorch needs"),
         ("official", tmp_path / "notes.pth", "notes.md exists and is no earlier export"),
         ("official", tmp_path / "x.safetensors", "writes a folder or a file ending in .pth"),
         ("timm", tmp_path / "x.bin", "writes a folder or a file ending in .safetensors"),

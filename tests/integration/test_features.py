@@ -79,7 +79,7 @@ def test_a_probe_changes_nothing_else(probed: Run, tmp_path: Path) -> None:
 def test_features_are_those_of_the_model_at_any_world_size(
     probed: Run, labelled: Path, tmp_path: Path
 ) -> None:
-    one, two, table = tmp_path / "one.npy", tmp_path / "two.npy", tmp_path / "all.parquet"
+    one, two, table = tmp_path / "one.npy", tmp_path / "two.npy", tmp_path / "all\udcff.parquet"
     command = ["features", str(probed.run_dir), str(labelled), "--batch_size", "4"]
     assert main([*command, "--workers", "0", "--pool", "mean", "--out", str(one)]) == 0
     assert main([*command, "--workers", "0", "--pool", "mean", "--out", str(table)]) == 0
@@ -103,12 +103,12 @@ def test_features_are_those_of_the_model_at_any_world_size(
     rows = list(csv.DictReader(one.with_suffix(".csv").open()))
     assert [row["key"] for row in rows] == [f"k{i}" for i in range(41)]
     assert [int(row["label"]) for row in rows] == [i % 10 for i in range(41)]
-    columns = parquet.read_table(table).to_pydict()
+    columns = parquet.read_table(table.open("rb")).to_pydict()
     assert columns["key"] == [row["key"] for row in rows]
     assert columns["class"] == [row["class"] for row in rows]
     np.testing.assert_array_equal(np.array(columns["features"], np.float32), found)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "all.parquet", "one.csv", "one.npy", "two.csv", "two.npy",
+        "all\udcff.parquet", "one.csv", "one.npy", "two.csv", "two.npy",
     ]  # fmt: skip
 
 

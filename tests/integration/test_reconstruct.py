@@ -41,7 +41,7 @@ def test_writes_the_grid(trained: dict[int, Path], imagenet_tree: Path, tmp_path
     folder.mkdir()
     with Image.open(next(imagenet_tree.rglob("*.JPEG"))) as photograph:
         photograph.convert("L").resize((50, 300)).save(folder / "tall grey.png")
-        photograph.resize((700, 31)).save(folder / "flat.JPG")
+        photograph.resize((700, 31)).save(folder / "flat, not UTF-8 \udcff.JPG")
         photograph.convert("CMYK").resize((20, 20)).save(folder / "small cmyk.jpeg")
     out = tmp_path / "new folder" / "grid.png"
     step = trained[3] / "checkpoints" / "step-00000002"

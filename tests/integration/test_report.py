@@ -122,8 +122,9 @@ def test_a_report_of_two_runs_holds_everything_in_one_file(
 
 
 def test_a_report_of_what_is_there(copy: Path, tmp_path: Path) -> None:
-    """The folder has half a row, no history, no checkpoints, a broken picture, and then no rows at
-    all."""
+    """The folder has a name that is not UTF-8, half a row, no history, no checkpoints, a broken
+    picture, and then no rows at all."""
+    copy = copy.rename(tmp_path / "copy\udcff")
     out = tmp_path / "report.html"
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')

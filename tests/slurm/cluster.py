@@ -145,6 +145,8 @@ class Cluster:
     def start(self) -> None:
         """Start all daemons; they work when this returns."""
         folder = self.folder
+        socket_of_step = len(f"{folder}/spool.n1/n1_1000000.4294967291")
+        assert socket_of_step < 108, f"Slurm's sockets need a shorter path than {folder}"
         (folder / "state").mkdir()
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))

@@ -25,10 +25,9 @@ time.sleep(1000)
 
 
 @pytest.mark.skipif(bool(missing_programs()), reason="Slurm is not installed")
-def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
-    folder = tmp_path / "cluster"
-    folder.mkdir()
-    said = tmp_path / "said.txt"
+def test_it_ends_with_whoever_started_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("slurm")
+    said = folder / "said.txt"
     with said.open("w") as out:
         starter = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, folder], cwd=Path(__file__).parent, stderr=out

@@ -213,6 +213,11 @@ def test_names_that_a_terminal_cannot_show(tmp_path: Path) -> None:
     source = find_source(src, "train")
     assert len(source) == 3
     assert source.taken == r"all 3 images as train; 3 classes: a\x0ab, c, caf\xdce9"
+    assert len(source.fingerprint()) == 64
+    rows = [{"file_name": "c/2.jpg", "label": "\ud800"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    listed = find_source(src, "train", choice=Choice(tmp_path / "list.json"))
+    assert counts(listed) == {"\ud800": 1} and len(listed.fingerprint()) == 64
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
