@@ -19,13 +19,14 @@ from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder
 from mae_scale.planning.flops import recomputed_flops
 from mae_scale.planning.memory import (
+    Part,
     activation_parts,
     host_bytes,
     kept_bytes,
     peak_bytes,
     sizes,
 )
-from mae_scale.planning.model_states import model_states, traffic, trained_by
+from mae_scale.planning.model_states import ParameterStates, model_states, traffic, trained_by
 
 HEADROOM = 0.1  # share of the memory for the CUDA context, NCCL and the allocator's losses
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -179,12 +180,20 @@ def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
     sections = {name: load_deepspeed_config(name).get("zero_optimization", {}) for name in stages}
     for section in sections.values():
         check_stage(job.config.optim, section.get("stage", 0))
+    kind = "cpu" if cluster.is_cpu else "cuda"
+    precision = resolve_precision(train.precision, torch.device(kind))
+    weights = "fp32" if train.autocast else precision
+    run = trained_by(job.config.optim, job.model, weights, train.grad_reduce)
     found = []
     for every, offload in options:
         job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        parts = activation_parts(job.model, sizes(dtype, kind))
+        again = recomputed_flops(job.model) / job.flops
+        way = _Way(precision, run, parts, again, _passes(job.model), every, offload)
         for name in stages:
             found += [
-                _row(job, cluster, name, sections[name], every, offload, micro)
+                _row(job, cluster, way, name, sections[name], micro)
                 for micro in micro_batches(job, cluster.gpus)
             ]
     return sorted(found, key=lambda row: stages.index(row.deepspeed))
@@ -223,42 +232,44 @@ def micro_batches(job: PlannedRun, gpus: int) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class _Way:
+    """What rows have in common that differ in the ZeRO stage and the micro-batch only."""
+
+    precision: str
+    run: ParameterStates
+    parts: list[Part]
+    again: float
+    """FLOPs of recomputing as a share of a step's."""
+    passes: int
+    """Passes through blocks in a micro-batch."""
+    checkpointing: str | int
+    offload: bool
+
+
 def _row(
-    job: PlannedRun,
-    cluster: Cluster,
-    name: str,
-    zero: dict[str, Any],
-    every: str | int,
-    offload: bool,
-    micro: int,
+    job: PlannedRun, cluster: Cluster, way: _Way, name: str, zero: dict[str, Any], micro: int
 ) -> Row:
-    train, gpus = job.config.train, cluster.gpus
-    kind = "cpu" if cluster.is_cpu else "cuda"
-    precision = resolve_precision(train.precision, torch.device(kind))
-    weights = "fp32" if train.autocast else precision
-    run = trained_by(job.config.optim, job.model, weights, train.grad_reduce)
+    train, gpus, run, parts = job.config.train, cluster.gpus, way.run, way.parts
     accumulation = train.global_batch_size // (micro * gpus)
     if not cluster.is_cpu:
         zero = fit_to_model(name, zero, run.trained)
     states = model_states(run, zero, gpus, accumulates=accumulation > 1)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    parts = activation_parts(job.model, sizes(dtype, kind))
     kept = micro * kept_bytes(parts)
     host = states.host + micro * host_bytes(parts)
     memory = states.peak(peak_bytes(parts, micro))
     limit = cluster.memory_gb * 1e9 * (1 - HEADROOM)
     sent = traffic(run, zero, gpus, accumulation)
-    again = recomputed_flops(job.model) / job.flops
     compute = None
     exposed = (sent.gradients + sent.weights) / (cluster.network_gbs * 1e9)
     if cluster.tflops is not None:
         # fp32 on a GPU is TF32, whose peak is half of bf16's.
-        peak_flops = cluster.tflops * 1e12 * (1 if precision == "bf16" else 0.5)
-        flops = job.flops * (1 + again) * train.global_batch_size / gpus
+        peak_flops = cluster.tflops * 1e12 * (1 if way.precision == "bf16" else 0.5)
+        flops = job.flops * (1 + way.again) * train.global_batch_size / gpus
         compute = flops / (peak_flops * cluster.mfu)
         hidden = sent.overlapped / (cluster.network_gbs * 1e9)
         exposed -= min(hidden, BACKWARD * compute * sent.window)
-    handing_over = accumulation * _passes(job.model) / 3 * cluster.host_ms / 1e3
+    handing_over = accumulation * way.passes / 3 * cluster.host_ms / 1e3
     if zero.get("stage") == 3:
         handing_over *= HOST_OF_STAGE_3
     largest = train.global_batch_size // gpus
@@ -266,8 +277,8 @@ def _row(
     keeps_up = compute is None or compute + exposed >= handing_over or micro == largest
     return Row(
         deepspeed=name,
-        checkpointing=every,
-        offload=offload,
+        checkpointing=way.checkpointing,
+        offload=way.offload,
         micro_batch=micro,
         accumulation=accumulation,
         weights=states.weights,
@@ -281,7 +292,7 @@ def _row(
         network_s=exposed,
         compute_s=compute,
         host_s=handing_over,
-        recompute_share=again / (1 + again),
+        recompute_share=way.again / (1 + way.again),
         images_per_second=compute
         and train.global_batch_size / max(compute + exposed, handing_over),
         checkpoint=run.checkpoint_bytes(zero.get("stage", 0)),
