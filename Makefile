@@ -1,6 +1,6 @@
 # make demo   the whole main job on real photographs, about five minutes on two cores
 # make test   every check: format, lint, types, tests
-# make quick  format, lint, types, and the unit tests
+# make quick  format, lint, types, and the unit tests that are quick, in under three minutes
 # Each of them makes a virtual environment in .venv first, unless a current one is there.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ test: checks
 	$(PYTEST) -n 2 -m alone
 
 quick: checks
-	$(PYTEST) -n auto tests/unit
+	$(PYTEST) -n auto -m "not slow" tests/unit
 
 checks: .venv/current
 	.venv/bin/ruff format --check .

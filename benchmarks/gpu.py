@@ -26,6 +26,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -380,4 +381,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
     os._exit(0)  # threads of gloo may still use freed objects (see mae_scale.cli.entry)

@@ -35,9 +35,12 @@ import psutil
 
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 MODULES = ("mae_scale", *LAUNCHERS)
-STARTING_OTHERS = (*LAUNCHERS, "demo.py")  # beside `mae_scale sweep`
+STARTING_OTHERS = (*LAUNCHERS, "demo.py", "gpu.py")  # beside `mae_scale sweep`
 TESTS = Path(__file__).parent
-SCRIPTS = (*(TESTS / name for name in ("unit", "integration", "slurm")), TESTS.parent / "examples")
+SCRIPTS = (
+    *(TESTS / name for name in ("unit", "integration", "slurm")),
+    *(TESTS.parent / name for name in ("examples", "benchmarks")),
+)
 # Modules that programs import at first use. DeepSpeed's Muon imports the compiler in every run.
 AT_FIRST_USE = (
     "torch._dynamo",
@@ -58,6 +61,7 @@ class Server:
     """The server of this process, once it has been started."""
 
     connection: socket.socket | None = None
+    lock = threading.Lock()  # a program may start others from several threads
     pid: int | None = None
     env: dict[str, str] | None = None  # environment with which it was started
 
@@ -113,16 +117,17 @@ def at_the_start(env: dict[str, str]) -> dict[str, str]:
 
 def ask(request: dict[str, Any], files: list[int]) -> int:
     """Let the server fork a process whose parent is this one; give its id."""
-    if Server.connection is None:
-        Server.connection = start_server()
-    content = json.dumps(request).encode()
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
-    try:
-        socket.send_fds(Server.connection, [len(content).to_bytes(4, "little")], files)
-        Server.connection.sendall(content)
-        answer = exactly(Server.connection, 4)
-    finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    with Server.lock:
+        if Server.connection is None:
+            Server.connection = start_server()
+        content = json.dumps(request).encode()
+        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
+        try:
+            socket.send_fds(Server.connection, [len(content).to_bytes(4, "little")], files)
+            Server.connection.sendall(content)
+            answer = exactly(Server.connection, 4)
+        finally:
+            prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     if not answer:
         raise RuntimeError("the server that starts programs has died")
     return int.from_bytes(answer, "little")

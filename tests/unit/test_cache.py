@@ -152,6 +152,7 @@ def test_a_shard_is_fetched_once_and_kept(server: Server, folder: Path, tmp_path
     assert server.requests == {NAME: 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trouble", [["fail"], ["stall", "stall"], ["cut"], ["short"], ["fail", "stall", "cut", "short"]]
 )
@@ -167,6 +168,7 @@ def test_trouble_that_passes_is_got_over(
     assert not files_in(tmp_path, ".part")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "why"),
     [
@@ -396,6 +398,7 @@ def remote(shards: ShardSet, server: Server) -> ShardSet:
     return replace(shards, files=files, root=server.url)
 
 
+@pytest.mark.slow
 def test_the_loader_reads_remote_shards_as_local_ones(
     server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -441,6 +444,7 @@ def test_the_loader_names_a_shard_that_does_not_come(
     assert not warm.children()
 
 
+@pytest.mark.slow
 def test_closing_ends_a_fetch_that_hangs(
     server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

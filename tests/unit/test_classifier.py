@@ -129,6 +129,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
         assert classifier_training_flops(model) == pytest.approx(counted, rel=tolerance), blocks
 
 
+@pytest.mark.slow
 def test_bf16_stands_activations_that_fp16_does_not() -> None:
     """Activations of 1e5 with 28 x 28 patches, as at 448 pixels, give no NaN; the loss is in
     fp32."""

@@ -67,6 +67,7 @@ def read_recipe(name: str, *argv: str) -> Any:
     return parse(TASKS[name.split("_")[0]], [*NEEDED, "--config", name, *argv], "mae-scale")
 
 
+@pytest.mark.slow
 def test_every_recipe_reads_and_is_headed_by_what_it_reproduces() -> None:
     assert {"demo", "pretrain_vit_base"} <= set(recipe_names())
     for name in recipe_names():

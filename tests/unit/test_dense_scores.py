@@ -78,6 +78,7 @@ def test_flip_and_scales_of_a_pointwise_model_change_little() -> None:
     )
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_at_any_world_size(
     ade_shards: Path,  # noqa: F811
     coco_shards: Path,  # noqa: F811

@@ -11,6 +11,7 @@ from mae_scale.planning.flops import forward_flops, training_flops
 from mae_scale.planning.gpus import mfu, peak_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.4])
 @pytest.mark.parametrize("name", MODELS)
 def test_formula_equals_pytorchs_counter(name: str, mask_ratio: float) -> None:

@@ -14,6 +14,7 @@ from mae_scale.launch.watchdog import VERDICT
 from mae_scale.world import World
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forged", ["\x1b[2Jowned", "{}", "0" * 64 + ' {"beat": 1}', "\udcff"])
 def test_a_forged_message_counts_for_nothing(forged: str) -> None:
     with process_group(World(), 60) as watchdog:

@@ -355,6 +355,7 @@ def test_a_damaged_sample_ends_an_evaluation(
         list(loader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("change", ["other size", "another image", "cut", "zeroed", "gone"])
 def test_a_shard_that_changed_is_an_error(
@@ -458,6 +459,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return workers
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent(folder: Path) -> None:
     """They die also while their queue is full and the parent takes nothing from it."""
     process = start(folder, "time.sleep(600)")
@@ -469,6 +471,7 @@ def test_workers_die_with_a_killed_parent(folder: Path) -> None:
     assert len(gone) == 3
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_group_leave_the_workers_at_work(folder: Path) -> None:
     """Slurm and a terminal signal the whole group; the parent still gets batches and ends well."""
     process = start(
@@ -492,6 +495,7 @@ def test_signals_to_the_whole_group_leave_the_workers_at_work(folder: Path) -> N
     assert out.endswith("done\n")
 
 
+@pytest.mark.slow
 def test_signals_meet_no_worker_before_it_ignores_them(folder: Path) -> None:
     """Each worker gets many signals from the moment that it exists."""
     process = start(
@@ -520,6 +524,7 @@ print(len(seen))
     assert int(out.split()[1]) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending", ["loader.close()", "", "raise SystemExit(0)", "del batches, loader", "1 / 0"]
 )

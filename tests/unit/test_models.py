@@ -333,6 +333,7 @@ def test_agrees_with_transformers(
     assert_agrees_with_transformers(model, photographs(imagenet_tree, 3, img_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_base_agrees_with_transformers(imagenet_tree: Path, norm_pix_loss: bool):
     torch.manual_seed(0)
@@ -451,6 +452,7 @@ def test_offload_takes_the_inputs_of_recomputed_blocks_away(
         model.set_activation_checkpointing("none", offload=True)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_keys_and_values(imagenet_tree: Path):
     model = build_mae("mae_vit_tiny_patch16", img_size=64, patch_size=8, **SMALL)
     images = photographs(imagenet_tree, 2, 64)

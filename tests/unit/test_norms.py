@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mae_scale.models.norms import CountedBatchNorm
@@ -30,6 +31,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_it_is_the_norm_of_all_values(tmp_path: Path) -> None:
     torch.manual_seed(0)
     norm = CountedBatchNorm(3)

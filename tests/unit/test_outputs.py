@@ -87,10 +87,12 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads(tmp_path: Path, pipe: tuple[int, int]) -> None:
     run(tmp_path, stdout=pipe[1])  # 64 kB fit into it
 
 
+@pytest.mark.slow
 def test_a_pipe_that_somebody_has_made_non_blocking(tmp_path: Path, pipe: tuple[int, int]) -> None:
     os.set_blocking(pipe[1], False)
     fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 4096)
@@ -118,6 +120,7 @@ def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> No
     assert (tmp_path / "end").read_text() == "done"  # none of the printed lines
 
 
+@pytest.mark.slow
 def test_a_command_whose_product_is_its_output_says_that_it_is_lost(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mae_scale", "--help"]
     with Path("/dev/full").open("w") as full:

@@ -101,6 +101,7 @@ def test_saved_activations_of_a_classifier(
     assert planned == pytest.approx(measured, abs=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("way", [("none", False), ("full", False), ("full", True)])
 def test_peak_of_a_step(way: tuple[Any, bool], precision: str) -> None:
@@ -267,6 +268,7 @@ def test_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path:
     assert ("--data.val VAL_SHARDS" in command) == (task != "pretrain")
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_what_the_command_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

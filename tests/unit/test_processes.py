@@ -59,6 +59,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_moment_ends_it_at_once() -> None:
     for _ in range(20):
         run = subprocess.Popen([sys.executable, "-c", STREAM], stdout=subprocess.PIPE, text=True)

@@ -189,6 +189,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moments"),
     [
@@ -216,6 +217,7 @@ def test_stopped_at_any_moment_the_same_command_goes_on(
         assert contents(out) == contents(reference), name
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(imagenet_tree: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for kill in range(1, 13):

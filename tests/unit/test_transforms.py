@@ -156,6 +156,7 @@ def test_damaged_files_are_refused(damage: str, photographs: list[bytes]) -> Non
 SIZES = [(375, 500), (500, 333), (224, 224), (100, 900), (900, 60), (8, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
 def test_boxes_are_distributed_as_torchvisions(
