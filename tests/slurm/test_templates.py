@@ -174,12 +174,12 @@ def test_preemption_without_grace(training: Training) -> None:
 
 
 def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> None:
-    """The job goes on after two time limits by itself; then it is stopped, and goes on with one
+    """The job goes on after its time limit by itself; then it is stopped, and goes on with one
     node."""
     training.settings = {"train.max_steps": 100_000}
     job = training.submit(f"{TWO} --time=1 --signal=USR1@5")
-    job.wait_for_text("slurm: saved; requeueing job", 2, seconds=240)
-    assert job.output().count("stopped by SIGUSR1") == 2
+    job.wait_for_text("slurm: saved; requeueing job", seconds=120)
+    assert job.output().count("stopped by SIGUSR1") == 1
     crossed = training.run.rows()[-1]["step"]
     training.wait_for_step(job, crossed + 2)
     training.cluster.run("scancel", job.number)
