@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 DEVICE = "MAE_SCALE_DEVICE"  # environment variable; its value is cpu or auto
 GPU_FILE = Path("/dev/nvidia0")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+CGROUPS = Path("/sys/fs/cgroup")  # as a container sees its own
 # Ports for the rendezvous of ranks, below those that Linux gives to outgoing connections.
 PORTS = range(12000, 32000)
 
@@ -154,16 +156,30 @@ def cpus() -> int:
 
     Under srun they are the CPUs of its task; otherwise the ranks of a machine share the CPUs that
     they may use. Where srun has started a launcher (`srun ... torchrun`), the ranks of the launcher
-    share the CPUs of its task.
+    share the CPUs of its task. A container with a quota of CPU time (`docker run --cpus`, a limit
+    in Kubernetes) sees all CPUs of its machine, and may use as many as the quota is worth.
     """
     env = os.environ
-    allowed = len(os.sched_getaffinity(0))
+    allowed = min(len(os.sched_getaffinity(0)), _quota())
     if is_slurm_task(env) and "SLURM_CPUS_PER_TASK" in env:
         of_task = int(env["SLURM_CPUS_PER_TASK"])
         if "RANK" not in env:
             return of_task
         allowed = min(allowed, of_task)
     return max(1, allowed // World.from_environment().local_size)
+
+
+def _quota() -> int:
+    """Return how many CPUs the quota of this container is worth, rounded up; no quota is many."""
+    try:
+        if (file := CGROUPS / "cpu.max").exists():  # cgroup v2
+            quota, period = file.read_text().split()
+        else:
+            folder = CGROUPS / "cpu"
+            quota, period = ((folder / f"cpu.cfs_{x}_us").read_text() for x in ("quota", "period"))
+        return max(1, -(-int(quota) // int(period))) if int(quota) > 0 else sys.maxsize
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or no cgroups here
+        return sys.maxsize
 
 
 def compute_threads() -> int:

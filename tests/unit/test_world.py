@@ -84,6 +84,30 @@ def test_cpus_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpus() == 7
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 12),
+        ({"cpu.max": "max 100000\n"}, 12),
+        ({"cpu.max": "350000 100000\n"}, 4),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "9900000 100000\n"}, 12),
+        ({"cpu.max": "spoilt"}, 12),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 12),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_a_container_has_a_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("mae_scale.world.CGROUPS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cpus() == expected
+
+
 def test_cpus_of_a_rank_of_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks share the CPUs of the task: none has all of them."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
