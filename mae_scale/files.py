@@ -37,6 +37,14 @@ def is_utf8(path: str | Path) -> bool:
     return True
 
 
+def as_utf8(text: str) -> bytes:
+    """Return a text as UTF-8, with an escape such as ``\\udcff`` for each surrogate.
+
+    Names of files and strings in JSON may hold surrogates, which UTF-8 does not have.
+    """
+    return text.encode(errors="backslashreplace")
+
+
 class NotAFile(OSError):
     """A path leads to a folder, a named pipe, a socket or a device instead of a file."""
 
@@ -105,11 +113,10 @@ def read_file(path: str | Path, most: int = 1 << 30) -> bytes:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file through a temporary one beside it, which is synced to disk, then renamed.
 
-    Text becomes UTF-8. A file's name and a string in JSON may hold what UTF-8 cannot (surrogates);
-    these are written as escapes such as ``\\udcff``.
+    Text is written as `as_utf8` gives it.
     """
     if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")
+        content = as_utf8(content)
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with temporary.open("wb") as file:

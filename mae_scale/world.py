@@ -170,7 +170,7 @@ def cpus() -> int:
 
 
 def _quota() -> int:
-    """Return how many CPUs the quota of this container is worth, rounded up; no quota is many."""
+    """Return how many CPUs the quota of this container is worth, rounded up, or `sys.maxsize`."""
     try:
         if (file := CGROUPS / "cpu.max").exists():  # cgroup v2
             quota, period = file.read_text().split()

@@ -15,10 +15,9 @@ import torch
 from mae_scale.config.batch import resolve_precision
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.reader import ShardReader, shard_cache
-from mae_scale.data.remote import printable
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
-from mae_scale.files import owner, write_atomically
+from mae_scale.files import as_utf8, owner, write_atomically
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import keep_statistics_in_fp32
@@ -188,7 +187,7 @@ def _write_parquet(
     temporary = unfinished.with_suffix(".parquet")
     try:
         # pyarrow takes paths and texts in UTF-8 only.
-        keys, names = ([printable(text) for text in texts] for texts in (keys, names))
+        keys, names = ([as_utf8(text).decode() for text in texts] for texts in (keys, names))
         with temporary.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
             for start in range(0, len(rows), _ROWS):
                 part = slice(start, start + _ROWS)

@@ -22,7 +22,7 @@ from mae_scale.config.sizes import ImageSize
 from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import is_utf8, owner, sync_folder, sync_tree, write_atomically
+from mae_scale.files import as_utf8, is_utf8, owner, sync_folder, sync_tree
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import Classifier, ProbeHead
 from mae_scale.models.dense_weights import BACKBONE
@@ -321,7 +321,7 @@ def _write_folder(out: Path, form: Form, card: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(out) as new:
         new.mkdir()
-        write_atomically(new / CARD, card)
+        (new / CARD).write_bytes(as_utf8(card))
         _save(form, new / form.weights, mode=(new / CARD).stat().st_mode)
         for name, content in form.files.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -337,7 +337,7 @@ def _write_file(out: Path, form: Form, card: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(out) as new:
         new.mkdir()
-        write_atomically(new / CARD, card)
+        (new / CARD).write_bytes(as_utf8(card))
         _save(form, new / out.name, mode=(new / CARD).stat().st_mode)
         sync_tree(new)
         (new / CARD).replace(out.with_suffix(".md"))

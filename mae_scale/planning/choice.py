@@ -184,10 +184,10 @@ def rows(job: PlannedRun, cluster: Cluster) -> list[Row]:
     precision = resolve_precision(train.precision, torch.device(kind))
     weights = "fp32" if train.autocast else precision
     run = trained_by(job.config.optim, job.model, weights, train.grad_reduce)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     found = []
     for every, offload in options:
         job.model.set_activation_checkpointing(every, offload)  # type: ignore[arg-type]
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         parts = activation_parts(job.model, sizes(dtype, kind))
         again = recomputed_flops(job.model) / job.flops
         way = _Way(precision, run, parts, again, _passes(job.model), every, offload)
@@ -237,8 +237,11 @@ class _Way:
     """What rows have in common that differ in the ZeRO stage and the micro-batch only."""
 
     precision: str
+    """Precision of the computation, "bf16" or "fp32"."""
     run: ParameterStates
+    """What the run keeps for each parameter."""
     parts: list[Part]
+    """Parts of the forward pass, with their bytes."""
     again: float
     """FLOPs of recomputing as a share of a step's."""
     passes: int

@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mae_scale.data.bands import for_display
-from mae_scale.data.remote import printable
-from mae_scale.files import owner
+from mae_scale.files import as_utf8, owner
 
 # Note under the title, since the third column is puzzling without it.
 NOTE = (
@@ -86,7 +85,8 @@ def save_reconstruction_grid(
 
     def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
         x, y = x / canvas_width, 1 - y / canvas_height
-        figure.text(x, y, printable(text), fontsize=size, color=_TEXT, parse_math=False, **style)
+        text = as_utf8(text).decode()
+        figure.text(x, y, text, fontsize=size, color=_TEXT, parse_math=False, **style)
 
     if title:
         write(margin, 26, title, 12, ha="left", va="baseline", weight="bold")
@@ -147,7 +147,8 @@ def save_loss_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (mean squared error on removed patches)")
-    axes.set_title(printable(title), loc="left", fontweight="bold", color=_TEXT, parse_math=False)
+    title = as_utf8(title).decode()
+    axes.set_title(title, loc="left", fontweight="bold", color=_TEXT, parse_math=False)
     axes.margins(x=0.02)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -238,6 +238,15 @@ def test_only_tensors_are_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("name", ["\udcff.pth", "\udcff.safetensors"])
+def test_a_path_that_is_not_utf8_gets_a_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "weights"
+    state = build_mae("mae_vit_tiny_patch16", depth=1, decoder_depth=1).state_dict()
+    torch.save(state, path) if name.endswith(".pth") else save_file(state, path)
+    with pytest.raises(UserError, match=r"is not (valid )?UTF-8"):
+        read_weights(path.rename(tmp_path / name))
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_of_the_authors_program_and_of_old_pytorch(
     tmp_path: Path, zipped: bool

@@ -75,6 +75,13 @@ def test_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World.from_environment() == World(7, 16, 3, 4)
 
 
+@pytest.fixture
+def no_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide the quota of the container that the tests run in."""
+    monkeypatch.setattr("mae_scale.world.CGROUPS", tmp_path)
+
+
+@pytest.mark.usefixtures("no_quota")
 def test_cpus_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     assert cpus() == 12
@@ -93,6 +100,7 @@ def test_cpus_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cpu.max": "1000 100000\n"}, 1),
         ({"cpu.max": "9900000 100000\n"}, 12),
         ({"cpu.max": "spoilt"}, 12),
+        ({"cpu.max": "100000 0"}, 12),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 12),
         ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
     ],
@@ -108,6 +116,7 @@ def test_a_container_has_a_quota(
     assert cpus() == expected
 
 
+@pytest.mark.usefixtures("no_quota")
 def test_cpus_of_a_rank_of_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks share the CPUs of the task: none has all of them."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
