@@ -1,4 +1,4 @@
-# make demo   the whole main job on real photographs, about five minutes on two cores
+# make demo   the whole main job on real photographs, about eight minutes on two cores
 # make test   every check: format, lint, types, tests
 # make quick  format, lint, types, and the unit tests that are quick, in under three minutes
 # Each of them makes a virtual environment in .venv first, unless a current one is there.
