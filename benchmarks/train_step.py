@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from machine import header
 
+from mae_scale.config.deepspeed import fit_to_model
 from mae_scale.config.sections import OptimConfig, TrainConfig
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import World, start
@@ -96,7 +97,10 @@ def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "ze
     model.set_activation_checkpointing(way.checkpointing)  # type: ignore[arg-type]
     if way.compile:
         compile_blocks(model)
-    config = fill_deepspeed_config(stage, train, World(), way.precision)
+    config, zero = fill_deepspeed_config(stage, train, World(), way.precision), "zero_optimization"
+    if World().device.type == "cuda":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config[zero] = fit_to_model(stage, config[zero], trained, World().size)
     engine = build_engine(model, OptimConfig(), config)
     for group in engine.optimizer.param_groups:
         group["lr"] = LEARNING_RATE

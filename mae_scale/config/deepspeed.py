@@ -52,8 +52,8 @@ def load_deepspeed_config(name: str) -> dict[str, Any]:
 BUCKETS, SMALLEST_BUCKET = 8, 10_000_000
 
 
-def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any]:
-    """Fit the size of the buckets in which a GPU sends its gradients to the size of the model.
+def fit_to_model(name: str, zero: dict[str, Any], trained: int, ranks: int) -> dict[str, Any]:
+    """Fit the buckets in which a GPU sends its gradients to the size of the model.
 
     The `reduce_bucket_size` of a config in ds_configs/ is an upper bound. A file that the user has
     written, and a config of ZeRO stage 0, stay as they are.
@@ -62,6 +62,7 @@ def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any
         name: name of a file in ds_configs/ without its ending, or a path.
         zero: section `zero_optimization` of that file.
         trained: number of parameters that are trained.
+        ranks: number of ranks. One alone sends nothing, which need not overlap with anything.
 
     Returns:
         The section to use.
@@ -69,7 +70,8 @@ def fit_to_model(name: str, zero: dict[str, Any], trained: int) -> dict[str, Any
     if not zero.get("stage", 0) or not (DS_CONFIGS / f"{name}.json").is_file():
         return zero
     size = min(zero["reduce_bucket_size"], max(trained // BUCKETS, SMALLEST_BUCKET))
-    return {**zero, "overlap_comm": True, "reduce_bucket_size": size}
+    overlap = ranks > 1 or zero["stage"] == 3  # at stage 3 it also covers copies to the host
+    return {**zero, "overlap_comm": overlap, "reduce_bucket_size": size}
 
 
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def _row(
     train, gpus, run, parts = job.config.train, cluster.gpus, way.run, way.parts
     accumulation = train.global_batch_size // (micro * gpus)
     if not cluster.is_cpu:
-        zero = fit_to_model(name, zero, run.trained)
+        zero = fit_to_model(name, zero, run.trained, gpus)
     states = model_states(run, zero, gpus, accumulates=accumulation > 1)
     kept = micro * kept_bytes(parts)
     host = states.host + micro * host_bytes(parts)

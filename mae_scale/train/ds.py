@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 
@@ -56,6 +57,25 @@ for _module in (stage_1_and_2, stage3, utils):
 # `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite, and the
 # optimiser then changes nothing.
 stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+
+
+def _take_without_waiting(handle: Any, **kwargs: Any) -> None:
+    """Mark the weights as available that the only rank of a group takes from itself.
+
+    DeepSpeed's own method first makes the host wait for the stream on which they may be copied. Who
+    computes on another stream lets that one wait for it anyway, on the device.
+    """
+    prefix = f"_{type(handle).__name__}__"  # Python's name of private attributes
+    if getattr(handle, f"{prefix}complete"):
+        return
+    one, several = f"{prefix}param", f"{prefix}params"
+    for param in getattr(handle, several) if hasattr(handle, several) else [getattr(handle, one)]:
+        param.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+    setattr(handle, f"{prefix}complete", True)
+
+
+for _handle in (partition_parameters.NoGatherHandle, partition_parameters.NoGatherCoalescedHandle):
+    _handle.wait = _take_without_waiting
 
 # DeepSpeed marks some 2,000 calls of a step under ZeRO-3 for NVIDIA's profiler, which takes time.
 # PyTorch's profiler, which `train.profile` uses, does not show these marks.

@@ -8,18 +8,20 @@ DeepSpeed computes, and checkpoints are the same, too.
 
 With `overlap_comm` the device waits here for the stream of reductions, where DeepSpeed makes the
 host wait for everything that the device has been given to do.
+
+At stage 1 without `overlap_comm` nothing is done for a parameter while the backward pass computes,
+and one process alone copies its gradients once, because there is nobody to send them to.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from mae_scale.train.ds import DeepSpeedZeroOptimizer, deepspeed
 
-# Number of values converted to fp64 at once for norms. It bounds the memory that this takes.
-NORM_CHUNK = 1 << 24
 PADDING = "_zero_padding"  # attribute by which DeepSpeed knows that a tensor is padding
 
 dist = deepspeed.comm
@@ -42,6 +44,7 @@ def use_fewer_operators(optimizer: Any) -> None:
     groups = range(len(optimizer.bit16_groups))
     if plain and all(optimizer._use_compact_grad_partition_buffer(i) for i in groups):
         optimizer.__class__ = FewerOperators
+        optimizer.use_plain_hooks()
 
 
 class Piece(NamedTuple):
@@ -71,6 +74,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
     """The optimiser of ZeRO 1 and 2 for bf16 weights; its fp32 gradients are one tensor."""
 
     params_already_reduced: list[bool]
+    _grad_acc_hooks: list[Any]
     _pieces: list[Piece] | None = None
 
     def should_refresh_expected_hook_count(self) -> bool:
@@ -78,6 +82,22 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         return False
 
     # Collecting the gradients
+
+    def use_plain_hooks(self) -> None:
+        """Let the hooks of the backward pass call `process_gradients`, if it has something to do.
+
+        DeepSpeed's hooks keep accounts for callers of `loss.backward()`, too, which takes the host
+        some 20 microseconds for each parameter. `engine.backward()` does not need the accounts.
+        """
+        for hook in self._grad_acc_hooks:
+            hook.remove()
+        self._grad_acc_hooks = []
+        if not (self.partition_gradients or self.overlap_comm):
+            return
+        for i, group in enumerate(self.bit16_groups):
+            for param in group:
+                collect = partial(self.process_gradients, i=i)
+                self._grad_acc_hooks.append(param.register_post_accumulate_grad_hook(collect))
 
     def process_gradients(self, param: torch.nn.Parameter, i: int) -> None:
         """Take the gradient of a parameter as soon as the backward pass has computed it."""
@@ -108,6 +128,13 @@ class FewerOperators(DeepSpeedZeroOptimizer):
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Send all gradients after the last backward pass of a step, at stage 1."""
+        if dist.get_world_size(group=self.dp_process_group) == 1 and not self.overlap_comm:
+            for i, group in enumerate(self.bit16_groups):
+                shares = self._get_compact_grad_partition_buffer(i).shares
+                have = [p for p in group if p.grad is not None or _accumulated(p) is not None]
+                _move_gradients(have, [shares[self.get_param_id(p)][1] for p in have])
+            self.overlapping_partition_gradients_reduce_epilogue()
+            return
         self.setup_buckets()
         if not self.overlap_comm:
             for i, group in enumerate(self.bit16_groups):
@@ -167,19 +194,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         else:  # one parameter that is larger than the bucket
             dtype = self._gradient_reduction_buffer_dtype()
             tensor = torch.empty(bucket.elements, dtype=dtype, device=params[0].device)
-        views = unflatten(tensor, params)
-        fresh = [(v, p.grad) for v, p in zip(views, params, strict=True) if p.grad is not None]
-        if fresh:
-            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
-        summed = [(v, p) for v, p in zip(views, params, strict=True) if _accumulated(p) is not None]
-        both = [(view, p.grad_accum) for view, p in summed if p.grad is not None]
-        if both:
-            torch._foreach_add_([view for view, _ in both], [total for _, total in both])
-        only = [(view, p.grad_accum) for view, p in summed if p.grad is None]
-        if only:
-            torch._foreach_copy_([view for view, _ in only], [total for _, total in only])
-        for param in params:
-            param.grad = param.grad_accum = None
+        _move_gradients(params, unflatten(tensor, params))
         return tensor
 
     def _send(self, tensor: torch.Tensor, bucket: Any) -> None:
@@ -311,23 +326,30 @@ class FewerOperators(DeepSpeedZeroOptimizer):
 
 
 def squares_of_norms(groups: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """Return the square of the L2 norm of each group of tensors, float64 [groups]."""
-    norms = norms_of([tensor for group in groups for tensor in group])
-    if not norms:
+    """Return the square of the L2 norm of each group of tensors, computed in fp64: [groups]."""
+    tensors = [tensor for group in groups for tensor in group]
+    if not tensors:
         return torch.zeros(len(groups), dtype=torch.float64, device=device)
-    squares = torch.stack(norms).pow(2.0).split([len(group) for group in groups])
+    norms = torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
+    squares = norms.pow(2.0).split([len(group) for group in groups])
     return torch.stack([square.sum() for square in squares])
 
 
-def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the L2 norm of each tensor, a scalar computed in fp64."""
-    norms: list[torch.Tensor] = []
-    for part in _parts(tensors, NORM_CHUNK):
-        size = sum(tensor.numel() for tensor in part)
-        high = unflatten(torch.empty(size, dtype=torch.float64, device=part[0].device), part)
-        torch._foreach_copy_(high, part)
-        norms += torch._foreach_norm(high)
-    return norms
+def _move_gradients(params: list[Any], places: list[torch.Tensor]) -> None:
+    """Write each parameter's gradient plus its sum of earlier ones to a place; drop both."""
+    both = list(zip(params, places, strict=True))
+    fresh = [(place, p.grad) for p, place in both if p.grad is not None]
+    if fresh:
+        torch._foreach_copy_([place for place, _ in fresh], [grad for _, grad in fresh])
+    summed = [(p, place) for p, place in both if _accumulated(p) is not None]
+    added = [(place, p.grad_accum) for p, place in summed if p.grad is not None]
+    if added:
+        torch._foreach_add_([place for place, _ in added], [total for _, total in added])
+    only = [(place, p.grad_accum) for p, place in summed if p.grad is None]
+    if only:
+        torch._foreach_copy_([place for place, _ in only], [total for _, total in only])
+    for p in params:
+        p.grad = p.grad_accum = None
 
 
 def _form(*shape: int) -> torch.Tensor:

@@ -131,7 +131,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
     model, loader = parts.model, parts.loader
     if world.device.type == "cuda":
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        zero = fit_to_model(config.deepspeed, ds_config["zero_optimization"], trained)
+        zero = ds_config["zero_optimization"]
+        zero = fit_to_model(config.deepspeed, zero, trained, world.size)
         ds_config = {**ds_config, "zero_optimization": zero}
     trace = profiled_steps(config.train)  # raises a UserError for a wrong range
     model.set_activation_checkpointing(  # type: ignore[operator]

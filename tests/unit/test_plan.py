@@ -198,7 +198,7 @@ def test_buckets_follow_the_size_of_the_model() -> None:
     """All buckets but the last are then sent while the backward pass computes."""
     for params, expected in ((30 * 10**6, 10**7), (112 * 10**6, 14 * 10**6), (10**9, 5 * 10**7)):
         zero = load_deepspeed_config("zero1")["zero_optimization"]
-        fitting = fit_to_model("zero1", zero, params)
+        fitting = fit_to_model("zero1", zero, params, 4)
         assert (fitting["overlap_comm"], fitting["reduce_bucket_size"]) == (True, expected)
         sent = traffic(ParameterStates(params, params, "bf16"), fitting, 4, accumulation=2)
         buckets = -(-params // expected)
@@ -207,11 +207,12 @@ def test_buckets_follow_the_size_of_the_model() -> None:
     stage2 = load_deepspeed_config("zero2")["zero_optimization"]
     base = ParameterStates(112 * 10**6, 112 * 10**6, "bf16")
     assert traffic(base, stage2, 4, 1).overlapped == 0  # one bucket holds the whole model
-    assert traffic(base, fit_to_model("zero2", stage2, 112 * 10**6), 4, 1).overlapped > 0
+    assert traffic(base, fit_to_model("zero2", stage2, 112 * 10**6, 4), 4, 1).overlapped > 0
+    assert not fit_to_model("zero2", stage2, 112 * 10**6, 1)["overlap_comm"]
     own = {"stage": 2, "reduce_bucket_size": 7}
-    assert fit_to_model("my/zero2.json", own, 10**9) == own
+    assert fit_to_model("my/zero2.json", own, 10**9, 4) == own
     stage0 = load_deepspeed_config("zero0")["zero_optimization"]
-    assert fit_to_model("zero0", stage0, 10**9) == stage0
+    assert fit_to_model("zero0", stage0, 10**9, 4) == stage0
 
 
 def test_size_of_a_checkpoint() -> None:
