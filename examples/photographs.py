@@ -66,7 +66,7 @@ def write_photographs(train: list[Path], val: list[Path], out: Path) -> None:
     written = 0
     for split, photographs, side, stride in (
         ("train", train, 384, 32),
-        ("test", train, 256, 96),
+        ("test", train, 256, 192),
         ("val", val, 384, 32),
     ):
         for place, photograph in enumerate(photographs):

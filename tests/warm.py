@@ -41,11 +41,11 @@ SCRIPTS = (
     *(TESTS / name for name in ("unit", "integration", "slurm")),
     *(TESTS.parent / name for name in ("examples", "benchmarks")),
 )
-# Modules that programs import at first use. DeepSpeed's Muon imports the compiler in every run.
+# Modules that programs import at first use, such as those with train.compile.
 AT_FIRST_USE = (
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 # Variables that Python and its libraries read when they start.
 AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "MALLOC_", "ATEN_")

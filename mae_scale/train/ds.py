@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from typing import Any
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
-from deepspeed.runtime import utils
+from deepspeed.runtime import compiler, utils
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -34,6 +35,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 # its segments in /dev/shm. DeepSpeed looks the op up in this list, which it would otherwise make by
 # trying the compiler on every op.
 deepspeed.ops.__compatible_ops__ = {}
+
+# Making an engine imports DeepSpeed's Muon, and that the whole of PyTorch's compiler, to compile a
+# function that is not used here: more than a second at each start. So Muon is imported uncompiled.
+_compile, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+compiler.compile = _compile
 
 # Under ZeRO-1 in bf16 with fp32 accumulation DeepSpeed would take its older BF16_Optimizer, whose
 # files its own zero_to_fp32.py cannot read, and which asks the device for the norm at each step.

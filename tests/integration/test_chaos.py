@@ -15,14 +15,12 @@ from chaos_faults import ALONE, DEEPSPEED, SRUN, TORCHRUN
 pytestmark = pytest.mark.alone
 
 ON_ONE_PROCESS = [
-    (ALONE, "SIGKILL all ranks", "save: files"),
     (ALONE, "truncated file", "any"),
     (ALONE, "disk full", "any"),
     (ALONE, "SIGUSR1", "save: begun"),
     (ALONE, "reader gone", "any"),
     (ALONE, "no room for records", "any"),
     (ALONE, "commit of another run", "any"),
-    (ALONE, "SIGTERM", "start-up"),
 ]
 ON_TWO = [
     (SRUN, "SIGKILL a rank", "save: begun"),

@@ -26,7 +26,7 @@ def test_demo_on_own_photographs_is_stopped_and_goes_on(
         (own / file.name).write_bytes(file.read_bytes())
     (own / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "out"
-    done = demo(own, "--out", out, "--steps", "40")
+    done = demo(own, "--out", out, "--steps", "32")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "broken.jpg cannot be read" in done.stderr
     assert "the same command goes on" in done.stderr and "going on from step-" in done.stderr
@@ -37,7 +37,7 @@ def test_demo_on_own_photographs_is_stopped_and_goes_on(
             assert min(image.size) > 300
     events = [event["event"] for event in read_history(place / "run")]
     assert events == ["started", "stopped", "resumed", "finished"]
-    again = demo(own, "--out", out, "--steps", "40")
+    again = demo(own, "--out", out, "--steps", "32")
     assert again.returncode == 0 and "is finished" in again.stderr
 
 

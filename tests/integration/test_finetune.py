@@ -58,7 +58,7 @@ def evaluate(run: Run, out: Path, *options: Any, processes: int = 1) -> dict[str
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(("processes", "stage", "ema"), [(1, 0, False), (2, 2, True), (2, 3, True)])
+@pytest.mark.parametrize(("processes", "stage", "ema"), [(1, 0, False), (2, 3, True)])
 def test_an_interrupted_run_equals_an_undisturbed_one(
     tuning: Run, tmp_path: Path, processes: int, stage: int, ema: bool
 ) -> None:

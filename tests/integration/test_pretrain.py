@@ -210,7 +210,9 @@ def test_two_jobs_cannot_train_in_one_folder(run: Run) -> None:
     while not run.rows():
         assert first.poll() is None
         time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)  # the other one waits a while, and the machine is shared
     assert "another process is training in" in run.finish(2)
+    first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode == STOPPED

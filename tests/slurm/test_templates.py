@@ -198,7 +198,7 @@ def test_time_limit_scancel_and_going_on_with_one_node(training: Training) -> No
 
 def test_a_wrong_config_fails_once(training: Training) -> None:
     training.settings = {"train.global_batch_size": 25}
-    job = training.submit("--nodes=2 --ntasks-per-node=2")
+    job = training.submit(TWO)
     output = job.finish("FAILED", 2)
     assert output.count("mae-scale: error:") == 1
     assert "train.global_batch_size 25 is not a multiple" in output
