@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", default=not ON_GPU, help="tiny models")
     parser.add_argument("--batch", type=int, nargs="+", default=None, help="micro-batches")
     parser.add_argument("--models", nargs="+", default=None, help="of the part step")
-    parser.add_argument("--minutes", type=float, default=10, help="begin nothing new after them")
+    parser.add_argument("--minutes", type=float, default=9, help="begin nothing new after them")
     parser.add_argument("--only", nargs="+", default=None, help="names of parts")
     args = parser.parse_args()
     batches = args.batch or ([2] if args.small else [64, 256])

@@ -141,8 +141,16 @@ class Watchdog:
         self._rounds, self._store_is_gone = 0, False
 
     def start(self) -> None:
-        """Start the threads that write and watch records."""
+        """Start the threads that write and watch records.
+
+        All ranks have just met, so that their first records come at once. A rank that is lost a
+        moment later is then known by its host.
+        """
         self._talk()
+        with suppress(dist.DistError):  # whoever is gone already is found by the threads
+            keys = [str(peer.rank) for peer in self._peers]
+            self._store.wait(keys, timedelta(seconds=5 * BEAT_S))
+            self._talk()
         for target in (self._keep_talking, self._watch):
             self._threads.append(threading.Thread(target=target, daemon=True))
             self._threads[-1].start()
