@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from machine import header
 
-from mae_scale.config.deepspeed import fit_to_model
 from mae_scale.config.sections import OptimConfig, TrainConfig
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import World, start
@@ -36,7 +35,7 @@ from mae_scale.models.compiled import compile_blocks
 from mae_scale.models.masking import mask_noise
 from mae_scale.planning.flops import training_flops
 from mae_scale.planning.gpus import mfu
-from mae_scale.train.deepspeed_config import fill_deepspeed_config
+from mae_scale.train.deepspeed_config import fill_deepspeed_config, fit_buckets
 from mae_scale.train.engine import build_engine
 from mae_scale.train.metrics import memory_gb
 
@@ -97,10 +96,8 @@ def our_step(model: MaskedAutoencoderViT, way: Way, batch: int, stage: str = "ze
     model.set_activation_checkpointing(way.checkpointing)  # type: ignore[arg-type]
     if way.compile:
         compile_blocks(model)
-    config, zero = fill_deepspeed_config(stage, train, World(), way.precision), "zero_optimization"
-    if World().device.type == "cuda":
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        config[zero] = fit_to_model(stage, config[zero], trained, World().size)
+    config = fill_deepspeed_config(stage, train, World(), way.precision)
+    config = fit_buckets(stage, config, model, World())
     engine = build_engine(model, OptimConfig(), config)
     for group in engine.optimizer.param_groups:
         group["lr"] = LEARNING_RATE

@@ -160,7 +160,8 @@ def model_states(
         sending = copies - (gradients - value * trained)  # the fp32 sums have been rounded to bf16
         step = FP32 * trained if run.precision == "bf16" else 0
     elif stage == 1:
-        if ranks > 1 or run.precision == "fp32":  # one process alone in bf16 sends nothing
+        # One process alone sends nothing in bf16 (`train/fewer_operators.py`).
+        if ranks > 1 or run.precision == "fp32" or overlaps(zero):
             bucket = FP32 * size * buffers
         sending = FP32 * trained / ranks
     elif stage == 2:

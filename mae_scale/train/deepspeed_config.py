@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch import nn
+
 from mae_scale.config.batch import accumulation_steps
-from mae_scale.config.deepspeed import load_deepspeed_config
+from mae_scale.config.deepspeed import fit_to_model, load_deepspeed_config
 from mae_scale.config.identity import flatten
 from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
@@ -136,6 +138,24 @@ def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         text = " ".join(str(error).split()).split(" For further information")[0]
         raise UserError(f"deepspeed: DeepSpeed refuses {name}: {text}") from None
+
+
+def fit_buckets(
+    name: str, config: dict[str, Any], model: nn.Module, world: World
+) -> dict[str, Any]:
+    """Return a filled-in DeepSpeed config with buckets that fit the model, on a GPU.
+
+    Args:
+        name: name of the file in ds_configs/, or a path.
+        config: filled-in DeepSpeed config of that file.
+        model: model with its frozen parameters set.
+        world: processes of the run.
+    """
+    if world.device.type != "cuda":
+        return config
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    zero = fit_to_model(name, config["zero_optimization"], trained, world.size)
+    return {**config, "zero_optimization": zero}
 
 
 def zero_stage(config: dict[str, Any]) -> int:

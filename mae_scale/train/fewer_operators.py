@@ -87,7 +87,7 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         """Let the hooks of the backward pass call `process_gradients`, if it has something to do.
 
         DeepSpeed's hooks keep accounts for callers of `loss.backward()`, too, which takes the host
-        some 20 microseconds for each parameter. `engine.backward()` does not need the accounts.
+        some time for each parameter. `engine.backward()` does not need the accounts.
         """
         for hook in self._grad_acc_hooks:
             hook.remove()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mae_scale.config.batch import accumulation_steps, resolve_precision, total_steps
-from mae_scale.config.deepspeed import check_stage, fit_to_model
+from mae_scale.config.deepspeed import check_stage
 from mae_scale.config.identity import identity_hash
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.augment import Augment
@@ -29,7 +29,7 @@ from mae_scale.models.compiled import compile_blocks
 from mae_scale.planning.gpus import mfu
 from mae_scale.train import checkpoint
 from mae_scale.train.checkpoint import Saver
-from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
+from mae_scale.train.deepspeed_config import fill_deepspeed_config, fit_buckets, zero_stage
 from mae_scale.train.deepspeed_state import layout
 from mae_scale.train.determinism import deterministic
 from mae_scale.train.ds import DeepSpeedEngine, deepspeed
@@ -129,11 +129,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         The exit code: 0 if the run is finished, 85 if it was stopped early.
     """
     model, loader = parts.model, parts.loader
-    if world.device.type == "cuda":
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        zero = ds_config["zero_optimization"]
-        zero = fit_to_model(config.deepspeed, zero, trained, world.size)
-        ds_config = {**ds_config, "zero_optimization": zero}
+    ds_config = fit_buckets(config.deepspeed, ds_config, model, world)
     trace = profiled_steps(config.train)  # raises a UserError for a wrong range
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
