@@ -17,11 +17,11 @@ from mae_scale.files import checksums
 from mae_scale.train import elastic
 
 
-@pytest.mark.parametrize(("precision", "sizes"), [("fp32", "124"), ("bf16", "13")])
+@pytest.mark.parametrize(("precision", "sizes"), [("fp32", "24"), ("bf16", "13")])
 def test_all_pairs_of_world_sizes_and_stages(tmp_path: Path, precision: str, sizes: str) -> None:
     """Every weight and moment is the same bit for bit; the losses agree within 1e-4 in fp32.
 
-    Three processes, for which parts are padded, are tried in bf16 only, since pairs are many.
+    Each number of processes is tried in one precision only, since pairs are many.
     """
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("all_pairs.py"), tmp_path, precision, *sizes],
