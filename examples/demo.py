@@ -57,6 +57,7 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
         sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical", "--num_gpus", 2,
         "--module", "--master_port", free_port(), "mae_scale", "pretrain", "--config", "demo",
         "--data.train", shards, "--run_dir", run, "--train.epochs", epochs,
+        "--train.log_every", max(1, min(20, steps // 8)),
     ]  # fmt: skip
     code = command(pretrain, {0, STOPPED}, until=lambda: half_way(run, steps))
     if code == STOPPED:
@@ -134,7 +135,7 @@ def command(words: list[object], good: set[int] | None = None, until=None) -> in
     family: list[psutil.Process] = []
     try:
         while process.poll() is None:
-            time.sleep(0.5)
+            time.sleep(0.1)  # a short run is soon past its half
             family = psutil.Process(process.pid).children(recursive=True) or family
             if until is not None and until():
                 until = None
