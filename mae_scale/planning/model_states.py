@@ -94,7 +94,7 @@ class ModelStates:
     optimizer: float
     """Bytes of the master weights and the optimiser's states."""
     bucket: float
-    """Bytes of the bucket in which gradients are sent; it exists all the time."""
+    """Bytes of a bucket for gradients that exists all the time."""
     backward: float
     """Bytes of further buffers during the backward pass."""
     sending: float
@@ -160,17 +160,23 @@ def model_states(
         sending = copies - (gradients - value * trained)  # the fp32 sums have been rounded to bf16
         step = FP32 * trained if run.precision == "bf16" else 0
     elif stage == 1:
-        # One process alone sends nothing in bf16 (`train/fewer_operators.py`).
-        if ranks > 1 or run.precision == "fp32" or overlaps(zero):
-            bucket = FP32 * size * buffers
-        sending = FP32 * trained / ranks
+        buckets = FP32 * size * buffers
+        if run.precision == "fp32" or overlaps(zero):
+            backward = buckets
+        elif ranks > 1:  # one process alone sends nothing (`train/fewer_operators.py`)
+            sending = buckets
+        if run.precision == "bf16":
+            sending += FP32 * trained / ranks
     elif stage == 2:
         backward = value * size * buffers
-        sending = copies
+        sending = FP32 * min(size, trained)
     else:
-        bucket = ITEMSIZE[run.grad_reduce] * size
+        # Gradients are copied into a bucket at once, or wait as they are until they are sent.
+        waiting = value * min(size, trained)
+        if zero.get("contiguous_gradients", True):
+            bucket, waiting = ITEMSIZE[run.grad_reduce] * size, 0
         live = value * min(run.parameters, zero.get("stage3_max_live_parameters", 1_000_000_000))
-        backward = live  # gathered weights
+        backward = live + waiting  # gathered weights, and gradients
         sending = max(live, copies)  # gathered weights, or copies of gradients
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
         host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step

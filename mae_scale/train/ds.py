@@ -26,7 +26,10 @@ from deepspeed.runtime.zero import (
     stage3,
     stage_1_and_2,
 )
-from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    InflightParamRegistry,
+    PartitionedParameterCoordinator,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -112,9 +115,11 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
     "FP16_UnfusedOptimizer",
-    "LinearFunctionForZeroStage3",
+    "InflightParamRegistry",
+    "PartitionedParameterCoordinator",
     "TorchCheckpointEngine",
     "deepspeed",
+    "partition_parameters",
     "stage3",
     "stage3_modules",
 ]

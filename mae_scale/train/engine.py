@@ -23,6 +23,7 @@ from mae_scale.train.ds import (
 )
 from mae_scale.train.fewer_operators import use_fewer_operators
 from mae_scale.train.fewer_operators_stage3 import use_fewer_operators_at_stage_3
+from mae_scale.train.linear_stage3 import use_linear
 from mae_scale.train.optimizers import keep_moving_average, make_optimizer
 
 
@@ -78,6 +79,7 @@ def build_engine(
     `step.Stepper` sets the learning rate at each step.
     """
     stage, optimizer = zero_stage(deepspeed_config), make_optimizer(model, optim)
+    use_linear(stage)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and

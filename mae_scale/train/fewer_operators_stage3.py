@@ -1,43 +1,56 @@
 """ZeRO 3 with fewer operators and less Python: the counterpart of `fewer_operators`.
 
-Every number has the bits that DeepSpeed computes. Gradients are copied and measured for many
-parameters at once, and one step of the optimiser serves all groups. Left out are some things that
-DeepSpeed does: listing a module's parameters anew at each fetch and release, marking ranges for
-NVIDIA's profiler and making messages that nobody sees (see `ds`), counting hooks, reading the
-signature of an autograd function at each call, looking for flushes of CUDA's allocator, and asking
-the device whether the norm is finite, which `nonfinite.StepGuard` decides on the device.
+Every number has the bits that DeepSpeed computes with the linear layers of `linear_stage3`.
+Gradients are copied and measured for many parameters at once, and one step of the optimiser serves
+all groups. The gradients of a message wait where they are (`contiguous_gradients` is false in
+`zero3`) and are written to one tensor that has a row for each rank; DeepSpeed would make a tensor
+for each parameter and rank. Left out are some things that DeepSpeed does: waiting between streams
+for each parameter instead of each message, listing a module's parameters anew at each fetch and
+release, marking ranges for NVIDIA's profiler and making messages that nobody sees (see `ds`),
+counting hooks, matching the arguments of an autograd function with its signature at each call,
+looking for flushes of CUDA's allocator, and asking the device whether the norm is finite, which
+`nonfinite.StepGuard` decides on the device.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mae_scale.train.ds import (
     DeepSpeedZeroOptimizer_Stage3,
-    LinearFunctionForZeroStage3,
+    InflightParamRegistry,
+    PartitionedParameterCoordinator,
     deepspeed,
+    partition_parameters,
     stage3,
     stage3_modules,
 )
 from mae_scale.train.fewer_operators import squares_of_norms
 
 dist = deepspeed.comm
+AVAILABLE = partition_parameters.ZeroParamStatus.AVAILABLE
 
 
 def use_fewer_operators_at_stage_3(optimizer: Any) -> None:
     """Let a ZeRO optimiser of stage 3 handle many parameters at once, if that is possible."""
     if not (optimizer.zenflow or optimizer.model_parallel_rank):
         optimizer.__class__ = FewerOperatorsStage3
-    functions = {LinearFunctionForZeroStage3}
-    for module in optimizer.module.modules():
-        functions |= {getattr(module, name, None) for name in ("pre_bwd_fn", "post_bwd_fn")}
-    for function in functions - {None}:  # autograd asks for the signature at each call
-        function.forward.__signature__ = inspect.signature(function.forward)
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        if optimizer.parameter_offload.zero_param_parallel_group is None:
+            coordinator.__class__ = FewerCalls
+        optimizer.module.ds_inflight_param_registry.__class__ = WholeMessages
+    modules = list(optimizer.module.modules())
+    optimizer.module.modules = modules.__iter__  # DeepSpeed looks for all of them twice a step
+    for module in modules:
+        functions = [vars(module).get(name) for name in ("pre_bwd_fn", "post_bwd_fn")]
+        for function in filter(None, functions):  # autograd asks for the signature at each call
+            function.forward.__signature__ = _Signature.from_callable(function.forward)
 
 
 class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
@@ -63,6 +76,51 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
         finally:
             self.reduce_and_partition_stream = stream
 
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
+        """Put a gradient into the bucket as it is; send the bucket first if it is full."""
+        if self.offload_optimizer or self.contiguous_gradients or not self.reduce_scatter:
+            super().reduce_independent_p_g_buckets_and_remove_grads(param)
+            return
+        dtype, number = self.get_param_comm_dtype(param), param.ds_numel
+        bucket = self.ipg_buckets[dtype]
+        if bucket.params and bucket.elements + number > self.reduce_bucket_size:
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+        bucket.params.append(param)
+        bucket.elements += number
+
+    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(self, dtype: Any) -> None:
+        """Send the gradients of a bucket when they have been computed, and keep this rank's
+        share."""
+        if not self.ipg_buckets[dtype].params:
+            return
+        if self.reduce_and_partition_stream is not None:
+            now = deepspeed.get_accelerator().current_stream()
+            self.reduce_and_partition_stream.wait_stream(now)
+        super()._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params: list[Any], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Average the gradients of a bucket over all ranks; give this rank's share of each, flat.
+
+        DeepSpeed makes a tensor for each parameter and rank, here there is one for each parameter.
+        """
+        if self.gradient_predivide_factor != 1.0 or self.all2all_process_group is not None:
+            return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params, dtype)
+        group = self._get_param_partition_group(params[0])
+        ranks = dist.get_world_size(group)
+        sizes = [-(-param.ds_numel // ranks) for param in params]
+        shares = torch.empty(ranks, sum(sizes), dtype=dtype, device=params[0].grad.device)
+        torch._foreach_copy_(
+            list(shares.split(sizes, dim=1)),
+            [_in_shares(p.grad, ranks, size) for p, size in zip(params, sizes, strict=True)],
+        )
+        own = shares[dist.get_rank(group)]
+        if ranks > 1:
+            shares.div_(ranks)
+            dist.reduce_scatter_fn(own, shares.view(-1), group=group)
+        return list(own.to(self.gradient_accumulation_dtype).split(sizes))
+
     @torch.no_grad()
     def partition_grads(
         self, params_to_release: list[Any], grad_partitions: list[torch.Tensor]
@@ -75,10 +133,12 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
             return super().partition_grads(params_to_release, grad_partitions)
         sums = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         mine, shares = [], []
+        rank = self._get_param_partition_rank(params_to_release[0])  # the same for all of them
         for param, grad in zip(params_to_release, grad_partitions, strict=True):
-            if param.partition_numel() * self._get_param_partition_rank(param) < param.ds_numel:
-                mine.append(grad.view(-1))
-                shares.append(sums[param.ds_id].view(-1).narrow(0, 0, grad.numel()))
+            if param.partition_numel() * rank < param.ds_numel:
+                share = sums[param.ds_id]
+                mine.append(grad)
+                shares.append(share if share.shape == grad.shape else share[: grad.numel()])
             if self.reduce_and_partition_stream is not None and param.grad is not None:
                 param.grad.record_stream(deepspeed.get_accelerator().current_stream())
             param.grad = None
@@ -146,6 +206,58 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
             self._prepare_fp32_grad_for_sub_group(i)
         else:
             master.grad, self.averaged_gradients[i] = whole, None
+
+
+class FewerCalls(PartitionedParameterCoordinator):
+    """The coordinator of ZeRO 3, which frees gathered weights by a single call for each."""
+
+    def _PartitionedParameterCoordinator__release_param(
+        self, param: Any, free_data: bool = True
+    ) -> None:
+        if param.ds_status != AVAILABLE or param.ds_active_sub_modules:
+            return
+        if free_data and param.ds_tensor.final_location is None:
+            partition_parameters.free_param(param)
+        else:  # weights on an NVMe
+            param.partition(free_data=free_data)
+        self._PartitionedParameterCoordinator__n_available_params -= param.ds_numel
+
+
+class WholeMessages(InflightParamRegistry):
+    """The weights that are being gathered: those that share a message have come at once.
+
+    DeepSpeed waits for each of them on its own, and changes streams and makes an event each time.
+    """
+
+    def pop(self, param: Any, *default: Any) -> Any:
+        """Take a parameter and all others of its message out, and return the message's handle."""
+        handle = self.data.pop(param, *default)
+        for other in [other for other, its in self.data.items() if its is handle]:
+            del self.data[other]
+        return handle
+
+
+class _Signature(inspect.Signature):
+    """The signature of a function all of whose arguments are always given, by position."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    """Arguments as `inspect.BoundArguments` gives them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None: ...
+
+
+def _in_shares(gradient: torch.Tensor, ranks: int, size: int) -> torch.Tensor:
+    """Return a gradient as one row for each rank's share: [ranks, size], padded with zeros."""
+    flat = gradient.reshape(-1)
+    missing = ranks * size - flat.numel()
+    return (functional.pad(flat, (0, missing)) if missing else flat).view(ranks, size)
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:

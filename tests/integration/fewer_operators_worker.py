@@ -26,6 +26,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("zero2", 2, {"overlap_comm": False, "round_robin_gradients": True}),
     ("zero3", 1, {}),
     ("zero3", 2, {"reduce_bucket_size": 20000, "sub_group_size": 10000}),
+    ("zero3", 1, {"contiguous_gradients": True}),
 ]
 
 
