@@ -6,8 +6,8 @@
   activation_memory.py); «peak» is the most that is alive within a forward and backward pass, where
   each weight's gradient is freed at once. On a GPU the peak is that of its allocator.
 - model states: two processes, each ZeRO stage, in bf16 (model_states.py has fp32, too).
-- a step: two processes, each ZeRO stage, two micro-batches: the most that is alive at any time,
-  with all buffers of DeepSpeed's, and the bytes that the ranks give to collective operations.
+- a step: one and two processes, each ZeRO stage, one and two micro-batches: the most that is alive
+  at any time, with all buffers of DeepSpeed's, and the bytes given to collective operations.
 
 The bytes that are alive are counted by the tensors that operations return, so that a CPU gives what
 a GPU's allocator would. Memory that is used only within an operation is not seen.
@@ -48,7 +48,7 @@ from mae_scale.train.engine import build_engine, fill_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEP = {"depth": 4, "decoder_depth": 2, "img_size": 64, "patch_size": 16}  # and ViT-B's widths
-RANKS, ACCUMULATION = 2, 2
+RANKS = 2
 
 
 class Alive(TorchDispatchMode):
@@ -184,12 +184,14 @@ def activations(shape: dict[str, Any]) -> tuple[float, float, float, float]:
     return saved, batch * kept_bytes(parts), peak, planned_peak
 
 
-def step(stage: str, precision: str, way: str) -> dict[str, float]:
+def step(stage: str, precision: str, way: str, micro_batches: int) -> dict[str, float]:
     """Measure one step of this rank: most bytes alive, bytes given to collectives, and the planned
     ones."""
     world, batch = World.from_environment(), 8
     set_up_logging(world)
-    train = TrainConfig(global_batch_size=batch * world.size * ACCUMULATION, micro_batch_size=batch)
+    train = TrainConfig(
+        global_batch_size=batch * world.size * micro_batches, micro_batch_size=batch
+    )
     config = fill_deepspeed_config(stage, train, world, precision)
     with process_group(world, 600):
         with torch.device("meta"):
@@ -203,7 +205,7 @@ def step(stage: str, precision: str, way: str) -> dict[str, float]:
         side = STEP["img_size"]
 
         def train_step() -> None:
-            for _ in range(ACCUMULATION):
+            for _ in range(micro_batches):
                 images = torch.rand(batch, 3, side, side)
                 loss, _, _ = engine(images, torch.rand(batch, model.num_patches))
                 engine.backward(loss)
@@ -218,8 +220,8 @@ def step(stage: str, precision: str, way: str) -> dict[str, float]:
         with alive:
             train_step()
     zero = config["zero_optimization"]
-    states = model_states(run, zero, world.size)
-    messages = traffic(run, zero, world.size, ACCUMULATION)
+    states = model_states(run, zero, world.size, accumulates=micro_batches > 1)
+    messages = traffic(run, zero, world.size, micro_batches)
     # A ring passes on a share of its input: the plan counts the bytes that are passed on.
     share = (world.size - 1) / world.size
     passed = {"allreduce_": 2 * share, "_allgather_base_": share, "_reduce_scatter_base_": share}
@@ -231,10 +233,10 @@ def step(stage: str, precision: str, way: str) -> dict[str, float]:
     }
 
 
-def step_in_processes(stage: str, precision: str, way: str) -> dict[str, float]:
+def step_in_processes(ranks: int, *settings: str | int) -> dict[str, float]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(RANKS), __file__, "--one", json.dumps([stage, precision, way])),
+        *("--nproc_per_node", str(ranks), __file__, "--one", json.dumps(settings)),
     ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.strip().splitlines()[-1])
@@ -294,18 +296,21 @@ def main() -> None:
         worst["states"].append(error)
         print(f"{f'{args.model}, {precision}, zero{stage}':34}{measured / 1e6:9.1f}{error:+8.2%}",
               flush=True)  # fmt: skip
-    print(f"\n{'a step, 2 processes':34}{'peak':>9}{'error':>8}{'sent':>9}{'error':>8}")
+    print(f"\n{'a step':47}{'peak':>9}{'error':>8}{'sent':>9}{'error':>8}")
     worst["step"], worst["sent"] = [], []
     stages = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
-    ways = [(stage, "bf16", "none") for stage in stages] + [("zero2", "fp32", "full")]
-    for name, precision, way in ways:
-        found = step_in_processes(name, precision, way)
+    ways = [(stage, "bf16", "none") for stage in stages]
+    ways += [("zero1", "fp32", "none"), ("zero2", "fp32", "full"), ("zero3", "fp32", "none")]
+    for (name, precision, way), ranks, micro in itertools.product(ways, (1, RANKS), (1, 2)):
+        found = step_in_processes(ranks, name, precision, way, micro)
         peak_error = found["planned peak"] / found["peak"] - 1
-        sent_error = found["planned sent"] / found["sent"] - 1
         worst["step"].append(peak_error)
-        worst["sent"].append(sent_error)
-        print(f"{f'{name}, {precision}, {way}':34}{found['peak'] / 1e6:9.1f}{peak_error:+8.1%}"
-              f"{found['sent'] / 1e6:9.1f}{sent_error:+8.1%}", flush=True)  # fmt: skip
+        text = f"{name}, {precision}, {way}, {ranks} x {micro} micro-batches"
+        print(f"{text:47}{found['peak'] / 1e6:9.1f}{peak_error:+8.1%}", end="")
+        if found["sent"]:
+            worst["sent"].append(found["planned sent"] / found["sent"] - 1)
+            print(f"{found['sent'] / 1e6:9.1f}{worst['sent'][-1]:+8.1%}", end="")
+        print(flush=True)
     print()
     for what, errors in worst.items():
         mean = sum(map(abs, errors)) / len(errors)

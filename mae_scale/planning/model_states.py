@@ -156,28 +156,37 @@ def model_states(
     if stage == 0:
         if run.precision == "bf16" and not accumulates:
             gradients = value * trained
-        copies = (value + cast) * min(ALL_REDUCE_AT_ONCE, trained)
-        sending = copies - (gradients - value * trained)  # the fp32 sums have been rounded to bf16
-        step = FP32 * trained if run.precision == "bf16" else 0
+        rounded = gradients - value * trained  # the fp32 sums have been rounded to bf16
+        if ranks > 1:
+            sending = (value + cast) * min(ALL_REDUCE_AT_ONCE, trained) - rounded
+        step = FP32 * trained - rounded if run.precision == "bf16" else 0
+    elif stage == 1 and run.precision == "fp32":
+        bucket, step = FP32 * size * buffers, 0
     elif stage == 1:
-        buckets = FP32 * size * buffers
-        if run.precision == "fp32" or overlaps(zero):
-            backward = buckets
-        elif ranks > 1:  # one process alone sends nothing (`train/fewer_operators.py`)
-            sending = buckets
-        if run.precision == "bf16":
-            sending += FP32 * trained / ranks
+        # The sums of earlier micro-batches are fp32; the gradients of the last one are bf16 until
+        # they are in a bucket or, in one process alone, in the tensor with which AdamW steps.
+        last, gradients = value * trained, FP32 * trained if accumulates else 0
+        backward = last
+        if ranks == 1 and not overlaps(zero):
+            sending = FP32 * trained
+        else:
+            left = value * max(0, trained - size)
+            sending = FP32 * size * buffers + max(0, FP32 * trained / ranks + left - last)
     elif stage == 2:
         backward = value * size * buffers
         sending = FP32 * min(size, trained)
     else:
         # Gradients are copied into a bucket at once, or wait as they are until they are sent.
-        waiting = value * min(size, trained)
+        backward = value * min(size, trained)
         if zero.get("contiguous_gradients", True):
-            bucket, waiting = ITEMSIZE[run.grad_reduce] * size, 0
-        live = value * min(run.parameters, zero.get("stage3_max_live_parameters", 1_000_000_000))
-        backward = live + waiting  # gathered weights, and gradients
-        sending = max(live, copies)  # gathered weights, or copies of gradients
+            bucket, backward = ITEMSIZE[run.grad_reduce] * size, 0
+        if ranks > 1:
+            # Gathered weights, and again as many while they are copied out of their message.
+            live = value * min(run.parameters, zero.get("stage3_max_live_parameters", 10**9))
+            backward += live
+            sending = max(live, copies)
+        else:  # one process alone computes with its own weights
+            sending = ITEMSIZE[run.grad_reduce] * min(size, trained)
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
         host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step
         optimizer = gradients = step = 0

@@ -27,15 +27,16 @@ class Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
+        kind = x.device.type
+        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return torch._C._nn.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.autocast:
-            with torch.autocast(grad.device.type):
-                return _gradients(ctx, grad)
-        return _gradients(ctx, grad)
+        if ctx.autocast is None:
+            return _gradients(ctx, grad)
+        with torch.autocast(grad.device.type, ctx.autocast):
+            return _gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -68,7 +69,10 @@ def use_linear(stage: int) -> None:
 
     DeepSpeed leaves its own in place when a run under ZeRO 3 ends, for later runs, too.
     """
-    nn.functional.linear = linear if stage == 3 else PYTORCHS
+    if stage == 3:
+        nn.functional.linear = linear
+    elif nn.functional.linear is linear:
+        nn.functional.linear = PYTORCHS
 
 
 # DeepSpeed puts this function into `torch.nn.functional` when it cuts the first weights.
