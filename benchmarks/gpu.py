@@ -45,12 +45,15 @@ from machine import header
 from torch.nn.parallel import DistributedDataParallel
 from train_step import Way, measure, our_step, synchronize
 
+from mae_scale.config.deepspeed import fit_to_model, load_deepspeed_config
+from mae_scale.config.sections import OptimConfig
 from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import start
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.planning.memory import activation_parts, peak_bytes, sizes
+from mae_scale.planning.model_states import model_states, trained_by
 from mae_scale.train.determinism import deterministic
 from mae_scale.world import World, data_workers
 
@@ -180,15 +183,17 @@ def _images(batch: int, size: int, device: torch.device) -> torch.Tensor:
 
 
 def planned_gb(name: str, batch: int, precision: str) -> float:
-    """Compute the memory of activations and of 16 bytes a parameter (18 with a bf16 copy), in
-    GB."""
+    """Give what `mae-scale plan` expects one process to hold under ZeRO 1 at the worst moment of a
+    step of one micro-batch, in GB."""
     with torch.device("meta"):
         model = build_mae(name)
+    run = trained_by(OptimConfig(), model, precision)
+    zero = load_deepspeed_config("zero1")["zero_optimization"]
+    zero = fit_to_model("zero1", zero, run.trained, 1) if ON_GPU else zero
+    states = model_states(run, zero, 1, accumulates=False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = activation_parts(model, sizes(dtype, "cuda" if ON_GPU else "cpu"))
-    each = 18 if precision == "bf16" else 16
-    states = each * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return round((states + peak_bytes(parts, batch)) / 1e9, 2)
+    return round(states.peak(peak_bytes(parts, batch)) / 1e9, 2)
 
 
 def attention(small: bool) -> Iterator[Result]:
