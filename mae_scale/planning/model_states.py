@@ -167,11 +167,14 @@ def model_states(
         # they are in a bucket or, in one process alone, in the tensor with which AdamW steps.
         last, gradients = value * trained, FP32 * trained if accumulates else 0
         backward = last
-        if ranks == 1 and not overlaps(zero):
-            sending = FP32 * trained
+        left = value * max(0, trained - size)
+        sending = max(0, FP32 * trained / ranks + left - last)
+        if overlaps(zero):
+            backward += FP32 * size * buffers
+        elif ranks > 1:
+            sending += FP32 * size
         else:
-            left = value * max(0, trained - size)
-            sending = FP32 * size * buffers + max(0, FP32 * trained / ranks + left - last)
+            sending = FP32 * trained
     elif stage == 2:
         backward = value * size * buffers
         sending = FP32 * min(size, trained)

@@ -79,7 +79,8 @@ def build_engine(
     `step.Stepper` sets the learning rate at each step.
     """
     stage, optimizer = zero_stage(deepspeed_config), make_optimizer(model, optim)
-    use_linear(stage)
+    if stage < 3:
+        use_linear(stage)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and

@@ -45,9 +45,8 @@ def use_fewer_operators_at_stage_3(optimizer: Any) -> None:
         if optimizer.parameter_offload.zero_param_parallel_group is None:
             coordinator.__class__ = FewerCalls
         optimizer.module.ds_inflight_param_registry.__class__ = WholeMessages
-    modules = list(optimizer.module.modules())
-    optimizer.module.modules = modules.__iter__  # DeepSpeed looks for all of them twice a step
-    for module in modules:
+    optimizer.module.modules = _Listed(optimizer.module)
+    for module in optimizer.module.modules():
         functions = [vars(module).get(name) for name in ("pre_bwd_fn", "post_bwd_fn")]
         for function in filter(None, functions):  # autograd asks for the signature at each call
             function.forward.__signature__ = _Signature.from_callable(function.forward)
@@ -235,6 +234,19 @@ class WholeMessages(InflightParamRegistry):
         for other in [other for other, its in self.data.items() if its is handle]:
             del self.data[other]
         return handle
+
+
+class _Listed:
+    """The method `modules` of a module that gets no others any more, from a list made once.
+
+    DeepSpeed goes through all modules twice a step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._method, self._modules = module.modules, list(module.modules())
+
+    def __call__(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        return iter(self._modules) if remove_duplicate else self._method(remove_duplicate)
 
 
 class _Signature(inspect.Signature):
