@@ -32,6 +32,7 @@ class ParameterStates:
             for LARS.
         ema: whether there is a moving average of the weights.
         grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
+        by_layer: whether the optimiser has groups for each layer (layer-wise decay).
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class ParameterStates:
     moments: int = 2
     ema: bool = False
     grad_reduce: str = "fp32"
+    by_layer: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -80,6 +82,7 @@ def trained_by(
         moments=MOMENTS[optim.optimizer],
         ema=optim.average_decay is not None,
         grad_reduce=grad_reduce,
+        by_layer=optim.rate_per_layer != 1,
     )
 
 
@@ -190,6 +193,9 @@ def model_states(
             sending = max(live, copies)
         else:  # one process alone computes with its own weights
             sending = ITEMSIZE[run.grad_reduce] * min(size, trained)
+    if stage in (1, 2) and run.precision == "bf16" and run.by_layer and ranks > 1:
+        # The weights of many groups are copied out of the message that gathers them.
+        step = max(step, value * trained * (1 + 1 / ranks))
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
         host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step
         optimizer = gradients = step = 0

@@ -3,7 +3,8 @@
 DeepSpeed 0.19 converts, copies, adds and measures the gradient of each parameter on its own: about
 7 operators for each of a ViT-L's 400 parameters. At small micro-batches a GPU then waits for the
 host. Here the gradients of a bucket are copied, sent and added together, and those of all groups
-are made and measured together: layer-wise decay has some 50 groups. Every number has the bits that
+are made and measured together: layer-wise decay has some 50 groups, whose new weights are gathered
+in one message. Every number has the bits that
 DeepSpeed computes, and checkpoints are the same, too.
 
 With `overlap_comm` the device waits here for the stream of reductions, where DeepSpeed makes the
@@ -22,6 +23,7 @@ import torch
 
 from mae_scale.train.ds import DeepSpeedZeroOptimizer, deepspeed
 
+FEW_GROUPS = 4  # so many have a message each; more of them share one
 PADDING = "_zero_padding"  # attribute by which DeepSpeed knows that a tensor is padding
 
 dist = deepspeed.comm
@@ -314,15 +316,28 @@ class FewerOperators(DeepSpeedZeroOptimizer):
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
         rank = dist.get_rank(group=self.dp_process_group)
-        alone = dist.get_world_size(group=self.dp_process_group) == 1
         shares = [partitions[rank] for partitions in self.parallel_partitioned_bit16_groups]
         torch._foreach_copy_(shares, list(self.single_partition_of_fp32_groups))
-        for i, master in enumerate(self.single_partition_of_fp32_groups):
+        for master in self.single_partition_of_fp32_groups:
             master.grad = None
-            if not alone:
-                flat, group = self.bit16_groups_flat[i], self.real_dp_process_group[i]
-                dist.all_gather_into_tensor(flat, shares[i], group)
+        self._gather(shares)
+        for i, _ in enumerate(shares):
             self._update_model_bit16_weights(i)
+
+    def _gather(self, shares: list[torch.Tensor]) -> None:
+        """Gather the new weights of all groups: many groups in one message, which is copied."""
+        ranks, flats = dist.get_world_size(group=self.dp_process_group), self.bit16_groups_flat
+        if ranks == 1:
+            return
+        if len(shares) <= FEW_GROUPS:
+            for flat, share in zip(flats, shares, strict=True):
+                dist.all_gather_into_tensor(flat, share, self.dp_process_group)
+            return
+        mine = torch.cat(shares)
+        whole = mine.new_empty(ranks, len(mine))
+        dist.all_gather_into_tensor(whole.view(-1), mine, self.dp_process_group)
+        parts = whole.split([len(share) for share in shares], dim=1)
+        torch._foreach_copy_([flat.view(ranks, -1) for flat in flats], list(parts))
 
 
 def squares_of_norms(groups: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:

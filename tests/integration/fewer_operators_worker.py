@@ -47,7 +47,9 @@ def digest(world: World, name: str, accumulation: int, zero: dict[str, Any]) -> 
     config["zero_optimization"] |= zero
     torch.manual_seed(0)
     model = build_mae("mae_vit_tiny_patch16", **SIZES)
-    model.layer_of = lambda name: 1 if "decoder" in name or name == "head" else 0  # type: ignore
+    model.layer_of = lambda name: (  # type: ignore
+        2 if "decoder" in name or name == "head" else int("blocks.1" in name)
+    )
     engine = engines.build_engine(model, FinetuneOptimConfig(layer_decay=0.5), config)
     guard = StepGuard(engine)
     for group in engine.optimizer.param_groups:
