@@ -4,8 +4,8 @@ DeepSpeed 0.19 converts, copies, adds and measures the gradient of each paramete
 7 operators for each of a ViT-L's 400 parameters. At small micro-batches a GPU then waits for the
 host. Here the gradients of a bucket are copied, sent and added together, and those of all groups
 are made and measured together: layer-wise decay has some 50 groups, whose new weights are gathered
-in one message. Every number has the bits that
-DeepSpeed computes, and checkpoints are the same, too.
+in one message. Every number has the bits that DeepSpeed computes, and checkpoints are the same,
+too.
 
 With `overlap_comm` the device waits here for the stream of reductions, where DeepSpeed makes the
 host wait for everything that the device has been given to do.
