@@ -155,6 +155,14 @@ class EngineState:
         if self._stage in (1, 2):
             self._link()
 
+    def release(self) -> None:
+        """Release the weights that stage 3 has gathered or is gathering, so that they can be set.
+
+        A forward pass ends with some on their way, for a backward pass that validation has not.
+        """
+        if self._stage == 3:
+            self._wrapper._partition_all_parameters()
+
     def weight(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a copy of the weight of the forward pass; under ZeRO, of its fp32 master."""
         if self._stage > 0:
@@ -164,7 +172,7 @@ class EngineState:
     def set_weight(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Set the weight that the forward pass uses, and not its master.
 
-        At stage 3 the value of rank 0 counts.
+        At stage 3 the value of rank 0 counts, and `release` comes first.
         """
         if self._stage < 3:
             parameter.data.copy_(value)

@@ -210,12 +210,14 @@ def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     state, sharded = EngineState(engine), engine.zero_optimization_stage() > 0
     before = [] if sharded else [state.weight(p) for p in trained]
+    state.release()
     for parameter in trained:
         state.set_weight(parameter, state.state(parameter, EMA))
     try:
         yield
     finally:
         # Under ZeRO the weights are restored from their masters, so that no copy is needed.
+        state.release()
         for number, parameter in enumerate(trained):
             value = state.weight(parameter) if sharded else before[number]
             state.set_weight(parameter, value)

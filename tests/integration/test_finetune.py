@@ -118,9 +118,16 @@ def test_at_448_pixels_it_stops_and_goes_on(run: Run, tmp_path: Path) -> None:
 
 
 def test_validation_and_averaging_do_not_touch_the_training(tuning: Run, tmp_path: Path) -> None:
-    """The run uses ZeRO-3, under which the average's weights are put in and taken out in pieces."""
+    """ZeRO-3 gathers a few weights at a time, ahead of their use, as it does for large models; the
+    average's weights are put in and taken out in pieces."""
+    file = tmp_path / "few at a time.json"
+    zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False,
+            "reduce_bucket_size": 300_000, "stage3_prefetch_bucket_size": 400_000,
+            "stage3_max_live_parameters": 700_000, "stage3_max_reuse_distance": 300_000,
+            "stage3_param_persistence_threshold": 0}  # fmt: skip
+    file.write_text(json.dumps({"zero_optimization": zero}))
     tuning = replace(tuning, launcher="torchrun", processes=2)
-    tuning.settings |= {"deepspeed": "zero3", "train.max_steps": 14}
+    tuning.settings |= {"deepspeed": file, "train.max_steps": 14}
     plain = replace(tuning, run_dir=tmp_path / "plain", settings=dict(tuning.settings))
     del plain.settings["data.val"]
     plain.finish()
@@ -128,6 +135,8 @@ def test_validation_and_averaging_do_not_touch_the_training(tuning: Run, tmp_pat
     tuning.settings["optim.ema_decay"] = 0.9
     tuning.finish()
     assert tuning.rows() == plain.rows()
+    (row,) = tuning.rows("validation.jsonl")
+    assert math.isfinite(row["ema_loss"]) and row["ema_loss"] != row["loss"]
 
 
 def test_a_signal_during_validation_loses_nothing(tuning: Run, tmp_path: Path) -> None:
