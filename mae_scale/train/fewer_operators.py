@@ -325,7 +325,11 @@ class FewerOperators(DeepSpeedZeroOptimizer):
             self._update_model_bit16_weights(i)
 
     def _gather(self, shares: list[torch.Tensor]) -> None:
-        """Gather the new weights of all groups: many groups in one message, which is copied."""
+        """Gather the new weights of all groups: many groups in one message, which is copied.
+
+        Args:
+            shares: this rank's share of each group: [values of the group / ranks].
+        """
         ranks, flats = dist.get_world_size(group=self.dp_process_group), self.bit16_groups_flat
         if ranks == 1:
             return

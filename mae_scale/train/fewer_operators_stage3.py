@@ -100,9 +100,13 @@ class FewerOperatorsStage3(DeepSpeedZeroOptimizer_Stage3):
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params: list[Any], dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """Average the gradients of a bucket over all ranks; give this rank's share of each, flat.
+        """Average the gradients of a bucket over all ranks.
 
         DeepSpeed makes a tensor for each parameter and rank, here there is one for each parameter.
+
+        Returns:
+            This rank's share of each parameter's gradient: [values of the parameter / ranks],
+            rounded up, where the last rank's end is padding.
         """
         if self.gradient_predivide_factor != 1.0 or self.all2all_process_group is not None:
             return super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params, dtype)
@@ -228,9 +232,9 @@ class WholeMessages(InflightParamRegistry):
     DeepSpeed waits for each of them on its own, and changes streams and makes an event each time.
     """
 
-    def pop(self, param: Any, *default: Any) -> Any:
+    def pop(self, param: Any) -> Any:
         """Take a parameter and all others of its message out, and return the message's handle."""
-        handle = self.data.pop(param, *default)
+        handle = self.data.pop(param)
         for other in [other for other, its in self.data.items() if its is handle]:
             del self.data[other]
         return handle
