@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import socket
 import stat
 from pathlib import Path
@@ -72,18 +73,42 @@ def require_file(path: str | Path) -> None:
 def open_descriptor(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file without waiting, and return its descriptor.
 
+    A file is never opened for writing through a link, which may lead to a file of the user.
+
     Args:
         flags: flags of `os.open`. With O_CREAT the file need not exist.
 
     Raises:
-        OSError: the file cannot be opened, or is no regular file.
+        OSError: the file cannot be opened, is no regular file, or is a link and to be written.
     """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        refuse_link(path)
+        flags |= os.O_NOFOLLOW
     try:
         require_file(path)
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+
+
+def refuse_link(path: str | Path) -> None:
+    """Refuse to write a file in whose place there is a link.
+
+    Raises:
+        OSError: the path is a link.
+    """
+    if os.path.islink(path):  # noqa: PTH114
+        raise OSError(errno.ELOOP, "it is a link, which is not written through", str(path))
+
+
+def create_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for writing its bytes from the beginning.
+
+    Raises:
+        OSError: the file cannot be opened, is no regular file, or is a link.
+    """
+    return os.fdopen(open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -114,12 +139,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file through a temporary one beside it, which is synced to disk, then renamed.
 
     Text is written as `as_utf8` gives it.
+
+    Raises:
+        OSError: the file cannot be written, or is a link.
     """
     if isinstance(content, str):
         content = as_utf8(content)
+    refuse_link(path)
     temporary = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with create_file(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -128,6 +157,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that it holds; of a link only the link, never what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -264,6 +264,10 @@ class RunConfig:
     """Number of the optimiser step that is run again, alone, to show the first value in it that is
     not finite. Nothing is written. null: the run is trained."""
 
+    start_over: bool = changeable(False)
+    """Whether a run that has saved checkpoints, none of which can be used any more, begins at step
+    0 again; what is in its folder is set aside. A checkpoint that can be used is used."""
+
     @property
     def mixes_pairs(self) -> bool:
         """Whether the images of a micro-batch are mixed in pairs, which needs an even number."""

@@ -6,6 +6,7 @@ needed and no state is shared with the caller's own figures.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mae_scale.data.bands import for_display
-from mae_scale.files import as_utf8, owner
+from mae_scale.files import as_utf8, write_atomically
 
 # Note under the title, since the third column is puzzling without it.
 NOTE = (
@@ -195,9 +196,6 @@ def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
 def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{owner()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    write_atomically(path, stream.getvalue())

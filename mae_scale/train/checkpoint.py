@@ -7,26 +7,35 @@ was cut short at any moment leaves nothing behind that could be mistaken for a c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from mae_scale.config.sections import CheckpointConfig
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import digest_of, read_file, sync_folder, write_atomically
+from mae_scale.files import digest_of, read_file, remove_tree, sync_folder, write_atomically
 from mae_scale.launch.distributed import World, gather_to_all, on_rank0
 from mae_scale.train.checkpoint_writer import BackgroundWriter
 from mae_scale.train.ds import DeepSpeedEngine
+from mae_scale.train.records import HISTORY, METRICS, VALIDATION
+from mae_scale.train.run_dir import Place, add_history, read_history
 
 log = logging.getLogger("mae_scale")
 
 COMMITTED = "COMMITTED.json"
+SAVED = "saved"  # event in the run's history: its first checkpoint is committed
+CHECKSUM = "sha256"  # key of that file, with the SHA-256 of its other entries
 _MOST_BYTES = 1 << 24  # largest size of that file; it names a file or two for each rank
 
 
@@ -65,14 +74,29 @@ class Commit:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file does not hold a commit.
+            ValueError: the file does not hold a commit, or a byte of it has changed.
         """
+        text = read_file(folder / COMMITTED, _MOST_BYTES)
         try:
-            commit = cls(**json.loads(read_file(folder / COMMITTED, _MOST_BYTES)))
-        except (TypeError, RecursionError) as error:
+            facts = json.loads(text)
+            checked = facts.pop(CHECKSUM, None) is not None  # older versions wrote no checksum
+            commit = cls(**facts)
+        except (TypeError, AttributeError, RecursionError) as error:
             raise ValueError(str(error)) from None
         commit._check()
+        if checked and commit.text().encode() != text:
+            raise ValueError("it does not match its own checksum")
         return commit
+
+    def text(self) -> str:
+        """Return the content of COMMITTED.json: JSON that ends with a SHA-256 of the rest."""
+        facts = json.dumps(asdict(self), indent=1)
+        sha256 = hashlib.sha256(facts.encode()).hexdigest()
+        return f'{facts.removesuffix(chr(10) + "}")},\n "{CHECKSUM}": "{sha256}"\n}}\n'
+
+    def write(self, folder: Path) -> None:
+        """Write the COMMITTED.json of a step folder; the checkpoint is valid from then on."""
+        write_atomically(folder / COMMITTED, self.text())
 
     def _check(self) -> None:
         """Raise a `ValueError` for a value that this program would not have written."""
@@ -138,7 +162,7 @@ def checkpoint_damage(folder: Path, config_hash: str | None = None) -> str | Non
 
 def exists(run_dir: Path) -> bool:
     """Return whether the run has a committed checkpoint, intact or not."""
-    return any((folder / COMMITTED).exists() for folder in _folders(run_dir))
+    return any(_claims(folder) for folder in _folders(run_dir))
 
 
 def newest_intact(
@@ -152,9 +176,7 @@ def newest_intact(
         last: highest step to look at; None: all steps.
     """
     for folder in _folders(run_dir):
-        if not (folder / COMMITTED).exists():
-            continue
-        if last is not None and _step_of(folder) > last:
+        if not _claims(folder) or (last is not None and _step_of(folder) > last):
             continue
         wrong = checkpoint_damage(folder, config_hash)
         if wrong is None:
@@ -163,16 +185,55 @@ def newest_intact(
     return None
 
 
-def discard_newer(run_dir: Path, newest: Path | None) -> None:
-    """Withdraw the commits of the damaged checkpoints after `newest`.
+def _claims(folder: Path) -> bool:
+    """Return whether a step folder has a COMMITTED.json, readable or not."""
+    return os.path.lexists(folder / COMMITTED)
 
-    Their files stay until the next save, so that a person can look at them.
-    """
+
+def set_aside_newer(run_dir: Path, newest: Path) -> None:
+    """Rename the folders of the damaged checkpoints after `newest`; nothing removes them later."""
     for folder in _folders(run_dir):
         if folder == newest:
             break
-        if (folder / COMMITTED).exists():
-            (folder / COMMITTED).replace(folder / "DAMAGED.json")
+        if _claims(folder):
+            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+
+
+def refuse_lost(run_dir: Path, config_hash: str) -> None:
+    """Refuse to begin at step 0 in the folder of a run whose checkpoints cannot be used.
+
+    Raises:
+        UserError: the run has saved a checkpoint before, and no usable one is left.
+    """
+    place = run_dir / "checkpoints"
+    wrong = [
+        f"{folder.name}: {checkpoint_damage(folder, config_hash)}"
+        for folder in _folders(run_dir)
+        if _claims(folder)
+    ]
+    saved = any(row["step"] > 0 for row in read_history(run_dir))
+    if not wrong and not saved:
+        return
+    if not wrong:
+        there = place.is_dir() and any(place.iterdir())
+        wrong = [f"{place} {'holds no committed checkpoint' if there else 'is gone or empty'}"]
+    raise UserError(
+        f"{run_dir} has been trained, but no checkpoint in it can be used ({'; '.join(wrong)}); "
+        "bring one back, or begin at step 0 with --start_over true, which sets aside what is there"
+    )
+
+
+def set_aside_all(run_dir: Path) -> None:
+    """Move checkpoints and records of a run, which starts over, into a folder of their own."""
+    found = [run_dir / name for name in ("checkpoints", METRICS, VALIDATION, HISTORY)]
+    found = [path for path in found if os.path.lexists(path)]
+    if not found:
+        return
+    aside = run_dir / f"before-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    log.warning("starting over at step 0; what was there lies in %s", aside)
 
 
 class Saver:
@@ -192,6 +253,7 @@ class Saver:
         self, engine: DeepSpeedEngine, run_dir: Path, world: World, config: CheckpointConfig
     ) -> None:
         self._engine, self._run_dir, self._world = engine, run_dir, world
+        self.place = Place(run_dir)
         self._keep = config.keep
         least = None if config.background_gb is None else config.background_gb * 1e9
         self._writer = engine.checkpoint_engine = BackgroundWriter(least)
@@ -215,11 +277,11 @@ class Saver:
 
         def prepare() -> None:
             # Files that an interrupted save of this step left must not mix with the new ones.
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            remove_tree(folder)
+            folder.parent.mkdir(exist_ok=True)  # nothing is made where the run folder is gone
+            folder.mkdir()
 
-        with _run_errors(folder):
+        with _run_errors(folder, self.place):
             on_rank0(prepare)
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         self._commit = commit
@@ -250,11 +312,12 @@ class Saver:
             files = self._writer.result()
         except OSError as failure:
             error = failure
-        with _run_errors(folder):
+        with _run_errors(folder, self.place):
             for part, failed in gather_to_all((files, error)):
                 if failed is not None:
                     raise failed
                 commit.files |= part
+            _check_collectives(self._world)
             on_rank0(lambda: self._make_count(folder, commit))
         now = time.monotonic()
         stall = self._stall + now - began
@@ -264,16 +327,38 @@ class Saver:
     def _make_count(self, folder: Path, commit: Commit) -> None:
         commit.files = dict(sorted(commit.files.items()))
         sync_folder(folder)
-        write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
+        commit.write(folder)
         sync_folder(folder.parent)
+        if all(row["event"] != SAVED for row in read_history(self._run_dir)):
+            add_history(self._run_dir, SAVED, commit.step)  # `refuse_lost` relies on it
         _prune(self._run_dir, self._keep)
 
 
+def _check_collectives(world: World) -> None:
+    """Check on all ranks that a collective on the device gives what it must.
+
+    After NCCL has given up, for instance because a rank is gone, the state that was saved may hold
+    what an aborted collective left behind. Nothing is committed then.
+
+    Raises:
+        RunError: it gave another result, or none.
+    """
+    try:
+        ranks = torch.ones(1, device=world.device)
+        dist.all_reduce(ranks)
+        found = ranks.item()
+    except RuntimeError as error:
+        raise RunError(f"no checkpoint is committed: a collective has failed ({error})") from error
+    if found != world.size:
+        raise RunError(f"no checkpoint is committed: {world.size} ranks add up to {found:g}")
+
+
 @contextlib.contextmanager
-def _run_errors(folder: Path) -> Iterator[None]:
+def _run_errors(folder: Path, place: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place.check()
         raise RunError(
             f"{folder} cannot be written: {error.strerror or error}; older checkpoints are as they "
             "were, and the same command goes on once this is mended"
@@ -284,13 +369,14 @@ def _prune(run_dir: Path, keep: int) -> None:
     """Remove the checkpoints that need not be kept and the leftovers of interrupted saves."""
     kept, best = 0, best_of(run_dir)
     for folder in _folders(run_dir):
-        committed = (folder / COMMITTED).exists()
-        if committed and (kept < keep or _stays(folder) or folder == best):
+        if folder.is_symlink():  # somebody has moved it to another disk
+            continue
+        if _claims(folder) and (kept < keep or _stays(folder) or folder == best):
             kept += 1
             continue
         # The commit goes first: a removal that is cut short must not look like a checkpoint.
         (folder / COMMITTED).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        remove_tree(folder)
 
 
 def _stays(folder: Path) -> bool:
@@ -330,7 +416,7 @@ def add_score(folder: Path, score: float) -> None:
     """Add the validation score to a committed checkpoint; only one process calls."""
     commit = Commit.read(folder)
     commit.score = score
-    write_atomically(folder / COMMITTED, json.dumps(asdict(commit), indent=1) + "\n")
+    commit.write(folder)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 import torch
 
 from mae_scale.errors import RunError, UserError
-from mae_scale.files import Digest
+from mae_scale.files import Digest, create_file
 from mae_scale.train.ds import TorchCheckpointEngine
 from mae_scale.train.reading import load_tensors
 
@@ -40,6 +40,9 @@ class BackgroundWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Take the state of one file; DeepSpeed calls this once for each file."""
         self._states.append((Path(path), state_dict))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make no folder: `Saver` has made it, and none is made where the run folder is gone."""
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read a file for DeepSpeed, on the CPU, without running pickled code.
@@ -96,7 +99,7 @@ class _HashedFile:
     """A file to write into, which counts and hashes the bytes that it is given."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._file = create_file(path)
         self._digest = Digest()
         self.error: OSError | None = None
 

@@ -90,7 +90,9 @@ class Loop:
                 elif self._agreed.written:
                     self.saver.finish()
             self._save()
+            self._check_place()
             self.saver.finish()
+            self._check_place()
             return self.step >= self.schedule.total_steps
         finally:
             self.profiler.close()
@@ -109,6 +111,11 @@ class Loop:
             self._began = now
             return self.stepper.hand_over(batches, self.step, wishes)
 
+    def _check_place(self) -> None:
+        """Raise a `RunError` on rank 0 if the run's folder was renamed or removed."""
+        if self.record:
+            self.saver.place.check()
+
     def _settle(self) -> None:
         """Read the numbers of the last step, and record them."""
         result, self._pending = self._pending, None
@@ -116,6 +123,7 @@ class Loop:
             self._agreed = Wishes(stop=self._agreed.stop)
             return
         self._agreed = result.agreed(self.world_size)
+        self._check_place()
         self.bad_steps.count(result)
         if self.record:
             self.record.add(
@@ -183,6 +191,7 @@ class Loop:
         self._settle()
         if self._saved_step == self.step:
             return
+        self._check_place()
         self.watchdog.doing(f"saving step {self.step}")
         if self.record:
             self.record.sync()  # before the commit: a checkpoint must not be ahead of the record

@@ -311,6 +311,7 @@ class Record:
         """
         path = self._run_dir / RECONSTRUCTIONS / f"step-{step:08d}.png"
         try:
+            path.parent.mkdir(exist_ok=True)  # fails where the run folder is gone
             write(path, f"step {step:,}, epoch {step / self._steps_per_epoch:.4g}")
             self._metrics.show(RECONSTRUCTIONS, path, step)
         except OSError as error:  # no reason to end a run

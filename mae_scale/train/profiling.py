@@ -85,7 +85,7 @@ class StepProfiler:
         self._on = False
         temporary = self._path.with_name(f".{owner()}.{self._path.name}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(exist_ok=True)
             self._profile.export_chrome_trace(str(temporary))
             temporary.replace(self._path)
         except OSError as error:  # no reason to end a run

@@ -158,11 +158,11 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
     ):
         if config.train.max_hours is not None:
             stop.after(config.train.max_hours)
-        if writes:
-            on_rank0(lambda: _write(run_dir, parts.notes))
         run_hash = identity_hash(config)
         watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
+        if writes:
+            on_rank0(lambda: _write(run_dir, parts.notes))
         step, bad_steps = 0, 0
         if resume is not None:
             commit = checkpoint.Commit.read(resume)
@@ -309,12 +309,13 @@ def _write(run_dir: Path, notes: dict[str, str]) -> None:
 
 
 def _resume_point(config: RunConfig, run_hash: str, data: str) -> Path | None:
-    """Find the checkpoint to go on from, and withdraw the damaged ones after it.
+    """Find the checkpoint to continue from, and set aside the damaged ones after it.
 
-    A replay goes on from the newest one before its step, and withdraws nothing.
+    A replay continues from the newest one before its step, and sets nothing aside.
 
     Raises:
-        UserError: the checkpoint was trained on other shards.
+        UserError: the checkpoint was trained on other shards, or the run has saved some and none
+            can be used.
     """
     run_dir, replay = Path(config.run_dir), config.replay
     before = None if replay is None else replay - 1
@@ -325,5 +326,10 @@ def _resume_point(config: RunConfig, run_hash: str, data: str) -> Path | None:
             "(its manifest.json differs); use the same ones or another run_dir"
         )
     if replay is None:
-        checkpoint.discard_newer(run_dir, newest)
+        if newest is not None:
+            checkpoint.set_aside_newer(run_dir, newest)
+        elif config.start_over:
+            checkpoint.set_aside_all(run_dir)
+        else:
+            checkpoint.refuse_lost(run_dir, run_hash)
     return newest

@@ -14,8 +14,8 @@ from typing import IO, Any
 from mae_scale import __version__
 from mae_scale.config.identity import as_yaml, differences
 from mae_scale.config.yaml_files import load_yaml
-from mae_scale.errors import CommonError, UserError
-from mae_scale.files import open_descriptor, write_atomically
+from mae_scale.errors import CommonError, RunError, UserError
+from mae_scale.files import open_descriptor, read_file, write_atomically
 from mae_scale.train.records import HISTORY, read_metrics
 from mae_scale.world import host
 
@@ -44,15 +44,47 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
         raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        lock = os.fdopen(open_descriptor(run_dir / ".lock", flags), "w")
+        lock = os.fdopen(open_descriptor(run_dir / ".lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise UserError(f"{run_dir}/.lock cannot be opened: {error.strerror}") from None
     try:
         _wait_for(lock, run_dir)
+        os.utime(lock.fileno())  # `status` reads from it when the run was started
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked (%s): never start a second job in it", run_dir, error)
     return lock
+
+
+class Place:
+    """The folder of a run, as it was when the run began; another one may take its name later.
+
+    Args:
+        run_dir: folder of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._began_as = run_dir, _identity(run_dir)
+
+    def check(self) -> None:
+        """Check that the name of the run's folder still leads to the same folder.
+
+        Raises:
+            RunError: the folder was renamed or removed, or its disk is gone.
+        """
+        if _identity(self._run_dir) != self._began_as:
+            raise RunError(
+                f"{self._run_dir} is no longer the folder that this run began in: it was renamed "
+                "or removed; the run ends, and nothing is written under that name"
+            )
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return device and inode of a folder; None: it is not there."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def keep_config(run_dir: Path, config: Any) -> None:
@@ -108,16 +140,17 @@ def add_history(run_dir: Path, event: str, step: int, **facts: Any) -> None:
     """Add a line to `RUN/history.jsonl`, which records each start, stop and end of the run.
 
     Args:
-        event: started, resumed, restarted (by Slurm, noted before resumed), stopped or finished.
+        event: started, resumed, restarted (by Slurm, noted before resumed), saved (the first
+            checkpoint), stopped or finished.
         step: number of optimiser steps done at that moment.
         facts: further facts for the line, such as the world size.
     """
     row = {"event": event, "step": step, "time": time.time(), "host": host()}
     path = run_dir / HISTORY
+    line = json.dumps({**row, "version": __version__, **facts}) + "\n"
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        with os.fdopen(open_descriptor(path, flags), "a") as file:
-            file.write(json.dumps({**row, "version": __version__, **facts}) + "\n")
+        before = read_file(path) if os.path.lexists(path) else b""
+        write_atomically(path, before + line.encode())
     except OSError as error:  # no reason to end a run
         log.warning("%s cannot be written: %s", path, error)
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from mae_scale.files import write_atomically
+from mae_scale.files import open_descriptor, write_atomically
 from mae_scale.train.records import readable_rows
 
 log = logging.getLogger("mae_scale")
@@ -34,12 +34,15 @@ class Rows:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = [row for row in readable_rows(path, whole=True) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = {row["step"]: row for row in readable_rows(path, whole=True) if row["step"] <= step}
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = self._open()
         self._waiting: list[tuple[int, bytes]] = []
         self._said = False
+
+    def _open(self) -> int:
+        return open_descriptor(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; it is in the file when this returns, unless the file cannot be written."""
@@ -50,7 +53,7 @@ class Rows:
         """Put all rows on disk; rows that cannot be written stay in memory."""
         self._flush()
         try:
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
         except OSError as error:
             self._say(error)
 
@@ -62,20 +65,21 @@ class Rows:
             log.error("%s lacks the rows of steps %d to %d: they could not be written",
                       self._path, first, last)  # fmt: skip
         with suppress(OSError):
-            self._file.close()
+            os.close(self._file)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         content = b"".join(line for _, line in self._waiting)
         try:
-            size = os.fstat(self._file.fileno()).st_size
+            self._follow()
+            size = os.fstat(self._file).st_size
             written = 0
             try:
                 while written < len(content):
-                    written += os.write(self._file.fileno(), content[written:])
+                    written += os.write(self._file, content[written:])
             except OSError:
-                os.ftruncate(self._file.fileno(), size)  # leaves no half row
+                os.ftruncate(self._file, size)  # leaves no half row
                 raise
         except OSError as error:
             self._say(error)
@@ -84,6 +88,17 @@ class Rows:
         if self._said:
             log.info("%s can be written again", self._path)
             self._said = False
+
+    def _follow(self) -> None:
+        """Go on in a new file where somebody has removed or replaced the one that is open."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):  # noqa: PTH116
+                return
+        file = self._open()
+        os.close(self._file)
+        self._file = file
+        log.warning("%s was removed or replaced; its rows from step %d on are in a new file",
+                    self._path, self._waiting[0][0])  # fmt: skip
 
     def _say(self, error: OSError) -> None:
         if not self._said:

@@ -120,8 +120,8 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
     whole.finish()
     assert run.rows() == whole.rows()
     events = [(e["event"], e["step"]) for e in read_history(run.run_dir)]
-    assert events == [("started", 0), ("stopped", stopped_at), ("resumed", stopped_at),
-                      ("finished", 12)]  # fmt: skip
+    assert events == [("started", 0), ("saved", stopped_at), ("stopped", stopped_at),
+                      ("resumed", stopped_at), ("finished", 12)]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from mae_scale.config.deepspeed import DS_CONFIGS, load_deepspeed_config
 from mae_scale.config.sections import TrainConfig
 from mae_scale.errors import UserError
 from mae_scale.launch.distributed import World
-from mae_scale.train.checkpoint import Commit, checkpoint_damage, newest_intact
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, zero_stage
 from mae_scale.train.metrics import Meter, MetricsLog, Record
 from mae_scale.train.records import read_metrics
@@ -243,48 +240,6 @@ def test_slow_data_is_said_once(share: float, lines: int, monkeypatch: pytest.Mo
         assert rates["images_per_second"] == pytest.approx(64, rel=0.01)
     assert len(said) == lines
     assert all("raise data.workers (now 4 per rank" in line for line in said)
-
-
-def committed(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
-    """Make a step folder as `save` leaves it."""
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "state.pt").write_bytes(content)
-    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    commit = Commit(
-        step=step, samples=step, world_size=1, zero_stage=0, precision="fp32",
-        config_hash="ours", data="", milestone=False, bad_steps=0, files={"state.pt": facts},
-    )  # fmt: skip
-    (folder / "COMMITTED.json").write_text(json.dumps(asdict(commit)))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("harm", "says"),
-    [
-        (lambda f: (f / "state.pt").unlink(), "state.pt is missing"),
-        (lambda f: (f / "state.pt").write_bytes(b""), "has 0 bytes instead of 7"),
-        (lambda f: (f / "state.pt").write_bytes(b"wEights"), "does not match its checksum"),
-        (lambda f: (f / "COMMITTED.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "COMMITTED.json").write_text('{"step": 3}'), "cannot be read"),
-        (lambda f: f.rename(f.with_name("step-00000009")), "is of step 3"),
-    ],
-)
-def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, harm, says: str) -> None:  # type: ignore[no-untyped-def]
-    before, newest = committed(tmp_path, 2), committed(tmp_path, 3)
-    assert checkpoint_damage(newest) is None and newest_intact(tmp_path, "ours") == newest
-    harm(newest)
-    found = next(f for f in (newest, newest.with_name("step-00000009")) if f.exists())
-    assert says in (checkpoint_damage(found) or "")
-    assert newest_intact(tmp_path, "ours") == before
-
-
-def test_a_commit_of_another_run_and_an_unfinished_save_do_not_count(tmp_path: Path) -> None:
-    folder = committed(tmp_path, 2)
-    assert checkpoint_damage(folder, "another") == "COMMITTED.json belongs to another run"
-    (tmp_path / "checkpoints" / "step-00000005").mkdir()
-    assert newest_intact(tmp_path) == folder
-    assert newest_intact(tmp_path, "another") is None
 
 
 def test_the_last_step_of_a_run_is_always_recorded(tmp_path: Path) -> None:
