@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mae_scale.files import read_file, sha256_of, sync_folder, sync_tree
+from mae_scale.files import read_file, remove_tree, sha256_of, sync_folder, sync_tree
 from mae_scale.launch.distributed import gather_to_all, on_rank0
 from mae_scale.train.deepspeed_state import COUNTERS, EngineState
 from mae_scale.train.ds import DeepSpeedEngine
@@ -69,8 +68,8 @@ def convert(folder: Path, stage: int, order: list[str], doing: Doing = _nobody) 
             log.warning("%s is damaged; converting again", universal)
 
     def prepare() -> None:
-        shutil.rmtree(universal, ignore_errors=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_tree(universal)
+        remove_tree(unfinished)
         for name in order:
             (unfinished / "zero" / name).mkdir(parents=True)
 
