@@ -35,7 +35,7 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
 
     Raises:
         UserError: another config made the folder (the message shows the difference), it is no run
-            folder, or another process is training in it.
+            folder, one of its files is a link, or another process is training in it.
     """
     path = run_dir / "config.yaml"
     if path.exists():
@@ -43,6 +43,10 @@ def open_run(run_dir: Path, config: Any) -> IO[str]:
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("[!.]*"))):
         raise UserError(f"run_dir {run_dir} exists and is no run folder; use an empty or new one")
     run_dir.mkdir(parents=True, exist_ok=True)
+    for item in run_dir.iterdir():
+        if item.is_symlink() and not item.is_dir():
+            raise UserError(f"{item} is a link that leads to no folder; a run writes no file "
+                            "through a link, so remove it")  # fmt: skip
     try:
         lock = os.fdopen(open_descriptor(run_dir / ".lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:

@@ -18,7 +18,7 @@ from mae_scale.train.checkpoint import (
     set_aside_all,
     set_aside_newer,
 )
-from mae_scale.train.run_dir import Place, add_history
+from mae_scale.train.run_dir import Place, add_history, open_run
 from mae_scale.train.sinks import Rows
 
 
@@ -165,3 +165,15 @@ def test_a_run_notices_that_its_folder_is_another_one(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no longer the folder"):
         place.check()
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
+def test_a_run_refuses_a_link_in_its_folder(tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(precious)
+    with pytest.raises(UserError, match=rf"{name} is a link|is no run folder"):
+        open_run(run, None)
+    assert precious.read_text() == "years of work"
