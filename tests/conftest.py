@@ -28,12 +28,8 @@ hypothesis.settings.load_profile("busy")
 os.environ["OMP_NUM_THREADS"] = "1"
 REPOSITORY = Path(__file__).parents[1]
 
-# 250 photographs of ImageNet, used where they are at hand. MAE_SCALE_TEST_DATA names their folder;
-# empty, it says that the tests are to do without them.
-SAMPLE = Path(
-    os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"),
-    "imagenet_sample_250.tar",
-)
+# A folder with 250 photographs of ImageNet in imagenet_sample_250.tar, for those who have them.
+SAMPLES = os.environ.get("MAE_SCALE_TEST_DATA")
 CLASSES = 250
 SIZES = ((500, 375), (375, 500), (500, 333), (640, 480), (400, 400), (333, 500), (800, 600))
 
@@ -59,8 +55,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first; `--no-loadscope-reorder` lets xdist keep this."""
+    """Mark the tests that use photographs, and put the tests of the longest files first;
+    `--no-loadscope-reorder` lets xdist keep this."""
+    for item in items:
+        if "imagenet_tree" in getattr(item, "fixturenames", ()):
+            item.add_marker("photographs")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -98,12 +99,12 @@ def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make an ImageFolder tree `<wnid>/<name>.JPEG` of 250 photographs in 250 classes, of many
     sizes, a few in grey.
 
-    ImageNet's own where the sample is at hand; else pieces of the photographs that scikit-image,
-    scikit-learn and matplotlib ship.
+    They are pieces of the photographs that scikit-image, scikit-learn and matplotlib ship, or
+    ImageNet's own where $MAE_SCALE_TEST_DATA names their folder.
     """
     root = tmp_path_factory.mktemp("imagenet")
-    if SAMPLE.exists():
-        with tarfile.open(SAMPLE) as tar:
+    if SAMPLES:
+        with tarfile.open(Path(SAMPLES, "imagenet_sample_250.tar")) as tar:
             tar.extractall(root, filter="data")
         return root
     sys.path.insert(0, str(REPOSITORY / "examples"))
