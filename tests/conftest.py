@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import hypothesis
 import psutil
 import pytest
 import warm
+from PIL import Image
 
 # A deadline would fail tests where the machine is busy.
 hypothesis.settings.register_profile("busy", deadline=None)
@@ -25,8 +27,11 @@ hypothesis.settings.load_profile("busy")
 # Workers run side by side, so that each has one thread; set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 REPOSITORY = Path(__file__).parents[1]
-DATA = Path(os.environ.get("MAE_SCALE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+# A folder with 250 photographs of ImageNet in imagenet_sample_250.tar, for those who have them.
+SAMPLES = os.environ.get("MAE_SCALE_TEST_DATA")
 CLASSES = 250
+SIZES = ((500, 375), (375, 500), (500, 333), (640, 480), (400, 400), (333, 500), (800, 600))
 
 # Files whose tests take longest. Workers begin with them, so that none is left over at the end.
 LONGEST = (
@@ -50,8 +55,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first; `--no-loadscope-reorder` lets xdist keep this."""
+    """Mark the tests that use photographs, and put the tests of the longest files first;
+    `--no-loadscope-reorder` lets xdist keep this."""
+    for item in items:
+        if "imagenet_tree" in getattr(item, "fixturenames", ()):
+            item.add_marker("photographs")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -86,32 +96,41 @@ def launchers_variables() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def imagenet_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make an ImageFolder tree `<wnid>/<name>.JPEG` of 250 photographs in 250 classes, a few in
-    grey.
+    """Make an ImageFolder tree `<wnid>/<name>.JPEG` of 250 photographs in 250 classes, of many
+    sizes, a few in grey.
 
-    ImageNet's own where the sample is at hand ($MAE_SCALE_TEST_DATA or ../shared/data); else
-    pieces of the photographs that scikit-image, scikit-learn and matplotlib ship.
+    They are pieces of the photographs that scikit-image, scikit-learn and matplotlib ship, or
+    ImageNet's own where $MAE_SCALE_TEST_DATA names their folder.
     """
     root = tmp_path_factory.mktemp("imagenet")
-    sample = DATA / "imagenet_sample_250.tar"
-    if sample.exists():
-        with tarfile.open(sample) as tar:
+    if SAMPLES:
+        with tarfile.open(Path(SAMPLES, "imagenet_sample_250.tar")) as tar:
             tar.extractall(root, filter="data")
         return root
     sys.path.insert(0, str(REPOSITORY / "examples"))
-    from photographs import TRAIN, pieces
+    from photographs import TRAIN
 
-    images = [
-        image.convert("L") if number % 20 == 0 and photograph.stem == "camera" else image
-        for photograph in TRAIN
-        for number, image in enumerate(pieces(photograph, side=300, stride=32))
-    ]
+    photographs = []
+    for path in TRAIN:
+        with Image.open(path) as image:
+            photographs.append(image.convert("L" if path.stem == "camera" else "RGB"))
     for number in range(CLASSES):
         folder = root / f"n{number:08d}"
         folder.mkdir()
-        name = f"{folder.name}_piece.JPEG"
-        images[number * len(images) // CLASSES].save(folder / name, quality=92)
+        piece = a_piece(photographs[number % len(photographs)], number // len(photographs))
+        piece.save(folder / f"{folder.name}_piece.JPEG", quality=95)
     return root
+
+
+def a_piece(photograph: Image.Image, number: int) -> Image.Image:
+    """Cut a piece out of a photograph: half to all of it, in one of ImageNet's usual sizes."""
+    width, height = SIZES[number % len(SIZES)]
+    draw = random.Random(number)
+    scale = draw.uniform(0.5, 1) * min(photograph.width / width, photograph.height / height)
+    left = draw.uniform(0, photograph.width - scale * width)
+    top = draw.uniform(0, photograph.height - scale * height)
+    box = (left, top, left + scale * width, top + scale * height)
+    return photograph.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,16 @@ from mae_scale.errors import UserError
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 
 WHITE = 10_000  # the value of a band that counts as white
+WRONG = (6, 12, 18)  # fields that look like water, and stay wrong however the sums are rounded
 
 
-def as_bands(photograph: Path) -> np.ndarray:
-    """Make reflectances of five bands, uint16 [H, W, 5], out of a photograph."""
+def as_bands(photograph: Path, water: bool) -> np.ndarray:
+    """Make reflectances of five bands, uint16 [H, W, 5], out of a photograph; water takes up the
+    light of the two last ones, in the near infrared."""
     with Image.open(photograph) as image:
         colours = np.asarray(image.convert("RGB").resize((80, 60))).astype(np.float64) / 255
-    more = [colours.mean(axis=-1), colours[..., 0] * colours[..., 2]]
+    grey = colours.mean(axis=-1)
+    more = [0.1 * grey, 0.05 * grey] if water else [0.5 + grey / 2, 0.4 + grey / 2]
     return np.round(np.dstack([colours, *more]) * WHITE).astype(np.uint16)
 
 
@@ -38,7 +41,8 @@ def place(imagenet_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for number, photograph in enumerate(sorted(imagenet_tree.rglob("*.JPEG"))[:32]):
         folder = place / "arrays" / ("field", "water")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / f"{number:02d}.npy", as_bands(photograph))
+        water = number % 2 == 1 or number in WRONG
+        np.save(folder / f"{number:02d}.npy", as_bands(photograph, water))
     arrays, shards = str(place / "arrays"), str(place / "shards")
     assert main(["shard", arrays, shards, "--split", "train", "--samples-per-shard", "20"]) == 0
     assert main(["verify", shards]) == 0
@@ -80,6 +84,7 @@ def tuned(place: Path, pretrained: Run) -> Run:
         **settings(place),
         "weights": pretrained.run_dir,
         "augment.rand_augment": "null",
+        "optim.base_lr": 0.05,
         "train.max_steps": 8,
     }
     run = Run(place / "tuned", place / "shards", own, task="finetune")
@@ -157,14 +162,14 @@ def test_a_fine_tuned_model_is_evaluated_predicts_and_is_exported(
     tables = ["--tables", str(tmp_path / "tables")]
     assert main([*command, "--out", str(results), *tables]) == 0
     found = json.loads(results.read_text())["sets"]["val"]
-    validated = tuned.rows("validation.jsonl")[-1]
+    validated = max(tuned.rows("validation.jsonl"), key=lambda row: row["top1"])
     assert found["top1"] == validated["top1"]
     assert found["loss"] == pytest.approx(validated["loss"], rel=1e-5)
     rows = list(csv.reader((tmp_path / "tables" / "val-confusion.csv").open()))
     assert rows[0] == ["class", "field", "water"]
     counts = np.array([row[1:] for row in rows[1:]], int)
-    assert counts.sum(axis=1).tolist() == [16, 16]
-    assert 100 * np.trace(counts) / 32 == found["top1"]
+    assert counts.tolist() == [[13, 3], [0, 16]]
+    assert found["top1"] == 100 * 29 / 32
     classes = list(csv.DictReader((tmp_path / "tables" / "val-classes.csv").open()))
     assert [row["class"] for row in classes] == ["field", "water"]
     assert int(classes[0]["times"]) == counts[0, 1] and int(classes[1]["times"]) == counts[1, 0]

@@ -208,7 +208,9 @@ def test_training_learns_and_scratch_keeps_an_average_over_world_sizes(
     validations = run.rows("validation.jsonl")
     assert [row["step"] for row in validations] == [50, 100, 150]
     last = validations[-1]
-    assert last["top1"] > 20 and last["ema_top1"] > 20 and last["loss"] < validations[0]["loss"]
+    by_chance = 100 / 250
+    assert last["top1"] > 10 * by_chance and last["ema_top1"] > 10 * by_chance
+    assert last["loss"] < validations[0]["loss"] < math.log(250) and last["loss"] < math.log(100)
     step = run.run_dir / "checkpoints" / "step-00000150"
     plain = evaluate(replace(run, run_dir=step), tmp_path / "plain.json", f"train={shards}")
     average = evaluate(
