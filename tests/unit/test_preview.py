@@ -4,10 +4,13 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from mae_scale.data.bands import Bands
 from mae_scale.data.preview import CLASSES, PER_CLASS, chosen, draw, preview
+from mae_scale.tasks.first_batch import FirstBatch
 
 
 def test_a_few_samples_of_many_classes_are_chosen() -> None:
@@ -50,3 +53,21 @@ def test_any_text_can_stand_under_an_image(tmp_path: Path) -> None:
     draw([], tmp_path / "empty.png")
     assert Image.open(io.BytesIO((tmp_path / "p.png").read_bytes())).size[0] < 4000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "p.png"]
+
+
+def test_the_first_batch_is_drawn_once_and_never_ends_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A random number that is drawn afterwards is the same as without the picture."""
+    images, mixed = torch.randn(4, 3, 8, 8), torch.tensor([[0.02, 0.7, 0.28]] * 4)
+    first = FirstBatch(tmp_path / "first.png", Bands(), ["a", "b", "c"])
+    assert first._lines(mixed[0]) == ["class 1: 0.70", "b", "class 2: 0.28", "c"]
+    assert first._lines(torch.tensor([0.1, 0.9, 0.1])) == ["class 1: 0.90", "b"]
+    before = torch.get_rng_state()
+    for step, micro in ((1, 0), (0, 1)):
+        first.draw(step, micro, images, mixed)
+    assert not first.path.exists()
+    first.draw(0, 0, images, torch.full((4,), -1), torch.ones(4, 4), (2, 2))
+    assert first.path.exists() and torch.equal(before, torch.get_rng_state())
+    FirstBatch(tmp_path / "no" / "f.png", Bands(), []).draw(0, 0, images, torch.full((4,), -1))
+    assert "is not drawn" in caplog.text
