@@ -154,9 +154,12 @@ def _mean_std(bands: Bands, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 
 def raw_values(
-    data: bytes | bytearray, count: int, max_pixels: int = MAX_PIXELS
+    data: bytes | bytearray, count: int | None, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[Any]:
     """Read the values of an image file unscaled, [H, W, count] of any numeric type.
+
+    Args:
+        count: number of bands; None: any number, fewer than rows and columns.
 
     Raises:
         ValueError: the file is no image, or the image is damaged, too large, or has another number
@@ -174,14 +177,14 @@ def raw_values(
         raise ValueError(f"cannot be decoded ({error})") from error
 
 
-def _picture(data: bytes | bytearray, count: int, max_pixels: int) -> npt.NDArray[Any]:
+def _picture(data: bytes | bytearray, count: int | None, max_pixels: int) -> npt.NDArray[Any]:
     """Read a file that is no array; errors of PIL and tifffile are passed on."""
     if is_tiff(data):
         try:
             values = read_tiff(data, max_pixels)
         except ImportError:
             raise ValueError("TIFFs need tifffile: pip install 'mae-scale[tiff]'") from None
-        if count > 1 or values.ndim == 2 or 1 in values.shape:
+        if count != 1 or values.ndim == 2 or 1 in values.shape:
             return values
     with open_image(data, max_pixels) as image:
         if data[1:4] == b"PNG" and data[_PNG_BITS] == 16 and not image.mode.startswith("I"):
@@ -197,10 +200,11 @@ class _OtherBands(ValueError):
     """An image has another number of bands than was expected."""
 
 
-def _bands_last(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+def _bands_last(values: npt.NDArray[Any], count: int | None) -> npt.NDArray[Any]:
     """Bring [H, W], [H, W, count] or [count, H, W] into the form [H, W, count]."""
     if values.ndim == 2:
         values = values[..., None]
+    count = min(values.shape[0], values.shape[-1]) if count is None else count
     if values.shape[-1] != count and values.shape[0] == count:
         values = values.transpose(1, 2, 0)
     if values.shape[-1] != count:
@@ -217,6 +221,30 @@ def for_display(images: torch.Tensor) -> torch.Tensor:
     if count == 2:
         return torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)
     return images[:, :3]
+
+
+def picture(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Decode an image file of any number of bands for display, to uint8 [3, H, W].
+
+    Values of which nobody can say what is black and white span black to white.
+
+    Raises:
+        ValueError: the file is no image, or the image is damaged or too large.
+    """
+    try:
+        return RGB.decode(data, max_pixels)
+    except TooLarge:
+        raise
+    except ValueError:
+        if not (is_array(data) or is_tiff(data)):
+            raise
+    values = raw_values(data, None, max_pixels).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    with np.errstate(all="ignore"):
+        scaled = np.nan_to_num((values - low) / max(high - low, 1e-12) * 255).clip(0, 255)
+    images = torch.from_numpy(np.round(scaled).astype(np.uint8)).permute(2, 0, 1)
+    return for_display(images[None])[0]
 
 
 def statistics(

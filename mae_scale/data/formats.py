@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,10 @@ IMAGE_SUFFIXES = (
     "gif", "avif", "jfif", "jpe", "jp2", "pbm", "pnm", "dib", ARRAY_SUFFIX,
 )  # fmt: skip
 MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
+# Formats that PIL may open. It knows others that run programs, such as Ghostscript for PostScript.
+PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
+# Formats whose decoders hold several copies of an image. They may have a quarter of the pixels.
+_HUNGRY = ("WEBP", "AVIF", "GIF", "JPEG2000")
 MAX_FILE = 1 << 30  # largest file of an image or an annotation, in bytes
 
 
@@ -52,8 +56,11 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image with PIL, which reads its header and decodes nothing.
+def open_image(data: bytes | bytearray | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image of `PIL_FORMATS` with PIL, which reads its header and decodes nothing.
+
+    All of the package opens images here, except for arrays, TIFFs of many bands, and JPEGs that
+    simplejpeg decodes.
 
     Raises:
         TooLarge: the image has too many pixels.
@@ -62,10 +69,11 @@ def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.I
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1  # the user allows more than PIL does
     try:
-        image = Image.open(io.BytesIO(data))
+        file = io.BytesIO(data) if isinstance(data, (bytes, bytearray)) else data
+        image = Image.open(file, formats=PIL_FORMATS)
     except Image.DecompressionBombError:
         raise TooLarge(f"has more than {MAX_PIXELS:,} pixels") from None
-    check_pixels(*image.size, max_pixels)
+    check_pixels(*image.size, max_pixels // (4 if image.format in _HUNGRY else 1))
     return image
 
 
@@ -152,7 +160,8 @@ def read_tiff(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDAr
 
     Raises:
         ImportError: tifffile is missing.
-        TooLarge: the image has too many pixels.
+        TooLarge: the image has too many pixels, or its pages take more than 4 bytes for each pixel
+            that is allowed.
         Exception: the file is damaged, or of a kind that tifffile cannot read; the error is
             tifffile's.
     """
@@ -163,7 +172,12 @@ def read_tiff(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> npt.NDAr
         pages = [page for page in pages if not (page.is_reduced or page.is_mask)]
         first = pages[0]
         check_pixels(first.imagewidth, first.imagelength, max_pixels)
-        if len(pages) == 1 or any(page.shape != first.shape for page in pages):
+        if any(page.shape != first.shape for page in pages):
+            pages = [first]
+        decoded = sum(math.prod(page.shape) * -(-page.bitspersample // 8) for page in pages)
+        if decoded > 4 * max_pixels:  # many pages may share the bytes of one in the file
+            raise TooLarge(f"has {decoded:,} bytes decoded, more than {4 * max_pixels:,}")
+        if len(pages) == 1:
             return first.asarray()
         return np.stack([page.asarray() for page in pages])
 

@@ -234,6 +234,16 @@ def opened(shards: ShardSet | str | Path, cache_dir: str | Path | None) -> Shard
     return shards if isinstance(shards, ShardSet) else open_shards(shards, cache_dir)
 
 
+def shared_images(one: ShardSet, other: ShardSet) -> int:
+    """Count the images of `one` whose size and CRC-32 an image of `other` has, too."""
+    own, others = (
+        np.asarray(shards.checksums).astype(np.uint64) << np.uint64(32)
+        | shards.index["size"].astype(np.uint64)
+        for shards in (one, other)
+    )
+    return int(np.isin(own, others).sum())
+
+
 def _index_dtype(manifest: dict[str, Any]) -> np.dtype:
     return INDEX_DTYPE if manifest["version"] == VERSION else ANNOTATED_DTYPE
 

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle
 
+from mae_scale.data.formats import open_image
 from mae_scale.data.shards import NO_LABEL
 from mae_scale.errors import UserError
 from mae_scale.files import open_file, read_file
@@ -210,7 +210,7 @@ def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
 def image_size(path: str) -> tuple[int, int] | None:
     """Read height and width from a header; None if it is no image, which is found later."""
     try:
-        with open_file(path) as file, Image.open(file) as image:
+        with open_file(path) as file, open_image(file) as image:
             return image.height, image.width
     except Exception:  # PIL's readers raise errors of many kinds
         return None

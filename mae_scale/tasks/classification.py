@@ -12,7 +12,7 @@ from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.sections import RunConfig
 from mae_scale.data.bands import Bands
 from mae_scale.data.loader import EvalLoader
-from mae_scale.data.shards import ShardSet, open_shards
+from mae_scale.data.shards import ShardSet, open_shards, shared_images
 from mae_scale.errors import UserError
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.classifier import Classifier
@@ -143,6 +143,8 @@ def validation(
         return None
     shards = open_shards(config.data.val, config.data.cache_dir)
     label_of = matched(shards, train.classes)
+    if world.rank == 0 and (count := shared_images(shards, train)):
+        log.warning("%d of the %d images of data.val are in data.train, too", count, len(shards))
     loader = eval_loader(config, world, shards, config.model.crop_ratio)
 
     def scores(

@@ -19,6 +19,7 @@ from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.planning.flops import classifier_training_flops as flops
 from mae_scale.randomness import Purpose, hash64
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
+from mae_scale.tasks.first_batch import FirstBatch
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import TrainingSetup, training_data
@@ -51,7 +52,7 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
     with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(classes))
     target = Targets(config.augment, len(classes), config.train.micro_batch_size)
-    bands = Bands.of(config)
+    bands, first = Bands.of(config), FirstBatch.of(config, world, classes)
     weight = class_weights(config.train.class_weights, shards)
     if weight is not None:
         weight = weight.to(world.device)
@@ -59,6 +60,7 @@ def prepare(config: FinetuneConfig, world: World) -> TrainingSetup:
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         key = int(hash64(Purpose.MIX, config.seed, step, world.rank, micro))
         image, label = target.mix(bands.normalize(batch["image"]), batch["label"], key)
+        first.draw(step, micro, image, label)
         return F.cross_entropy(engine(image), label, weight)
 
     return TrainingSetup(

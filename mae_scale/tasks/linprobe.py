@@ -16,6 +16,7 @@ from mae_scale.data.bands import Bands
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.planning.flops import classifier_training_flops as flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
+from mae_scale.tasks.first_batch import FirstBatch
 from mae_scale.train.ds import DeepSpeedEngine
 from mae_scale.train.loop import Batch
 from mae_scale.train.run import TrainingSetup, training_data
@@ -71,11 +72,12 @@ def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
     classes = classes_of(shards)
     with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config, len(classes))
-
-    bands = Bands.of(config)
+    bands, first = Bands.of(config), FirstBatch.of(config, world, classes)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
-        logits = engine(bands.normalize(batch["image"]))
+        inputs = bands.normalize(batch["image"])
+        first.draw(step, micro, inputs, batch["label"])
+        logits = engine(inputs)
         # Each rank has seen other images, but only the statistics of rank 0 are saved. Therefore
         # all ranks take the mean of their statistics.
         for statistics in engine.module.buffers():

@@ -22,6 +22,7 @@ from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.models.weights import fit_to_mae
 from mae_scale.planning.flops import training_flops as flops
 from mae_scale.tasks.classification import classes_of, eval_loader
+from mae_scale.tasks.first_batch import FirstBatch
 from mae_scale.tasks.pictures import reconstructions
 from mae_scale.tasks.summary import fitted
 from mae_scale.tasks.trained import grid_of, read_any, warn_of_other_bands
@@ -55,11 +56,14 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
     with torch.device("meta"):  # without weights, which `train` makes later
         model = build(config)
     token_ids, bands = tokenizer(config, model, world), Bands.of(config)
+    first = FirstBatch.of(config, world, shards.classes)
 
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         image = batch["image"]
         noise = model.noise(config.seed, batch["epoch"], batch["sample"])
-        loss, _, _ = engine(bands.normalize(image), noise, token_ids=token_ids and token_ids(image))
+        inputs = bands.normalize(image)
+        loss, _, mask = engine(inputs, noise, token_ids=token_ids and token_ids(image))
+        first.draw(step, micro, inputs, batch["label"], mask, model.grid)
         return loss
 
     return TrainingSetup(

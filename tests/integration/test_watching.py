@@ -23,6 +23,7 @@ from mae_scale.data.reader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import denormalize, normalize
 from mae_scale.models.masking import mask_noise
+from mae_scale.tasks.first_batch import FIRST_BATCH
 from mae_scale.tasks.pictures import IMAGES, fixed_images
 
 DRAWS = {"train.reconstruct_every": 2, "train.max_steps": 5, "train.profile": "3-4"}
@@ -55,6 +56,8 @@ def test_pictures_and_traces_do_not_touch_the_training(
     assert 1 <= len(watched.rows()) < 5
     watched.finish()
     assert watched.rows() == run.rows()
+    with Image.open(run.run_dir / FIRST_BATCH) as picture:
+        assert (np.asarray(picture) == 128).all(axis=-1).mean() > 0.1  # the hidden patches
     pictures = sorted(p.name for p in (watched.run_dir / "reconstructions").iterdir())
     assert pictures == ["step-00000002.png", "step-00000004.png", "step-00000005.png"]
     board = EventAccumulator(str(watched.run_dir / "tensorboard")).Reload()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from make_shards import make_shards
 from PIL import Image
 from test_images import bomb
@@ -16,13 +17,14 @@ from test_images import bomb
 from mae_scale.commands.reconstructing import read_centre
 from mae_scale.data.annotated_transforms import DetectionTransform, SegmentationTransform
 from mae_scale.data.augment import Augment
+from mae_scale.data.bands import raw_values
 from mae_scale.data.images_dataset import ShardDataset
 from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image
 from mae_scale.errors import UserError
 from mae_scale.sharding.foreign import index_shards
-from mae_scale.sharding.images import shrink
+from mae_scale.sharding.images import decode_error, shrink
 from mae_scale.sharding.verify import verify
 from mae_scale.watching.page import _figure
 
@@ -100,3 +102,30 @@ def test_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=PIXELS):
         read_centre(path, 32, 10**8)
     assert "cannot be read" in _figure("reconstruction", path, "picture-1")
+
+
+def test_only_named_formats_are_opened() -> None:
+    """PIL would give PostScript to Ghostscript, which runs it."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "EPS")
+    for where in ("evaluation, predictions", "sharding", "training"):
+        with pytest.raises(Exception, match="cannot identify image file"):
+            DECODERS[where](bytearray(stream.getvalue()))
+    assert decode_error(stream.getvalue()) == "not an image"
+
+
+def test_decoders_that_copy_may_decode_a_quarter() -> None:
+    stream = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(stream, "WEBP")
+    assert decode_image(stream.getvalue(), 16_000_000).shape == (3, 2000, 2000)
+    with pytest.raises(ValueError, match="4,000,000 pixels, more than 3,750,000"):
+        decode_image(stream.getvalue(), 15_000_000)
+
+
+def test_pages_that_share_their_bytes() -> None:
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as tiff:
+        for _ in range(60):
+            tiff.write(np.zeros((4000, 4000), np.uint8), compression="zlib", metadata=None)
+    with pytest.raises(ValueError, match="960,000,000 bytes decoded"):
+        raw_values(stream.getvalue(), 60)

@@ -18,7 +18,7 @@ from make_shards import make_shards
 
 from mae_scale.data.manifest import remember_index
 from mae_scale.data.remote import is_remote, join, shown
-from mae_scale.data.shards import INDEX_DTYPE, open_shards
+from mae_scale.data.shards import INDEX_DTYPE, open_shards, shared_images
 from mae_scale.errors import UserError
 from mae_scale.files import TRUST
 
@@ -259,3 +259,9 @@ def test_an_index_that_leads_out_of_its_tar(
 )
 def test_names_are_shown_without_secrets(spec: str, text: str) -> None:
     assert shown(spec) == text
+
+
+def test_images_in_both_sets_are_counted(tmp_path: Path) -> None:
+    one = open_shards(make_shards(tmp_path / "one", [b"a", b"b", b"b", b"c"], [4]))
+    other = open_shards(make_shards(tmp_path / "other", [b"b", b"bb", b"d"], [3]))
+    assert (shared_images(one, other), shared_images(other, one)) == (2, 1)
