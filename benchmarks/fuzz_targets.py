@@ -64,7 +64,7 @@ from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.loading import load_weights
 from mae_scale.train.reading import load_tensors
 from mae_scale.train.run_dir import check_run, read_history
-from mae_scale.watching.page import write_report
+from mae_scale.watching.report import write_report
 from mae_scale.watching.run_view import RunView
 from mae_scale.world import World
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from mae_scale.errors import RunError
 from mae_scale.files import write_atomically
 from mae_scale.train.records import readable_rows
 
@@ -31,11 +32,17 @@ class Rows:
         path: path of the file.
         step: number of optimiser steps done so far. Rows of later steps are removed, since those
             steps will be done again.
+
+    Raises:
+        RunError: from each method, once the file is no longer at its path.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = [row for row in readable_rows(path, whole=True) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows: dict[int, dict[str, Any]] = {}
+        for row in readable_rows(path, whole=True):
+            if row["step"] <= step:
+                rows.setdefault(row["step"], row)  # of two rows of a step readers take the first
+        write_atomically(path, "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._waiting: list[tuple[int, bytes]] = []
@@ -65,6 +72,7 @@ class Rows:
             self._file.close()
 
     def _flush(self) -> None:
+        self._require_place()
         if not self._waiting:
             return
         content = b"".join(line for _, line in self._waiting)
@@ -84,6 +92,20 @@ class Rows:
         if self._said:
             log.info("%s can be written again", self._path)
             self._said = False
+
+    def _require_place(self) -> None:
+        """End the run if the file was deleted, moved or replaced: nobody would find its rows."""
+        try:
+            here = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            here = False
+        except OSError:  # the file system does not answer; the next row asks again
+            return
+        if not here:
+            raise RunError(
+                f"{self._path} was deleted, moved or replaced while the run wrote it; without "
+                "it the next start has no rows of the steps so far"
+            )
 
     def _say(self, error: OSError) -> None:
         if not self._said:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mae_scale.errors import RunError
 from mae_scale.train.records import read_metrics
 from mae_scale.train.sinks import Rows
 
@@ -56,6 +57,20 @@ def test_rows_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_a_resume_keeps_what_others_have_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "time": "odd"}, {"step": 2, "loss": []}, {"step": 3}, {"no": "step"}]
+    lines += [{"step": 2, "loss": "a second time"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
     Rows(path, 2).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved", "replaced"])
+def test_a_record_that_is_no_longer_there_ends_the_run(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = Rows(path, 0)
+    rows.write({"step": 1})
+    path.unlink() if what == "deleted" else path.rename(tmp_path / "other")
+    if what == "replaced":
+        path.write_text("")
+    for use in (lambda: rows.write({"step": 2}), rows.sync, rows.close):
+        with pytest.raises(RunError, match=f"{path} was deleted, moved or replaced"):
+            use()
