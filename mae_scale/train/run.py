@@ -160,6 +160,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
             stop.after(config.train.max_hours)
         if writes:
             on_rank0(lambda: _write(run_dir, parts.notes))
+            watchdog.run_dir = run_dir
         run_hash = identity_hash(config)
         watchdog.doing("looking for a checkpoint")
         resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
