@@ -202,14 +202,14 @@ class Watchdog:
             self._tell(f"{Peer(self._world.rank, self._record)} failed: {what}")
 
     def _tell(self, verdict: str) -> None:
-        """Write the verdict unless there is one; rank 0 then gives the others time to read it."""
+        """Write the verdict unless there is one, and give the others time to read it."""
         try:
             if not self._store.check([VERDICT]):
                 self._store.set(VERDICT, verdict)
         except dist.DistError:
             return
-        if self._world.rank == 0 and self._world.size > 1:
-            time.sleep(3 * BEAT_S)
+        if self._world.size > 1:
+            time.sleep((2 if self._world.rank else 3) * BEAT_S)
 
     def _talk(self) -> None:
         """Write this rank's record, and read the verdict and the records of the peers."""
@@ -254,8 +254,7 @@ class Watchdog:
             if verdict is None and broken and broken[0].still >= 3 * limit:
                 verdict = f"{_names(broken[:1])} failed: {broken[0].record['broken']}"
             if verdict is not None:
-                self._tell(verdict)
-                self._end(verdict)
+                self._end(verdict, tell=True)
 
     def _go_without_store(self, me: Peer) -> None:
         """Decide what to do when the store does not answer.
@@ -283,11 +282,13 @@ class Watchdog:
             record = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
             (folder / f"rank-{self._world.rank}-nccl.json").write_bytes(record)
 
-    def _end(self, verdict: str) -> NoReturn:
+    def _end(self, verdict: str, tell: bool = False) -> NoReturn:
         if self.run_dir is not None:
             dump = threading.Thread(target=self._dump, args=(self.run_dir,), daemon=True)
             dump.start()
             dump.join(DUMP_S)  # the folder may not answer
+        if tell:
+            self._tell(verdict)
         # The main thread may wait for ever, so the process ends without it; data workers end, too.
         with suppress(OSError):  # the terminal was closed
             print(f"mae-scale: error: {one_line(verdict)}", file=sys.stderr, flush=True)
