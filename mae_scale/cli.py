@@ -20,7 +20,7 @@ from mae_scale.tasks.task import main as train
 from mae_scale.world import World
 
 # Commands whose product is what they print: where stdout fails, they fail.
-PRINTING = {"plan", "status", "completion", "help", "--help", "-h", "--version", "-V"}
+PRINTING = {"plan", "status", "help", "--help", "-h", "--version", "-V"}
 
 
 def usage() -> str:

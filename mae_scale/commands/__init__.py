@@ -19,5 +19,4 @@ COMMANDS = {
     "reconstruct": "draw what a trained one makes of images",
     "attention": "draw where an encoder's class token looks in images",
     "predict": "draw what a classifier, detector or segmenter sees in images",
-    "completion": "print what makes bash or zsh complete commands and options",
 }

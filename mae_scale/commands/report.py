@@ -19,7 +19,7 @@ def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and write the page."""
     options = parser(prog).parse_args(argv)
 
-    from mae_scale.watching.page import write_report
+    from mae_scale.watching.report import write_report
 
     write_report(options.runs, options.out)
     print(f"wrote {options.out}")

@@ -100,7 +100,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
 
     step, total = run.step, facts.get("total_steps")
     if total:
-        done = min(BAR, BAR * step // total)
+        done = int(max(0, min(BAR, BAR * step // total)))
         lines.append(f"  [{'#' * done}{'-' * (BAR - done)}] {100 * step / total:.1f} %")
     per_epoch = facts.get("steps_per_epoch")
     epochs = (
@@ -109,7 +109,7 @@ def status(run: RunView, colours: bool = False, now: float | None = None) -> str
     add("step", f"{step:,} of {total:,}" if total else f"{step:,}", epochs)
     pace = pace_of(rows)
     if state == "running" and pace and total:
-        left = min((total - step) * pace.seconds_per_step, 1e10)
+        left = max(0, min((total - step) * pace.seconds_per_step, 1e10))
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left))
         add("ETA", f"{duration(left)} ({end}), without validations and saves")
     if rows:

@@ -285,13 +285,14 @@ def _forwarded_signals() -> Iterator[list[Any]]:
         A list into which the caller puts the child; the number of each signal is appended to it.
     """
     child: list[Any] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+    numbers = (*passed_on, signal.SIGINT, signal.SIGHUP)
 
     def forward(number: int, frame: Any) -> None:
         if child:
             child.append(number)
             # The signals of Ctrl-C and of a closed terminal have reached the child already.
-            if number in (signal.SIGTERM, signal.SIGUSR1) and child[0].poll() is None:
+            if number in passed_on and child[0].poll() is None:
                 child[0].send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in numbers}

@@ -160,8 +160,9 @@ class TrainConfig:
     run ends."""
     log_every: From1 = changeable(20)
     """Optimiser steps between two rows of metrics.jsonl."""
-    hang_timeout: AtLeast10 = changeable(1800.0)
-    """Seconds without any progress after which the run ends and names the rank that hangs."""
+    hang_timeout: AtLeast10 = changeable(300.0)
+    """Seconds without any progress in a step after which the run ends and names the rank that
+    hangs. The first steps of a start, saves, validations and all else have 1800 s at the least."""
     profile: str | None = changeable(None)
     """Optimiser steps START-STOP, both included, of which a trace is written; null: no trace."""
 

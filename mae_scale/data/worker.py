@@ -13,7 +13,7 @@ import psutil
 from mae_scale.launch.parent import when_parent_ends
 
 GRACE_S = 2.0  # seconds for a worker to finish its batch when the loader is closed
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class DataWorker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from mae_scale.errors import STOPPED, CommonError, RunError, UserError
 from mae_scale.launch.descriptors import make_room, omit_core_dumps
 from mae_scale.launch.stopping import StopRequest, waiting_for_others
-from mae_scale.launch.watchdog import Watchdog
+from mae_scale.launch.watchdog import SILENCE_S, SLOW_S, Watchdog
 from mae_scale.world import World, compute_threads, cpus, host, is_slurm_task, slurm_rendezvous
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ T = TypeVar("T")
 log = logging.getLogger("mae_scale")
 
 # Environment variables that `start` sets for DeepSpeed and torch where a launcher has not.
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # fmt: skip
 
 # By default torch ends this process when a peer is gone or hangs, without naming a rank.
 # - With 2, torch's watchdog only ends the communication. The next collective then raises an error,
@@ -37,12 +39,14 @@ NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": 
 
 END_S = 60  # longest wait for the process group to end, once all ranks are ready to leave
 
-# Stores that this process serves. They outlive their process group: a slower rank may still read
-# from one, and the next group of the same processes meets at the same port.
-_served: list[dist.Store] = []
+# Stores that this process serves, by their ports. They outlive their process group: a slower rank
+# may still read from one, and the next group of the same processes meets at the same port.
+_served: dict[int, dist.Store] = {}
 
 
-def start(world: World, stop: StopRequest | None = None, problem: UserError | None = None) -> str:
+def start(
+    world: World, stop: StopRequest | None = None, problem: UserError | None = None
+) -> dist.Store:
     """Join the process group: gloo for CPU tensors, NCCL for those on a GPU.
 
     Args:
@@ -50,12 +54,16 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
         stop: request to stop this process, which may have been set while it was starting.
         problem: error that this rank is to tell the others; then the rank needs no GPU.
 
+    A process that is alone needs no port, and ranks on one node listen on loopback only.
+
     Returns:
-        A prefix for keys in the store that no other group of these processes uses.
+        A store for the watchdog, with a connection of its own, since that of the process group may
+        be waiting. No other group of these processes uses its keys.
 
     Raises:
         UserError: the rank may open too few files, or it is not known where rank 0 is.
     """
+    one_node = _on_one_node(world)
     make_room(world.rank, world.size)
     omit_core_dumps()
     device = world.device if problem is None else torch.device("cpu")
@@ -76,12 +84,14 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
         # With a GPU the data workers need the CPU cores; without one the arithmetic needs them.
         torch.set_num_threads(compute_threads() if device.type == "cuda" else cpus())
     timeout = timedelta(minutes=10)
+    if one_node:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     if world.size == 1:
-        # The kernel chooses the port: two runs on one machine must not meet.
-        alone = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed asks for them
+        alone = dist.HashStore()
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-        return "0"
+        return dist.PrefixStore("watchdog", alone)
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         if not is_slurm_task(os.environ):
             raise UserError(
@@ -89,27 +99,60 @@ def start(world: World, stop: StopRequest | None = None, problem: UserError | No
             )
         address, port = slurm_rendezvous()
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    if one_node and not _torchrun_serves():
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     with waiting_for_others(stop):
-        store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-        if world.rank == 0:
-            _served.append(store)
+        store = _store(world, one_node, timeout)
         # The store of an earlier group of this process, or torchrun's, still holds its keys.
         number = store.add(f"groups of rank {world.rank}", 1)
         group_store = dist.PrefixStore(f"group {number}", store)
         dist.init_process_group(
             backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout
         )
-    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{number}"
+    own = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=SILENCE_S),
+    )
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"watchdog/{restarts}/{number}", own)
 
 
-def common_secret() -> bytes:
-    """Make 32 random bytes that all ranks of the process group know, and its store does not.
+def _on_one_node(world: World) -> bool:
+    """Return whether all ranks run on this machine, by what the launcher says."""
+    env = os.environ
+    if env.get("MASTER_ADDR", "").startswith("127.") or world.size == 1:
+        return True
+    by_srun = "RANK" not in env and is_slurm_task(env)
+    says = by_srun or "LOCAL_WORLD_SIZE" in env or "LOCAL_SIZE" in env
+    return says and world.local_size == world.size
 
-    The bytes are sent over the connections between the ranks.
+
+def _torchrun_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(world: World, one_node: bool, timeout: timedelta) -> dist.Store:
+    """Connect to the store of all ranks, which rank 0 serves where torchrun does not.
+
+    PyTorch's own store listens on all interfaces, so on one node rank 0 gives it a socket.
     """
-    secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).clone()
-    dist.broadcast(secret, src=0)
-    return bytes(secret.tolist())
+    port = int(os.environ["MASTER_PORT"])
+    if world.rank or not one_node or _torchrun_serves():
+        store: dist.Store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+    elif port in _served:
+        store = dist.TCPStore("127.0.0.1", port, world.size, timeout=timeout)
+    else:
+        listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        store = dist.TCPStore(
+            "127.0.0.1", port, world.size, is_master=True, timeout=timeout,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
+    if world.rank == 0:
+        _served.setdefault(port, store)
+    return store
 
 
 @contextmanager
@@ -137,9 +180,11 @@ def process_group(
     """
     with _environment_kept():
         try:
-            prefix = start(world, stop, problem)
-            watchdog = Watchdog(world, hang_timeout, prefix, common_secret(), stop)
+            watchdog = Watchdog(world, hang_timeout, start(world, stop, problem), stop)
             watchdog.start()
+        except OSError as error:  # of the socket
+            where = f"port {os.environ['MASTER_PORT']} of this machine"
+            raise RunError(f"rank 0 cannot listen on {where}: {error.strerror}") from None
         except RuntimeError as error:  # dist.DistError is one; gloo's errors have no class
             if stop is not None and stop.reason:
                 raise SystemExit(STOPPED) from None  # another rank was asked to stop, too, and left
@@ -233,7 +278,7 @@ def set_collective_timeout(hang_timeout: float) -> None:
     # Public since torch 2.15 only.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
-        set_timeout(timedelta(seconds=hang_timeout + 300), group)
+        set_timeout(timedelta(seconds=max(hang_timeout, SLOW_S) + 300), group)
 
 
 def finish(watchdog: Watchdog) -> None:

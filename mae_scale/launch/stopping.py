@@ -18,7 +18,14 @@ from mae_scale.launch.outputs import say_at_once
 from mae_scale.launch.parent import when_parent_ends
 
 # SIGTERM is the last one: where it is handled, the others are, too.
-SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+    signal.SIGTERM,
+)
 LAUNCHER_ENDED = "the end of the launcher"
 TIME_IS_UP = "train.max_hours"
 GRACE_S = 10  # longest wait for other ranks after a signal

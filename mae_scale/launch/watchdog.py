@@ -8,7 +8,7 @@ Two threads do this; the training itself only assigns a few variables.
 
 from __future__ import annotations
 
-import hmac
+import faulthandler
 import json
 import os
 import sys
@@ -17,9 +17,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -31,6 +33,8 @@ from mae_scale.world import World, host
 BEAT_S = 1.0  # seconds between two records of a rank
 SILENCE_S = 60  # after so long a silence a rank is dead or frozen, or its host cannot be reached
 SILENCE_AFTER_BREAK_S = 5  # the same, once a rank has lost a connection
+SLOW_S = 1800  # shortest time in which whatever is no usual step may make no progress
+DUMP_S = 10  # longest wait for the stacks to be written
 VERDICT = "verdict"  # key in the store of the message with which all ranks end
 
 
@@ -72,19 +76,24 @@ def find_lost(peers: list[Peer], limit: float) -> str | None:
     return f"lost {_names(silent)}: no sign of life for {max(p.silent for p in silent):.0f} s"
 
 
-def find_stuck(peers: list[Peer], limit: float) -> str | None:
-    """Describe the ranks that have kept all others waiting for `limit` seconds; None if none have.
+def find_stuck(peers: list[Peer], hang_timeout: float) -> str | None:
+    """Describe the ranks that have kept all others waiting for too long; None if none have.
 
     All ranks do the same things in the same order, so the ranks that are furthest behind keep the
     others waiting. Of several that are equally far behind, those outside of a collective operation
     are to blame.
     """
-    if not all(peer.still >= limit for peer in peers):
+    if not all(peer.still >= limit_of(peer, hang_timeout) for peer in peers):
         return None
     first = min(peer.record["moves"] for peer in peers)
     behind = [peer for peer in peers if peer.record["moves"] == first]
     stuck = [peer for peer in behind if not peer.record["waits"]] or behind
-    return f"{_names(stuck)} hangs: {stuck[0].record['doing']} for {limit:.0f} s"
+    return f"{_names(stuck)} hangs: {stuck[0].record['doing']} for {stuck[0].still:.0f} s"
+
+
+def limit_of(peer: Peer, hang_timeout: float) -> float:
+    """Return the seconds that a rank may spend on what it does now without going on."""
+    return hang_timeout if peer.record.get("quick") else max(hang_timeout, SLOW_S)
 
 
 def _names(peers: list[Peer]) -> str:
@@ -100,26 +109,28 @@ class Watchdog:
     Args:
         world: this rank.
         hang_timeout: number of seconds without progress on any rank, after which all ranks end.
-        store_prefix: prefix of the keys in the store; the same on all ranks, and used only once.
-        secret: secret of the process group. Anybody who reaches the port can write into the store;
-            values that are not signed with the secret are ignored.
+            What may take longer than a usual step has `SLOW_S` seconds.
+        store: store of the watchdogs of this group.
         stop: request that is set when the launcher ends; None if this process does not train.
+
+    Attributes:
+        run_dir: run folder, in which the stacks of all ranks are written before they end; None:
+            they are not written.
     """
 
     def __init__(
         self,
         world: World,
         hang_timeout: float,
-        store_prefix: str,
-        secret: bytes,
+        store: dist.Store,
         stop: StopRequest | None = None,
     ) -> None:
-        self._secret = secret
         self._world, self._hang_timeout, self._stop_request = world, hang_timeout, stop
         self._record: dict[str, Any] = {
             "beat": 0, "host": host(), "moves": 0, "doing": "starting",
-            "waits": False, "broken": None,
+            "quick": False, "waits": False, "broken": None,
         }  # fmt: skip
+        self.run_dir: Path | None = None
         self._since = time.monotonic()
         if stop is not None:
             stop.doing = self.now
@@ -127,15 +138,7 @@ class Watchdog:
         self._leaving = False
         self._threads: list[threading.Thread] = []
         self._peers = [Peer(r) for r in (range(world.size) if world.rank == 0 else [0])]
-        # The watchdog has a connection of its own: the process group's may be waiting.
-        self._tcp = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=SILENCE_S),
-        )
-        self._store = dist.PrefixStore(f"watchdog/{store_prefix}", self._tcp)
+        self._store = store
         self._records: list[dict[str, Any]] = []
         self._verdict: str | None = None
         self._rounds, self._store_is_gone = 0, False
@@ -155,12 +158,17 @@ class Watchdog:
             self._threads.append(threading.Thread(target=target, daemon=True))
             self._threads[-1].start()
 
-    def doing(self, what: str) -> None:
+    def doing(self, what: str, *, quick: bool = False) -> None:
         """Take note of what this rank does from now on.
 
         All ranks give the same texts in the same order.
+
+        Args:
+            what: what it does, such as "saving step 7".
+            quick: whether it is part of a usual step, so that `hang_timeout` holds.
         """
         self._record["doing"], self._since = what, time.monotonic()
+        self._record["quick"] = quick
         self._record["moves"] += 1  # last, so that the text always fits the count
 
     def now(self) -> tuple[str, float]:
@@ -194,49 +202,29 @@ class Watchdog:
             self._tell(f"{Peer(self._world.rank, self._record)} failed: {what}")
 
     def _tell(self, verdict: str) -> None:
-        """Write the verdict unless there is one; rank 0 then gives the others time to read it."""
+        """Write the verdict unless there is one, and give the others time to read it."""
         try:
-            if not self._store.check([VERDICT]) or self._read(VERDICT) is None:
-                self._write(VERDICT, verdict)
+            if not self._store.check([VERDICT]):
+                self._store.set(VERDICT, verdict)
         except dist.DistError:
             return
-        if self._world.rank == 0 and self._world.size > 1:
-            time.sleep(3 * BEAT_S)
+        if self._world.size > 1:
+            time.sleep((2 if self._world.rank else 3) * BEAT_S)
 
     def _talk(self) -> None:
         """Write this rank's record, and read the verdict and the records of the peers."""
         self._record["beat"] += 1
         self._record["waits"] = _is_in_a_collective()
-        self._write(str(self._world.rank), json.dumps(self._record))
+        self._store.set(str(self._world.rank), json.dumps(self._record))
         if self._store.check([VERDICT]):
-            self._verdict = self._read(VERDICT)
+            self._verdict = self._store.get(VERDICT).decode()
         keys = [str(peer.rank) for peer in self._peers]
         if self._store.check(keys):
             values = self._store.multi_get(keys)
         else:  # one has died before its first record, or has yet to write it
             values = [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
-        texts = [self._opened(key, value) for key, value in zip(keys, values, strict=True)]
-        # A forged record is no sign of life, and neither is a missing one.
-        self._records = [
-            peer.record if text is None else json.loads(text)
-            for peer, text in zip(self._peers, texts, strict=True)
-        ]
+        self._records = [json.loads(value) if value else {} for value in values]
         self._rounds += 1
-
-    def _signature(self, key: str, text: bytes) -> bytes:
-        return hmac.digest(self._secret, key.encode() + b"\0" + text, "sha256").hex().encode()
-
-    def _write(self, key: str, text: str) -> None:
-        self._store.set(key, f"{self._signature(key, text.encode()).decode()} {text}")
-
-    def _read(self, key: str) -> str | None:
-        return self._opened(key, self._store.get(key))
-
-    def _opened(self, key: str, value: bytes) -> str | None:
-        """Return the text of a value that a rank of this group has signed; None for others."""
-        signature, _, text = value.partition(b" ")
-        good = hmac.compare_digest(signature, self._signature(key, text))
-        return text.decode() if good else None
 
     def _keep_talking(self) -> None:
         try:
@@ -266,8 +254,7 @@ class Watchdog:
             if verdict is None and broken and broken[0].still >= 3 * limit:
                 verdict = f"{_names(broken[:1])} failed: {broken[0].record['broken']}"
             if verdict is not None:
-                self._tell(verdict)
-                self._end(verdict)
+                self._end(verdict, tell=True)
 
     def _go_without_store(self, me: Peer) -> None:
         """Decide what to do when the store does not answer.
@@ -281,11 +268,27 @@ class Watchdog:
         if (
             not (torchruns or self._leaving)
             or me.record["broken"]
-            or me.still >= self._hang_timeout
+            or me.still >= limit_of(me, self._hang_timeout)
         ):
             self._end(f"lost {self._peers[0]}: its store does not answer")
 
-    def _end(self, verdict: str) -> NoReturn:
+    def _dump(self, run_dir: Path) -> None:
+        """Write where each thread of this rank is, and what NCCL has recorded, if it has."""
+        folder = run_dir / "stacks"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"rank-{self._world.rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        if "nccl" in dist.get_backend_config():
+            record = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
+            (folder / f"rank-{self._world.rank}-nccl.json").write_bytes(record)
+
+    def _end(self, verdict: str, tell: bool = False) -> NoReturn:
+        if self.run_dir is not None:
+            dump = threading.Thread(target=self._dump, args=(self.run_dir,), daemon=True)
+            dump.start()
+            dump.join(DUMP_S)  # the folder may not answer
+        if tell:
+            self._tell(verdict)
         # The main thread may wait for ever, so the process ends without it; data workers end, too.
         with suppress(OSError):  # the terminal was closed
             print(f"mae-scale: error: {one_line(verdict)}", file=sys.stderr, flush=True)

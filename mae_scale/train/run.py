@@ -163,6 +163,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
         resume = on_rank0(lambda: _resume_point(config, run_hash, parts.shards.fingerprint))
         if writes:
             on_rank0(lambda: _write(run_dir, parts.notes))
+            watchdog.run_dir = run_dir
         step, bad_steps = 0, 0
         if resume is not None:
             commit = checkpoint.Commit.read(resume)

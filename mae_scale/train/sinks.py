@@ -25,7 +25,8 @@ class Rows:
     Rows that cannot be written (a full disk, a quota, no permission) stay in memory. They are
     tried again with each row and before each save, so that the record is whole once there is room.
     A save does not wait for them: weights are worth more than rows. Only a process that ends
-    before there is room loses them, and says which.
+    before there is room loses them, and says which. Where somebody removes or replaces the file,
+    a warning says so, and later rows are added to the file that is there then.
 
     Args:
         path: path of the file.
@@ -34,8 +35,11 @@ class Rows:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = {row["step"]: row for row in readable_rows(path, whole=True) if row["step"] <= step}
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
+        rows: dict[int, dict[str, Any]] = {}
+        for row in readable_rows(path, whole=True):
+            if row["step"] <= step:
+                rows.setdefault(row["step"], row)  # of two rows of a step readers take the first
+        write_atomically(path, "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
         self._path = path
         self._file = self._open()
         self._waiting: list[tuple[int, bytes]] = []

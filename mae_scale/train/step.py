@@ -22,6 +22,8 @@ from mae_scale.world import World
 
 Batch = dict[str, torch.Tensor]
 
+FIRST_STEPS = 2  # steps of a start that may take long: they compile and warm up
+
 
 @dataclass
 class Wishes:
@@ -117,6 +119,7 @@ class Stepper:
     ) -> None:
         self._engine, self._loss_of, self._world = engine, loss_of, world
         self._watchdog, self._stop = watchdog, stop
+        self._done = 0  # steps since this start
         self._seed, self._train, self._optim = seed, train, optim
         self._steps_per_epoch, self._accumulation = steps_per_epoch, accumulation
         self._guard = StepGuard(engine, optim.clip_grad)
@@ -142,7 +145,7 @@ class Stepper:
             batch = self._next(batches, step)
             wait += time.monotonic() - began
             samples.append(batch["sample"])
-            self._watchdog.doing(f"computing step {step + 1}")
+            self._watchdog.doing(f"computing step {step + 1}", quick=self._done >= FIRST_STEPS)
             with record_function("forward"):
                 loss = self._loss_of(self._engine, batch, step, micro)
             losses[micro] = loss.detach()
@@ -156,6 +159,7 @@ class Stepper:
                 self._engine.step()
         numbers = torch.cat([shared[:1], self._guard.grad_norm.double().view(1), shared[1:]])
         values, ready = _to_host(numbers)
+        self._done += 1
         return StepResult(
             step=step + 1,
             lr=lr,
@@ -174,7 +178,9 @@ class Stepper:
         return lr
 
     def _next(self, batches: Iterator[Batch], step: int) -> Batch:
-        self._watchdog.doing(f"waiting for the data of step {step + 1}")
+        self._watchdog.doing(
+            f"waiting for the data of step {step + 1}", quick=self._done >= FIRST_STEPS
+        )
         try:
             with record_function("data wait"):
                 return next(batches)

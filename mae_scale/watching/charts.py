@@ -1,33 +1,27 @@
-"""Charts as SVG for a page: matplotlib draws them, and the page's style sets fonts and colours.
-
-Text and grid have the colours of the page's variables --ink and --line, so that they follow a dark
-theme.
-"""
+"""Charts of a run's curves as SVG; the page sets font and colour of their text."""
 
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html import escape
+import warnings
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Values = npt.NDArray[np.float64]
 
+WIDTH, HEIGHT = 420, 260  # size in pixels at which text has its natural size
 BINS = 400  # largest number of points of a curve
-FEW = 12  # largest number of marks that cross the whole chart
-_INK, _LINE = "#010203", "#040506"  # placeholders, which the page's variables replace
-_THEME = {_INK: "var(--ink)", _LINE: "var(--line)"}
-_RC: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
+FEW = 40  # largest number of points of a curve that are marked one by one
+FEW_STARTS = 12  # largest number of lines at restarts that cross the whole chart
+_GREY = "#80808055"  # colour of the grid, on light and dark ground
+_RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11}
 
 
 @dataclass
@@ -40,46 +34,23 @@ class Curve:
     dashed: bool = False
 
 
-@dataclass
-class Chart:
-    """Curves over a common axis."""
-
-    title: str
-    curves: list[Curve]
-    x_label: str
-    x_end: float
-    """End of the axis, which begins at 0, so that the charts of a page have the same axis."""
-    marks: list[tuple[float, str]] = field(default_factory=list)
-    """Vertical lines: place on the axis, and colour."""
-    scale: Literal["auto", "zero", "percent"] = "auto"
-    """Scale of the values. auto: logarithmic where they are positive and span a factor over 5,
-    linear otherwise; zero: linear from 0; percent: linear from 0, for shares from 0 to 1."""
-    smooth: bool = False
-    """Whether to draw a moving mean, with the values faintly behind it."""
-
-
 def thin(x: Values, y: Values, bins: int = BINS) -> tuple[Values, Values, Values, Values]:
     """Divide a long curve into bins of consecutive points.
 
     Args:
-        x, y: float64 [n]; y may hold NaN, which does not count.
+        x, y: float64 [n], n at least 1; y may hold NaN, which does not count.
         bins: largest number of bins; a curve with fewer points keeps them all.
 
     Returns:
         For each bin the mean of x, the mean of y, the lowest y and the highest y, each float64
         [at most `bins`]; those of y are NaN where a bin has no value.
     """
-    n = len(x)
-    starts = np.unique(np.arange(bins) * n // bins) if n > bins else np.arange(n)
-    finite = np.isfinite(y)
-    count = np.add.reduceat(finite, starts, dtype=np.int64)
-    total = np.add.reduceat(np.where(finite, y, 0.0), starts)
-    with np.errstate(invalid="ignore"):
-        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    low = np.fmin.reduceat(np.where(finite, y, np.nan), starts)
-    high = np.fmax.reduceat(np.where(finite, y, np.nan), starts)
-    sizes = np.diff(np.append(starts, n))
-    return np.add.reduceat(x, starts) / sizes, mean, low, high
+    size = -(-len(x) // bins)
+    fill = np.full(-len(x) % size, np.nan)
+    xs, ys = (np.append(values, fill).reshape(-1, size) for values in (x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of bins without a value
+        return np.nanmean(xs, 1), np.nanmean(ys, 1), np.nanmin(ys, 1), np.nanmax(ys, 1)
 
 
 def moving_mean(y: Values) -> Values:
@@ -88,105 +59,91 @@ def moving_mean(y: Values) -> Values:
     The mean is over a twentieth of the curve, with as many values on either side; towards the ends
     it is over fewer values.
     """
-    i = np.arange(len(y))
-    half = np.minimum(len(y) // 40, np.minimum(i, i[::-1]))
-    finite = np.isfinite(y)
-    total = np.append(0, np.cumsum(np.where(finite, y, 0.0)))
-    count = np.append(0, np.cumsum(finite))
-    first, last = i - half, i + half + 1
-    n = count[last] - count[first]
-    return np.where(n > 0, (total[last] - total[first]) / np.maximum(n, 1), np.nan)
+    n, half = len(y), len(y) // 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of windows without a value
+        halves = (min(half, i, n - 1 - i) for i in range(n))
+        return np.array([np.nanmean(y[i - h : i + h + 1]) for i, h in enumerate(halves)])
 
 
-def draw(chart: Chart, width: int, height: int) -> str:
-    """Draw a chart as an `<svg>` element that fills the width of its place on the page.
+@matplotlib.rc_context(_RC)
+def draw(
+    curves: list[Curve],
+    x_label: str,
+    x_end: float,
+    marks: list[tuple[float, str]],
+    scale: Literal["auto", "zero", "percent"] = "auto",
+    smooth: bool = False,
+) -> str:
+    """Draw curves over a common axis from 0 as an `<svg>` element that fills its place.
 
     Args:
-        chart: chart to draw.
-        width, height: size in pixels at which text has its natural size.
+        curves: curves to draw.
+        x_label: label of the axis.
+        x_end: end of the axis, the same in all charts of a task.
+        marks: vertical lines: place on the axis, and colour.
+        scale: scale of the values. auto: logarithmic where they are positive and span a factor over
+            5, linear otherwise; zero: linear from 0; percent: linear from 0, for shares up to 1.
+        smooth: whether to draw a moving mean, with the values faintly behind it.
     """
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": f"{chart.title} {width}"}):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        axes = figure.add_subplot()
-        lowest, highest = np.inf, -np.inf
-        for curve in chart.curves:
-            _draw_curve(axes, curve, chart.smooth)
-            finite = curve.y[np.isfinite(curve.y)]
-            if finite.size:
-                lowest, highest = min(lowest, finite.min()), max(highest, finite.max())
-        for x, colour in chart.marks:
-            top = 1 if len(chart.marks) <= FEW else 0.05  # many long lines would hide the curves
-            axes.axvline(x, 0, top, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
-        _set_scale(axes, chart.scale, lowest, highest)
-        _style(axes, chart.x_label)
-        axes.set_xlim(-0.02 * chart.x_end, 1.02 * chart.x_end)
-        stream = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure)
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        if len(curve.x):
+            _draw_curve(axes, curve, smooth)
+    top = 1 if len(marks) <= FEW_STARTS else 0.05  # many long lines would hide the curves
+    for x, colour in marks:
+        axes.axvline(x, 0, top, color=colour, linestyle=(0, (2, 3)), linewidth=1, alpha=0.7)
+    _set_scale(axes, scale, np.concatenate([curve.y for curve in curves]))
+    axes.set_xlim(-0.02 * x_end, 1.02 * x_end)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axes.set_xlabel(x_label)
+    axes.tick_params(which="both", length=0)
+    axes.grid(color=_GREY, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GREY)
+    stream = io.StringIO()
+    about: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure)
+    figure.savefig(stream, format="svg", transparent=True, metadata=about)
     svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    for colour, variable in _THEME.items():
-        svg = svg.replace(colour, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)
+    return svg[svg.index("<svg") :]
 
 
-def _draw_curve(axes: Axes, curve: Curve, smooth: bool) -> None:
-    if not len(curve.x):
-        return
+def _draw_curve(axes: Any, curve: Curve, smooth: bool) -> None:
     x, mean, low, high = thin(curve.x, curve.y)
-    style: dict[str, Any] = {
-        "color": curve.colour,
-        "linewidth": 1.6,
-        "linestyle": "--" if curve.dashed else "-",
-    }
+    few = np.isfinite(mean).sum() <= FEW
     if smooth and len(curve.x) > BINS:
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
     elif smooth:
         axes.plot(x, mean, color=curve.colour, alpha=0.3, linewidth=1)
-    line = moving_mean(mean) if smooth else mean
-    axes.plot(x, line, marker="o" if np.isfinite(line).sum() < 2 else None, markersize=4, **style)
+    axes.plot(
+        x, moving_mean(mean) if smooth else mean, color=curve.colour, linewidth=1.6,
+        linestyle="--" if curve.dashed else "-", marker="o" if few else None, markersize=3.5,
+    )  # fmt: skip
 
 
-def _set_scale(axes: Axes, scale: str, lowest: float, highest: float) -> None:
-    if scale == "auto" and lowest > 0 and highest > 5 * lowest and np.isfinite(highest):
+def _set_scale(axes: Any, scale: str, values: Values) -> None:
+    finite = values[np.isfinite(values)]
+    lowest, highest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    if scale == "auto" and 0 < 5 * lowest < highest:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        if scale != "auto":
-            axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
+    if scale != "auto":
+        axes.set_ylim(0, 1.08 * highest if highest > 0 else 1)
     percent = scale == "percent"
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda y, _: f"{100 * y:.3g} %" if percent else short(y))
     )
 
 
-def _style(axes: Axes, x_label: str) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-    axes.set_xlabel(x_label, color=_INK)
-    axes.tick_params(colors=_INK, length=0)
-    axes.tick_params(which="minor", length=0)
-    axes.grid(color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-
-
 def short(value: float) -> str:
     """Write a number for an axis, such as 250, 12k, 1.5M, 2e-05."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or (letter == "M" and abs(value) >= size):
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
-
-
-def spread(values: Sequence[int], most: int) -> list[int]:
-    """Choose at most `most` of the values, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    return f"{value / 1e3:.4g}k" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -48,7 +48,7 @@ def health(run: RunView, rows: Rows, state: str, now: float) -> list[str]:
         state: its state, as `RunView.state` has it.
         now: seconds since 1970.
     """
-    found: list[str] = []
+    found = run.flaws
     pace = pace_of(rows)
     if state == "failed":
         found.append("it ended without saying why (killed?); its log has the reason")

@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from mae_scale.config.yaml_files import read_yaml
 from mae_scale.errors import UserError
 from mae_scale.files import open_descriptor, read_file
 from mae_scale.tasks.task import Task, task_of
-from mae_scale.train.records import HISTORY, METRICS, VALIDATION, is_count, is_sound, readable_rows
+from mae_scale.train.records import (
+    HISTORY,
+    METRICS,
+    VALIDATION,
+    is_count,
+    is_sound,
+    readable_rows,
+    rising_rows,
+)
 from mae_scale.world import host
 
 # Age in seconds up to which the last row shows that a run on another host still runs: the lock of
@@ -82,7 +91,9 @@ class RunView:
             raise UserError(f"{folder}/config.yaml cannot be read: {_line(error)}") from None
         if not isinstance(self.config, dict):
             raise UserError(f"{folder}/config.yaml is not the config of a run")
-        self.history = [r for r in readable_rows(folder / HISTORY) if "event" in r and is_sound(r)]
+        self._flaws: dict[str, Counter[str]] = {HISTORY: Counter()}
+        rows = readable_rows(folder / HISTORY, flaws=self._flaws[HISTORY])
+        self.history = [row for row in rows if "event" in row and is_sound(row)]
         self.checkpoints: list[Saved] = []
         self.uncommitted: list[str] = []
         for step in sorted((folder / "checkpoints").glob("step-*")):
@@ -90,10 +101,34 @@ class RunView:
             self.checkpoints.append(saved) if saved else self.uncommitted.append(step.name)
         self._locked = _is_locked(folder)
 
+    def rows(self, file: str, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a record of steps, as `rising_rows` does.
+
+        Args:
+            file: name of the record.
+            last_bytes: number of bytes at the end of the file to look at; None: the whole file.
+        """
+        self._flaws[file] = Counter()
+        rows = rising_rows(self.folder / file, last_bytes, self._flaws[file])
+        return filter(_is_of_metrics, rows) if file == METRICS else rows
+
     def last_rows(self, most: int) -> list[dict[str, Any]]:
         """Read at most `most` last rows of metrics.jsonl, without reading a long file whole."""
-        rows = readable_rows(self.folder / METRICS, 600 * most)
-        return [row for row in rows if is_of_metrics(row)][-most:]
+        return list(self.rows(METRICS, 600 * most))[-most:]
+
+    def _newest(self) -> list[dict[str, Any]]:
+        """Read the last row of metrics.jsonl; it is empty if there is none."""
+        rows = rising_rows(self.folder / METRICS, 1200)
+        return list(filter(_is_of_metrics, rows))[-1:]
+
+    @property
+    def flaws(self) -> list[str]:
+        """Lines about what has been left out of the records that were read so far."""
+        return [
+            f"{file}: {what}" + (f": {count}" if count else "")
+            for file, flaws in self._flaws.items()
+            for what, count in flaws.items()
+        ]
 
     @property
     def task(self) -> Task:
@@ -105,11 +140,7 @@ class RunView:
 
         None: the run has no validation with a score.
         """
-        return self.task.best_row(self.validations())
-
-    def validations(self) -> list[dict[str, Any]]:
-        """Read the rows of validation.jsonl."""
-        return [row for row in readable_rows(self.folder / VALIDATION) if is_sound(row)]
+        return self.task.best_row(self.rows(VALIDATION))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -138,13 +169,13 @@ class RunView:
     @property
     def step(self) -> int:
         """Number of optimiser steps done, by the newest row or checkpoint."""
-        steps = [row["step"] for row in [*self.last_rows(1), *self.history[-1:]]]
+        steps = [row["step"] for row in [*self._newest(), *self.history[-1:]]]
         return max([*steps, *(saved.commit["step"] for saved in self.checkpoints[-1:])], default=0)
 
     @property
     def last_sign(self) -> float | None:
         """Time of the last row that the run wrote, in seconds since 1970; None: there is no row."""
-        times = [row.get("time") for row in [*self.history[-1:], *self.last_rows(1)]]
+        times = [row.get("time") for row in [*self.history[-1:], *self._newest()]]
         return max((t for t in times if t is not None), default=None)
 
     @property
@@ -167,10 +198,10 @@ class RunView:
         return "running" if elsewhere and time.time() - sign < YOUNG_S else "failed"
 
 
-def is_of_metrics(row: dict[str, Any]) -> bool:
+def _is_of_metrics(row: dict[str, Any]) -> bool:
     """Return whether a row of metrics.jsonl has all values that curves and rates need."""
-    positive = all(row.get(key) for key in ("step", "epoch", "samples", "images_per_second"))
-    return is_sound(row) and positive and None not in (row.get("data_wait"), row.get("time"))
+    positive = ("step", "epoch", "samples", "images_per_second", "time")
+    return all((row.get(key) or 0) > 0 for key in positive) and row.get("data_wait") is not None
 
 
 def _saved(folder: Path) -> Saved | None:

@@ -124,7 +124,8 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
                       ("resumed", stopped_at), ("finished", 12)]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2,
+                                    signal.SIGXCPU, signal.SIGHUP])  # fmt: skip
 def test_a_signal_to_the_whole_group_saves_and_goes_on(
     run: Run, undisturbed: Run, number: signal.Signals
 ) -> None:

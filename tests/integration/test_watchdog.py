@@ -120,6 +120,8 @@ def test_a_rank_that_hangs_is_named(two: Ranks) -> None:
     outputs = two.others_end(-1)
     for output in outputs:
         assert f"error: rank 1 ({HOST}) hangs: waiting for the data of step" in output
+    for rank, place in ((0, "torch/distributed"), (1, "torch/utils/data/dataloader.py")):
+        assert place in (two.run.run_dir / "stacks" / f"rank-{rank}.txt").read_text()
 
 
 def test_the_error_of_a_rank_is_known_to_the_others(two: Ranks) -> None:

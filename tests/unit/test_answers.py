@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mae_scale.cli import COMMANDS, main
-from mae_scale.commands.completion import script
 from mae_scale.tasks.task import TASKS
 
 SLOW = ("torch", "timm", "deepspeed", "matplotlib", "torchvision")
@@ -88,28 +86,3 @@ def test_a_variable_of_the_shell_that_is_not_set(
     """An empty path would be the working folder, and empty weights would be random ones."""
     assert main(arguments) == 2
     assert says in capsys.readouterr().err
-
-
-def test_a_shell_completes_commands_options_recipes_and_values(tmp_path: Path) -> None:
-    program = tmp_path / "completion.sh"
-    program.write_text(
-        script("bash")
-        + '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_mae_scale\n'
-        + 'printf "%s\\n" "${COMPREPLY[@]}"\n'
-    )
-
-    def completed(*words: str) -> set[str]:
-        done = subprocess.run(
-            ["bash", program, "mae-scale", *words], capture_output=True, text=True, check=True
-        )
-        return set(done.stdout.split())
-
-    assert {"pretrain", "predict"} <= completed("pre")
-    assert completed("pretrain", "--train.ep") == {"--train.epochs"}
-    assert "pretrain_vit_base" in completed("pretrain", "--config", "pretrain_vit")
-    assert completed("finetune", "--model.pool", "m") == {"mean"}
-    assert completed("evaluate", "--multi") == {"--multi_scale"}
-    # With zsh 5.9 the script was tried by hand: read by source and eval, and as a file of fpath.
-    zsh = script("zsh")
-    assert zsh.startswith("#compdef mae-scale\n") and "zsh_eval_context" not in zsh
-    assert zsh.count("compdef _shtab_mae_scale mae-scale") == 1

@@ -26,7 +26,7 @@ from mae_scale.errors import UserError
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.images import decode_error, shrink
 from mae_scale.sharding.verify import verify
-from mae_scale.watching.page import _figure
+from mae_scale.watching.report import picture
 
 PIXELS = r"576,000,000 pixels|more than [\d,]+ pixels"
 KEYS = (0, 0, 0)
@@ -101,7 +101,7 @@ def test_pictures(tmp_path: Path) -> None:
     path.write_bytes(bomb("JPEG"))
     with pytest.raises(UserError, match=PIXELS):
         read_centre(path, 32, 10**8)
-    assert "cannot be read" in _figure("reconstruction", path, "picture-1")
+    assert picture(path) is None
 
 
 def test_only_named_formats_are_opened() -> None:

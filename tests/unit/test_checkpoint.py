@@ -145,7 +145,7 @@ def test_rows_continue_in_a_new_file_where_theirs_was_removed(tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 1, "loss": 2}\n{"step": 3}\n')
     rows = Rows(path, 2)
-    assert path.read_text() == '{"step": 1, "loss": 2}\n'
+    assert path.read_text() == '{"step": 1, "loss": 3}\n'
     rows.write({"step": 2})
     path.unlink()
     rows.write({"step": 3})

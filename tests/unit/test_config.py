@@ -20,6 +20,7 @@ from mae_scale.config.parsing import config_keys, parse, recipe_names
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.segment import SegmentConfig
 from mae_scale.errors import UserError
+from mae_scale.launch.stopping import SIGNALS
 from mae_scale.tasks.task import task_of
 
 NEEDED = ["--run_dir=r", "--data.train=d"]
@@ -32,7 +33,7 @@ def read(*argv: str) -> PretrainConfig:
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     """The command takes signals over; give them back to the tests."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    numbers = SIGNALS
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():

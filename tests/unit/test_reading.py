@@ -162,16 +162,15 @@ def test_any_record_is_read(tmp_path_factory: pytest.TempPathFactory, content: b
 
 SOUND = {
     "step": 3, "epoch": 0.1, "samples": 24, "loss": 0.7, "lr": 1e-3, "grad_norm": None,
-    "images_per_second": 9.5, "data_wait": 0.0, "mfu": None, "time": 1.8e9, "top1": math.nan,
+    "images_per_second": 9.5, "data_wait": 0.0, "mfu": None, "time": 1.8e9, "top1": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [(key, value) for key in ("time", "samples", "images_per_second", "data_wait", "loss", "lr")
-     for value in ("x", [], {}, True, 10**400, 1e300 if key != "loss" else -1e300)]
-    + [("event", None), ("event", 3), ("host", []), ("total_steps", 0), ("total_steps", 2.5),
-       ("world_size", -1), ("time", -1), ("time", math.inf), ("step", math.nan)],
+     for value in ("x", [], {}, True, 10**400, -1e300)]
+    + [("event", None), ("event", 3), ("host", []), ("total_steps", "1"), ("step", math.nan)],
 )  # fmt: skip
 def test_rows_that_no_run_writes_are_left_out(tmp_path: Path, key: str, value: object) -> None:
     assert is_sound(SOUND) and not is_sound({**SOUND, key: value})

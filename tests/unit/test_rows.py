@@ -56,6 +56,7 @@ def test_rows_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_a_resume_keeps_what_others_have_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "time": "odd"}, {"step": 2, "loss": []}, {"step": 3}, {"no": "step"}]
+    lines += [{"step": 2, "loss": "a second time"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
     Rows(path, 2).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]

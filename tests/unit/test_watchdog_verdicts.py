@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mae_scale.launch.watchdog import Peer, find_lost, find_stuck
+from mae_scale.launch.watchdog import SLOW_S, Peer, find_lost, find_stuck
 
 LIMIT = 30
 
@@ -15,7 +15,7 @@ def second(group: list[Peer], beat: int, silent: tuple[int, ...] = (), **what: l
     """Let one second pass; `what` gives a value for each rank."""
     for peer in group:
         record = {"beat": beat, "host": f"n{peer.rank // 2}", "moves": beat, "doing": "a step",
-                  "waits": False}  # fmt: skip
+                  "waits": False, "quick": True}  # fmt: skip
         record |= {key: values[peer.rank] for key, values in what.items()}
         peer.update(peer.record if peer.rank in silent else record)
 
@@ -66,3 +66,11 @@ def test_as_long_as_one_goes_on_nobody_hangs() -> None:
     for beat in range(200):
         second(group, beat, moves=[1, beat // 20])
     assert find_stuck(group, LIMIT) is None
+
+
+def test_what_is_no_usual_step_may_take_longer() -> None:
+    group = peers(2)
+    for beat in range(1 + SLOW_S):
+        assert find_stuck(group, LIMIT) is None
+        second(group, beat, moves=[8, 8], doing=["saving step 8"] * 2, quick=[False, True])
+    assert find_stuck(group, LIMIT) == "rank 0 (n0), rank 1 (n0) hangs: saving step 8 for 1800 s"
