@@ -31,6 +31,7 @@ from mae_scale.models.targets import TARGETS, Target, patchify, unpatchify
 # Table 1). The two small ones are made for tests, CIFAR and the demo: they have DeiT's widths, and
 # a decoder of the same proportion to the encoder (2/3 of its width) but only 4 blocks. With an
 # encoder so small, a deeper decoder, which sees all patches, would be most of the cost.
+_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 MODELS: dict[str, dict[str, int]] = {
     "mae_vit_tiny_patch16": {
         "embed_dim": 192,
@@ -48,9 +49,15 @@ MODELS: dict[str, dict[str, int]] = {
         "decoder_depth": 4,
         "decoder_num_heads": 8,
     },
-    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, **_DECODER},
+    "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, **_DECODER},
+    "mae_vit_huge_patch14": {
+        "patch_size": 14,
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        **_DECODER,
+    },
 }
 
 
