@@ -36,8 +36,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
-from mae_scale.commands import evaluating, status
-from mae_scale.commands.reconstructing import load_foreign, load_mae
+from mae_scale.commands import status
 from mae_scale.commands.sweep import read_sweep
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
@@ -51,13 +50,14 @@ from mae_scale.data.loader import TrainLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import decode_image
 from mae_scale.errors import UserError
+from mae_scale.inference.evaluate import outputs_of
+from mae_scale.inference.model import read_model
 from mae_scale.sharding.coco import read_coco
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.lists import read_classes, read_list
 from mae_scale.sharding.sources import find_source
 from mae_scale.sharding.verify import verify
-from mae_scale.tasks.classifiers import read_classifier
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint
 from mae_scale.train import checkpoint, elastic
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
@@ -508,8 +508,8 @@ def class_files(material: Material) -> st.SearchStrategy[Files]:
 
 def read_class_file(material: Material, folder: Path) -> None:
     """Load the classifier of a run with these classes."""
-    loaded = read_classifier(folder)
-    evaluating.outputs_of(open_shards(material.shards), loaded.classes)
+    loaded = read_model(folder, "classifier")
+    outputs_of(open_shards(material.shards), loaded.classes)
 
 
 def rows(material: Material) -> st.SearchStrategy[Files]:
@@ -596,7 +596,7 @@ def read_states(material: Material, folder: Path) -> None:
     for path in [p for p in folder.iterdir() if p.is_file()]:
         path.rename(step / path.name)
     shutil.copy(good.parents[1] / "config.yaml", folder / "run")
-    load_mae(step)
+    read_model(step, "autoencoder")
     order = list(load_tensors(good / "mp_rank_00_model_states.pt")["module"])
     order = [name for name in order if "pos_embed" not in name]
     elastic.convert(step, checkpoint.Commit.read(good).zero_stage, order)
@@ -635,7 +635,8 @@ def weight_files(material: Material) -> st.SearchStrategy[Files]:
 def read_weight_file(material: Material, folder: Path) -> None:
     """Read weights from elsewhere into a model."""
     path = next(p for p in folder.iterdir())
-    load_foreign(path, "mae_vit_tiny_patch16", None if path.is_dir() else "true")
+    norm_pix_loss = None if path.is_dir() else "true"
+    read_model(path, "autoencoder", model="mae_vit_tiny_patch16", norm_pix_loss=norm_pix_loss)
 
 
 TARGETS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import Parser, alone
 
 FORMATS = ("official", "timm", "huggingface")
 
@@ -34,10 +34,6 @@ def main(argv: list[str], prog: str) -> int:
     """Parse the arguments and export."""
     options = parser(prog).parse_args(argv)
 
-    from mae_scale.commands.exporting import export
-    from mae_scale.launch.logs import set_up_logging
-    from mae_scale.world import World
+    from mae_scale.inference.export import run
 
-    set_up_logging(World())
-    export(options.run, options.to, options.out, options.ema)
-    return 0
+    return alone(run, options)

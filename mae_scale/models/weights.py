@@ -90,7 +90,7 @@ def _without_prefixes(state: StateDict, path: Path, keep: str) -> StateDict:
         UserError: the weights are of several models.
     """
     plain = {key.replace(_COMPILED, ""): value for key, value in state.items()}
-    firsts = {found[1] for key in plain if (found := _FIRST.fullmatch(key))}
+    firsts = {match[1] for key in plain if (match := _FIRST.fullmatch(key))}
     one = "|".join(re.escape(prefix) for prefix in PREFIXES if prefix != keep)
     prefixes = sorted(
         text for text in firsts if re.fullmatch(f"({one})*({re.escape(keep)})?", text)

@@ -19,6 +19,7 @@ from mae_scale.config.yaml_files import read_yaml
 from mae_scale.data.bands import RGB, Bands, checked_range
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
+from mae_scale.launch.distributed import on_rank0
 from mae_scale.models.dense_weights import BACKBONE
 from mae_scale.models.description import Description, describe
 from mae_scale.models.weights import check_finite, read_weights, sizes_of
@@ -213,6 +214,19 @@ class TrainedRun:
     """Config of the run."""
     classes: list[str]
     """Names of the model's outputs, in order; empty for pre-training."""
+    why: str = ""
+    """Reason in words why this checkpoint of the run was chosen."""
+
+    @classmethod
+    def chosen(cls, path: str | Path) -> TrainedRun:
+        """Read the run of the checkpoint that `chosen_checkpoint` finds, and log which it is.
+
+        All ranks call.
+        """
+        folder, why = on_rank0(lambda: chosen_checkpoint(path))
+        run = dataclasses.replace(cls.read(folder), why=why)
+        log.info("%s: %s (%s)", run.run_dir, folder.name, why)
+        return run
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainedRun:

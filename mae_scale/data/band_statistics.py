@@ -33,9 +33,6 @@ def run(options: argparse.Namespace) -> None:
         UserError: there are no shards, or an option is out of its range.
         RunError: an image cannot be decoded.
     """
-    for name in ("in_chans", "most", "max_pixels"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
     value_range = given_range(options.value_range, options.in_chans)
     shards = open_shards(options.data, options.cache_dir)
     number = min(options.most, len(shards))
