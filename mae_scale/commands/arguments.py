@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -223,23 +224,34 @@ def add_loading(parser: Parser) -> None:
     add_max_pixels(parser)
 
 
-def alone(work: Callable[[Any, World], None], options: argparse.Namespace) -> int:
-    """Run a command in this process, and return its exit code."""
-    from mae_scale.launch.logs import set_up_logging
+def command(
+    parser: Callable[[str], Parser], work: str, all_ranks: bool = False
+) -> Callable[[list[str], str], int]:
+    """Return the `main` of a command: it parses the arguments, and only then imports torch.
 
-    world = World()
-    set_up_logging(world)
-    work(options, world)
-    return 0
+    Args:
+        parser: function that makes the command's parser from the name of the program.
+        work: module with `run(options, world)`, or with `run(options, world, watchdog)` for a
+            command that runs on all ranks.
+        all_ranks: whether the command runs on all ranks.
+    """
 
+    def main(argv: list[str], prog: str) -> int:
+        options = parser(prog).parse_intermixed_args(argv)
 
-def on_all_ranks(work: Callable[[Any, World, Any], None], options: argparse.Namespace) -> int:
-    """Run a command on all ranks, with a watchdog, and return its exit code."""
-    from mae_scale.launch.distributed import process_group
-    from mae_scale.launch.logs import set_up_logging
+        from mae_scale.launch.logs import set_up_logging
 
-    world = World.from_environment()
-    set_up_logging(world)
-    with process_group(world, hang_timeout=1800.0) as watchdog:
-        work(options, world, watchdog)
-    return 0
+        run = import_module(work).run
+        world = World.from_environment() if all_ranks else World()
+        set_up_logging(world)
+        if not all_ranks:
+            run(options, world)
+            return 0
+
+        from mae_scale.launch.distributed import process_group
+
+        with process_group(world, hang_timeout=1800.0) as watchdog:
+            run(options, world, watchdog)
+        return 0
+
+    return main

@@ -10,7 +10,7 @@ from mae_scale.commands.arguments import (
     add_img_size,
     add_max_pixels,
     add_weights,
-    alone,
+    command,
     file_name,
 )
 
@@ -31,10 +31,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, then import torch and do the work."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.inference.attention import run
-
-    return alone(run, options)
+main = command(parser, "mae_scale.inference.attention")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser, add_loading, add_weights, on_all_ranks
+from mae_scale.commands.arguments import Parser, add_loading, add_weights, command
 
 
 def parser(prog: str) -> Parser:
@@ -46,10 +46,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, then import torch and do the work."""
-    options = parser(prog).parse_intermixed_args(argv)
-
-    from mae_scale.inference.evaluate import run
-
-    return on_all_ranks(run, options)
+main = command(parser, "mae_scale.inference.evaluate", all_ranks=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser, alone
+from mae_scale.commands.arguments import Parser, command
 
 FORMATS = ("official", "timm", "huggingface")
 
@@ -30,10 +30,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and export."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.inference.export import run
-
-    return alone(run, options)
+main = command(parser, "mae_scale.inference.export")

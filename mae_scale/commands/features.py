@@ -7,8 +7,8 @@ from mae_scale.commands.arguments import (
     add_loading,
     add_pool,
     add_weights,
+    command,
     file_name,
-    on_all_ranks,
 )
 
 
@@ -29,10 +29,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, then import torch and do the work."""
-    options = parser(prog).parse_intermixed_args(argv)
-
-    from mae_scale.inference.features import run
-
-    return on_all_ranks(run, options)
+main = command(parser, "mae_scale.inference.features", all_ranks=True)

@@ -10,7 +10,7 @@ from mae_scale.commands.arguments import (
     add_img_size,
     add_max_pixels,
     add_weights,
-    alone,
+    command,
     number,
     whole,
 )
@@ -46,10 +46,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, then import torch and do the work."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.inference.predict import run
-
-    return alone(run, options)
+main = command(parser, "mae_scale.inference.predict")

@@ -9,7 +9,7 @@ from mae_scale.commands.arguments import (
     add_images,
     add_max_pixels,
     add_weights,
-    alone,
+    command,
     file_name,
     number,
     whole,
@@ -45,10 +45,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments, then import torch and do the work."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.inference.reconstruct import run
-
-    return alone(run, options)
+main = command(parser, "mae_scale.inference.reconstruct")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser, whole
+from mae_scale.commands.arguments import Parser, command, whole
 from mae_scale.data.formats import MAX_PIXELS
 
 
@@ -37,11 +37,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and print the statistics."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.data.band_statistics import run
-
-    run(options)
-    return 0
+main = command(parser, "mae_scale.data.band_statistics")
