@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options do not fit each other.
     """
-    if options.out.suffix == ".parquet":
+    if options.out.suffix.lower() == ".parquet":
         _pyarrow()
     if not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
@@ -87,7 +87,7 @@ def _write(
     labels = shards.index["label"].astype(np.int64)
     names = [shards.classes[i] if 0 <= i < len(shards.classes) else "" for i in labels.tolist()]
     keys = _keys(shards, options.cache_dir)
-    if options.out.suffix == ".npy":
+    if options.out.suffix.lower() == ".npy":
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["key", "label", "class"])
