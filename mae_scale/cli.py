@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f"mae_scale.commands.{name}")
         return module.main(argv[1:], f"mae-scale {name}")
     except (UserError, RunError) as error:
-        world = World.from_environment()
+        try:
+            world = World.from_environment()
+        except UserError:  # this is the error, and each process may have another one
+            world = World()
         if isinstance(error, UserError) and name in TASKS and world.size > 1:
             from mae_scale.launch.distributed import agreed
 

@@ -44,21 +44,26 @@ class World:
 
         Where none of them has started the process, it is alone: rank 0 of 1. A process that is
         started by hand in an allocation, without srun, is alone too.
+
+        Raises:
+            UserError: a variable is no number, or a rank is not below the number of ranks.
         """
         env = os.environ
         if "RANK" not in env and is_slurm_task(env):
-            return cls(
-                rank=int(env["SLURM_PROCID"]),
-                size=int(env["SLURM_STEP_NUM_TASKS"]),
-                local_rank=int(env["SLURM_LOCALID"]),
-                local_size=_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])],
-            )
-        size = int(env.get("WORLD_SIZE", 1))
+            size = _number(env, "SLURM_STEP_NUM_TASKS", 1)
+            per_node = _per_node(env)
+            local_size = per_node[_number(env, "SLURM_NODEID", 0, len(per_node))]
+            ranks = ("SLURM_PROCID", "SLURM_LOCALID")
+        else:
+            size = _number(env, "WORLD_SIZE", 1, default=1)
+            name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
+            local_size = _number(env, name, 1, default=size)
+            ranks = ("RANK", "LOCAL_RANK")
         return cls(
-            rank=int(env.get("RANK", 0)),
+            rank=_number(env, ranks[0], 0, size, default=0),
             size=size,
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+            local_rank=_number(env, ranks[1], 0, local_size, default=0),
+            local_size=local_size,
         )
 
     @property
@@ -136,14 +141,55 @@ def _why_no_cuda() -> str:
 
 def is_slurm_task(env: Mapping[str, str]) -> bool:
     """Return whether srun has started this process."""
-    step = int(env.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP))
+    step = _number(env, "SLURM_STEP_ID", 0, default=FIRST_SPECIAL_STEP)
     return "SLURM_PROCID" in env and step < FIRST_SPECIAL_STEP
 
 
-def _per_node(counts: str) -> list[int]:
-    """Parse Slurm's "2(x3),1" into [2, 2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, times in found for _ in range(int(times or 1))]
+def _number(
+    env: Mapping[str, str],
+    name: str,
+    least: int,
+    below: int | None = None,
+    default: int | None = None,
+) -> int:
+    """Read a whole number from an environment variable.
+
+    Args:
+        env: environment variables.
+        name: name of the variable.
+        least: smallest value.
+        below: number that the value must be below; None: there is none.
+        default: value where the variable is not set; None: it must be set.
+
+    Raises:
+        UserError: the variable is not set, or holds something else.
+    """
+    if name not in env and default is not None:
+        return default
+    text = env.get(name, "").strip()
+    value = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+    if value is None or value < least or (below is not None and value >= below):
+        most = "" if below is None else f", below {below} (the number of ranks or nodes)"
+        is_set = f"{name}={env[name]}" if name in env else f"{name} is not set; it"
+        raise UserError(
+            f"environment: {is_set} must be a whole number from {least} on{most}; torchrun, "
+            "deepspeed and srun set it, and a process that runs alone needs none"
+        )
+    return value
+
+
+def _per_node(env: Mapping[str, str]) -> list[int]:
+    """Parse the tasks of each node of a step: "2(x3),1" becomes [2, 2, 2, 1]."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    text = env.get(name, "")
+    counts = re.findall(r"(\d{1,6})(?:\(x(\d{1,6})\))?(?:,|$)", text)
+    per_node = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    if not re.fullmatch(r"[\d(x),]+", text) or min(per_node, default=0) < 1:
+        raise UserError(
+            f"environment: {name}={text} must list the tasks of each node, such as "
+            "2(x3),1; srun sets it"
+        )
+    return per_node
 
 
 def host() -> str:
@@ -162,7 +208,7 @@ def cpus() -> int:
     env = os.environ
     allowed = min(len(os.sched_getaffinity(0)), _quota())
     if is_slurm_task(env) and "SLURM_CPUS_PER_TASK" in env:
-        of_task = int(env["SLURM_CPUS_PER_TASK"])
+        of_task = _number(env, "SLURM_CPUS_PER_TASK", 1)
         if "RANK" not in env:
             return of_task
         allowed = min(allowed, of_task)
@@ -209,7 +255,7 @@ def slurm_rendezvous() -> tuple[str, int]:
         raise UserError(
             f"MASTER_ADDR and MASTER_PORT are not set, and scontrol cannot be asked: {error}"
         ) from error
-    number = int(env["SLURM_JOB_ID"]) + 1000 * int(env["SLURM_STEP_ID"])
+    number = _number(env, "SLURM_JOB_ID", 0) + 1000 * _number(env, "SLURM_STEP_ID", 0)
     return address, PORTS[number % len(PORTS)]
 
 

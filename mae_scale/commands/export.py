@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import Parser, command
 
 FORMATS = ("official", "timm", "huggingface")
 
@@ -30,14 +30,4 @@ def parser(prog: str) -> Parser:
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and export."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.commands.exporting import export
-    from mae_scale.launch.logs import set_up_logging
-    from mae_scale.world import World
-
-    set_up_logging(World())
-    export(options.run, options.to, options.out, options.ema)
-    return 0
+main = command(parser, "mae_scale.inference.export")

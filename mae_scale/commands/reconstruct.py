@@ -1,62 +1,48 @@
-"""Draw what a pre-trained model makes of masked images."""
+"""Draw what a pre-trained model predicts for masked images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
-from mae_scale.data.formats import MAX_PIXELS
+from mae_scale.commands.arguments import (
+    Parser,
+    add_images,
+    add_max_pixels,
+    add_weights,
+    command,
+    file_name,
+    number,
+    whole,
+)
 
 
 def parser(prog: str) -> Parser:
     """Describe the arguments."""
     parser = Parser(prog=prog, description=__doc__)
+    add_weights(parser, "pretrain", " with a decoder")
+    add_images(parser, most=16)
     add = parser.add_argument
     add(
-        "weights",
-        type=Path,
-        help="run folder of pretrain, a step-… folder in it, or weights with a decoder: a .pth of "
-        "the authors, a .safetensors, a folder of Hugging Face",
-    )
-    add("images", type=Path, nargs="+", help="image files, or folders of them")
-    add(
         "--out",
-        type=Path,
+        type=file_name(".png"),
         default=Path("reconstructions.png"),
         help="PNG to write (default: %(default)s)",
     )
     add(
-        "--most",
-        type=int,
-        default=16,
-        help="number of images at the most (default: %(default)s)",
+        "--mask_ratio",
+        type=number(0, 1, open_at=(0, 1)),
+        help="share of patches removed; default: that of the weights",
     )
-    add("--mask_ratio", type=float, help="share of patches removed, in (0, 1)")
     add("--seed", type=int, default=0, help="number that decides the masks (default: %(default)s)")
-    add("--model", help="architecture of foreign weights that do not say it")
+    add("--decoder_num_heads", type=whole(1), help="the same as --num_heads, of the decoder")
     add(
         "--norm_pix_loss",
         choices=["true", "false"],
         help="whether foreign weights predict normalised pixels; exports and Hugging Face's say so "
         "themselves",
     )
-    add(
-        "--max_pixels",
-        type=int,
-        help="refuse larger images; default: data.max_pixels of the run, or for weights from "
-        f"elsewhere {MAX_PIXELS}",
-    )
+    add_max_pixels(parser)
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and write the picture."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.commands.reconstructing import reconstruct
-    from mae_scale.launch.logs import set_up_logging
-    from mae_scale.world import World
-
-    set_up_logging(World())
-    reconstruct(**vars(options))
-    return 0
+main = command(parser, "mae_scale.inference.reconstruct")

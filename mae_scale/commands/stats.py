@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_scale.commands.arguments import Parser
+from mae_scale.commands.arguments import Parser, command, whole
 from mae_scale.data.formats import MAX_PIXELS
 
 
@@ -17,7 +17,7 @@ def parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("data", help="shard folder")
-    add("--in_chans", type=int, default=3, help="bands of an image (default: %(default)s)")
+    add("--in_chans", type=whole(1), default=3, help="bands of an image (default: %(default)s)")
     add(
         "--value_range",
         nargs="+",
@@ -27,21 +27,14 @@ def parser(prog: str) -> Parser:
     )
     add(
         "--most",
-        type=int,
+        type=whole(1),
         default=2000,
         help="number of images at the most, spread over the shards (default: %(default)s)",
     )
-    add("--max_pixels", type=int, default=MAX_PIXELS, help="refuse larger images")
+    add("--max_pixels", type=whole(1), default=MAX_PIXELS, help="refuse larger images")
     add("--out", type=Path, help="YAML file to write, whose keys a config can take over")
     add("--cache_dir", help="folder into which remote shards are staged")
     return parser
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Parse the arguments and print the statistics."""
-    options = parser(prog).parse_args(argv)
-
-    from mae_scale.commands.band_statistics import run
-
-    run(options)
-    return 0
+main = command(parser, "mae_scale.data.band_statistics")

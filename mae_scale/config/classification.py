@@ -121,7 +121,8 @@ class FinetuneConfig(RunConfig):
     train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     new_head: bool = False
-    """Whether to start with a new head even if the weights have one."""
+    """Whether to start with a new head, and a new LayerNorm before it, even if the weights have
+    them."""
 
     @property
     def mixes_pairs(self) -> bool:

@@ -153,9 +153,9 @@ class TrainLoader(_Loader):
     def __init__(
         self,
         shards: ShardSet | str | Path,
-        *,
         img_size: ImageSize,
         global_batch_size: int,
+        *,
         micro_batch_size: int | None = None,
         seed: int = 0,
         lanes: int = 256,
@@ -326,9 +326,9 @@ class EvalLoader(_Loader):
     def __init__(
         self,
         shards: ShardSet | str | Path,
-        *,
         img_size: ImageSize,
         batch_size: int,
+        *,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,

@@ -11,7 +11,7 @@ from torch import nn
 from mae_scale.config.sizes import ImageSize
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder, Pool, layer_norm
-from mae_scale.models.mae import architecture
+from mae_scale.models.mae import architecture, check_arguments
 
 Head = Literal["linear", "mlp", "probe"]
 HEAD_STD = {"linear": 2e-5, "mlp": 2e-5, "probe": 0.01}  # std of its last layer's initial weights
@@ -26,9 +26,10 @@ def build_classifier(name: str, num_classes: int, **overrides: Any) -> Classifie
         overrides: keyword arguments of `Classifier` that replace the model's own.
 
     Raises:
-        UserError: unknown name, or sizes that do not fit each other.
+        UserError: the name or an argument is unknown, or sizes do not fit each other.
     """
     own = {k: v for k, v in architecture(name).items() if not k.startswith("decoder_")}
+    check_arguments(Classifier, overrides)
     return Classifier(num_classes=num_classes, **{**own, **overrides})
 
 
@@ -160,6 +161,7 @@ class Classifier(Encoder):
         Returns:
             [B, embed_dim], in the dtype of the weights.
         """
+        self.check_images(images)
         x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == "mean" else self.norm(x)[:, 0]
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from mae_scale.config.sizes import ImageSize, plain_size, sides
 from mae_scale.config.yaml_files import parse_yaml
+from mae_scale.errors import UserError
 from mae_scale.files import read_file
 from mae_scale.models.hugging_face import StateDict
-from mae_scale.models.mae import MODELS
-from mae_scale.models.weights import read_json, sizes_of
+from mae_scale.models.mae import MODELS, architecture
+from mae_scale.models.weights import ratio_of, read_json, sizes_of
 
 CARD, CONFIG, PREPROCESSOR = "README.md", "config.json", "preprocessor_config.json"
 FACTS = "mae_scale"  # key of the front matter of a model card, with what `Description` holds
@@ -79,6 +80,47 @@ class Description:
                 del shown["img_size"]
         sizes = self.sizes | shown
         return {key: v for key, v in sizes.items() if decoder or not key.startswith("decoder_")}
+
+    def arguments(
+        self,
+        path: str | Path,
+        state: StateDict,
+        *,
+        name: str | None = None,
+        num_heads: int | None = None,
+        decoder_num_heads: int | None = None,
+        decoder: bool = False,
+    ) -> tuple[str, dict[str, Any]]:
+        """Return the architecture and the sizes of the model that weights belong to.
+
+        Args:
+            path: where the weights come from, for messages.
+            state: the weights.
+            name, num_heads, decoder_num_heads: architecture and attention heads that the user
+                names; None: those of the description, or else of the architecture.
+            decoder: whether the sizes are for `build_mae`, with those of the decoder.
+
+        Raises:
+            UserError: nothing names the architecture or the heads, or the description says another
+                number of heads than the user.
+        """
+        name = name or self.name
+        if name is None:
+            raise UserError(f"{path} is no run folder and does not say what it is: --model NAME")
+        sizes, usual = self.sizes_for(state, decoder), architecture(name)
+        given = {"": num_heads, "decoder_": decoder_num_heads} if decoder else {"": num_heads}
+        for stack, heads in given.items():
+            key, width = f"{stack}num_heads", f"{stack}embed_dim"
+            if heads is not None:
+                if self.sizes.get(key, heads) != heads:
+                    raise UserError(f"--{key} {heads}: {path} has {self.sizes[key]}, as it says")
+                sizes[key] = heads
+            elif key not in sizes and sizes.get(width, usual[width]) != usual[width]:
+                raise UserError(
+                    f"{path} has {width} {sizes[width]}, {name} has {usual[width]}, and weights do "
+                    f"not show their number of attention heads: --{key} N"
+                )
+        return name, sizes
 
 
 def describe(path: str | Path) -> Description:
@@ -167,7 +209,7 @@ def _of_hugging_face(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     sizes = _numbers({ours: config.get(theirs) for theirs, ours in _HUGGING_FACE.items()})
     hidden, width = config.get("intermediate_size"), config["hidden_size"]
     if isinstance(hidden, int) and isinstance(width, int) and width and hidden != 4 * width:
-        sizes["mlp_ratio"] = hidden / width
+        sizes["mlp_ratio"] = ratio_of(hidden, width)
     like = [name for name, usual in MODELS.items() if usual["embed_dim"] == width]
     labels = config.get("id2label")
     labels = labels if isinstance(labels, dict) else {}

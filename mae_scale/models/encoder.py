@@ -116,6 +116,27 @@ class Encoder(nn.Module):
         """Number of tokens of an image that the blocks see, class token included."""
         return 1 + self.num_patches
 
+    def check_images(self, images: torch.Tensor) -> None:
+        """Raise a UserError where images are not floats [B, C, H, W] of the model's size.
+
+        Args:
+            images: the argument that a user gave to the model.
+        """
+        if not isinstance(images, torch.Tensor):
+            raise UserError(f"images must be a tensor, not {type(images).__name__}")
+        if not images.is_floating_point():
+            raise UserError(
+                f"images are {images.dtype}, and the model takes normalised floats: "
+                "mae_scale.normalize(images)"
+            )
+        expected = [self.in_chans, *self.patch_embed.img_size]
+        if images.ndim != 4 or list(images.shape[1:]) != expected:
+            more = "; images[None] is a batch of one" if list(images.shape) == expected else ""
+            raise UserError(
+                f"images are {list(images.shape)}, expected "
+                f"[B, {', '.join(map(str, expected))}]{more}"
+            )
+
     def initialize_weights(self) -> None:
         """Set every parameter as the authors do, also in a model made on the meta device."""
         for module in self.modules():

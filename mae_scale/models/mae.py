@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from mae_scale.models.targets import TARGETS, Target, patchify, unpatchify
 # Table 1). The two small ones are made for tests, CIFAR and the demo: they have DeiT's widths, and
 # a decoder of the same proportion to the encoder (2/3 of its width) but only 4 blocks. With an
 # encoder so small, a deeper decoder, which sees all patches, would be most of the cost.
+_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 MODELS: dict[str, dict[str, int]] = {
     "mae_vit_tiny_patch16": {
         "embed_dim": 192,
@@ -48,23 +51,44 @@ MODELS: dict[str, dict[str, int]] = {
         "decoder_depth": 4,
         "decoder_num_heads": 8,
     },
-    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "mae_vit_base_patch16": {"embed_dim": 768, "depth": 12, "num_heads": 12, **_DECODER},
+    "mae_vit_large_patch16": {"embed_dim": 1024, "depth": 24, "num_heads": 16, **_DECODER},
+    "mae_vit_huge_patch14": {
+        "patch_size": 14,
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        **_DECODER,
+    },
 }
 
 
 def build_mae(name: str, **overrides: Any) -> MaskedAutoencoderViT:
     """Build a masked autoencoder with fresh weights, drawn from torch's global generator.
 
+    Defaults are those of the authors' functions of the same names, so that code for theirs computes
+    the same here. One of them differs from the recipes of these names, which predict normalised
+    pixels as the authors' command lines do: give `norm_pix_loss=True` for that.
+
     Args:
         name: one of `MODELS`; all its sizes, patches included, are defaults.
         overrides: keyword arguments of `MaskedAutoencoderViT` that replace the model's own.
 
     Raises:
-        UserError: the name is unknown, or sizes or a mask ratio do not fit each other.
+        UserError: the name or an argument is unknown, or sizes or a mask ratio do not fit each
+            other.
     """
+    check_arguments(MaskedAutoencoderViT, overrides)
     return MaskedAutoencoderViT(**{**architecture(name), **overrides})
+
+
+def check_arguments(model: type[nn.Module], given: Iterable[str]) -> None:
+    """Raise a UserError where a model has no keyword argument of a name."""
+    known = inspect.signature(model).parameters
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known, f"they are {', '.join(known)}")
+            raise UserError(f"{model.__name__} has no argument {name!r}; {hint}")
 
 
 def architecture(name: str) -> dict[str, int]:
@@ -248,11 +272,15 @@ class MaskedAutoencoderViT(Encoder):
         """
         if pool is not None:
             return self.features(images, pool)
+        self.check_images(images)
         if noise is None:
             noise = self.random_noise(images, mask_ratio)
-        if noise.shape != (len(images), self.num_patches):
-            expected = [len(images), self.num_patches]
-            raise ValueError(f"noise must be {expected}, not {list(noise.shape)}")
+        if not isinstance(noise, torch.Tensor) or noise.shape != (len(images), self.num_patches):
+            given = list(noise.shape) if isinstance(noise, torch.Tensor) else noise
+            raise UserError(
+                f"noise must be a tensor [{len(images)}, {self.num_patches}], not {given}; the "
+                "mask ratio is the argument mask_ratio"
+            )
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, mask, ids_restore = random_masking(noise, ratio)
         if self.mask_tokens_in_encoder:
@@ -273,6 +301,7 @@ class MaskedAutoencoderViT(Encoder):
         Returns:
             float32 [B, embed_dim].
         """
+        self.check_images(images)
         x = self.run_blocks(self.blocks, self.prepend_cls_token(self.embed_patches(images)))
         x = self.norm(x)
         return (x[:, 0] if pool == "token" else x[:, 1:].mean(dim=1)).float()

@@ -13,6 +13,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.hugging_face import StateDict
 from mae_scale.models.mae import architecture
+from mae_scale.models.weights import ratio_of
 
 
 def fold_probe(state: StateDict, eps: float) -> StateDict:
@@ -50,8 +51,7 @@ def arguments(name: str, model: Encoder) -> tuple[str, dict[str, Any]]:
     block: Any = model.blocks[0]
     sizes["num_heads"] = (block.attn.num_heads, usual["num_heads"])
     hidden = block.mlp.fc1.out_features
-    if hidden != 4 * sizes["embed_dim"][0]:
-        sizes["mlp_ratio"] = (hidden / sizes["embed_dim"][0], 4)
+    sizes["mlp_ratio"] = (ratio_of(hidden, sizes["embed_dim"][0]), 4)
     kwargs: dict[str, Any] = {key: own for key, (own, default) in sizes.items() if own != default}
     is_classifier = isinstance(model, Classifier)
     kwargs["num_classes"] = model.num_classes if is_classifier else 0

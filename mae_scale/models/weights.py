@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import pickle
 import re
 import struct
@@ -26,6 +28,8 @@ from mae_scale.models.hugging_face import StateDict, from_hugging_face
 from mae_scale.models.mae import MaskedAutoencoderViT
 from mae_scale.models.pos_embed import grid_of_table, interpolate_pos_embed, is_sincos
 
+log = logging.getLogger("mae_scale")
+
 # Names of weights in a folder; the first that exists is read. An index names several files.
 FILES = (
     "model.safetensors",
@@ -36,18 +40,28 @@ FILES = (
 )
 _MOST_JSON = 1 << 24  # bytes
 
+_PARTS = ("model", "state_dict", "module", "teacher")  # keys of files that hold the weights
+# Names that wrappers put before those of a model, and the first weight of any encoder.
+PREFIXES = ("module.", "model.", "backbone.", "teacher.")
+_COMPILED = "_orig_mod."  # torch.compile puts it before the names of each module that it wraps
+_FIRST = re.compile(r"(.*?)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_.*projection)\.weight")
 
-def read_weights(path: str | Path) -> StateDict:
+
+def read_weights(path: str | Path, keep: str = "") -> StateDict:
     """Read the state dict in a file or folder, under the authors' keys, in the stored dtypes.
+
+    Prefixes of wrappers (`PREFIXES` and `_orig_mod.`) are taken off, and a line says so.
 
     Args:
         path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` that `torch.save` wrote, alone or
-            under the key `model` or `state_dict`; or a folder with a `model.safetensors` or
-            `pytorch_model.bin`, as timm and Hugging Face write it, or a `model.pth`, as
-            `mae-scale export` does. Only tensors are unpickled.
+            under the key `model`, `state_dict`, `module` or `teacher`; or a folder with a
+            `model.safetensors` or `pytorch_model.bin`, as timm and Hugging Face write it, or a
+            `model.pth`, as `mae-scale export` does. Only tensors are unpickled.
+        keep: prefix of names that the model has itself, such as "backbone.".
 
     Raises:
-        UserError: nothing is there, or it holds no weights.
+        UserError: nothing is there, it holds no weights or several models, or some values are not
+            finite.
     """
     path = Path(path)
     if not path.exists():
@@ -64,7 +78,53 @@ def read_weights(path: str | Path) -> StateDict:
         state = {k: v for part in parts for k, v in _read_file(path.with_name(part)).items()}
     else:
         state = _read_file(path)
+    state = _without_prefixes(state, path, keep)
+    check_finite(state, path)
     return from_hugging_face(state) if any(".layernorm_before." in key for key in state) else state
+
+
+def _without_prefixes(state: StateDict, path: Path, keep: str) -> StateDict:
+    """Take off the prefixes of wrappers, and leave out what does not belong to the encoder's model.
+
+    Raises:
+        UserError: the weights are of several models.
+    """
+    plain = {key.replace(_COMPILED, ""): value for key, value in state.items()}
+    firsts = {match[1] for key in plain if (match := _FIRST.fullmatch(key))}
+    one = "|".join(re.escape(prefix) for prefix in PREFIXES if prefix != keep)
+    prefixes = sorted(
+        text for text in firsts if re.fullmatch(f"({one})*({re.escape(keep)})?", text)
+    )
+    if len(prefixes) > 1:
+        raise UserError(
+            f"weights: {path} holds several models, whose names begin with "
+            f"{' and '.join(map(repr, prefixes))}; save the one that is meant alone"
+        )
+    prefix = prefixes[0].removesuffix(keep) if prefixes else ""
+    found = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
+    taken = [text for text in (prefix, _COMPILED if plain.keys() != state.keys() else "") if text]
+    if taken:
+        other = [key for key in plain if not key.startswith(prefix)]
+        rest = f"; {len(other)} others are left out: {_some(other)}" if other else ""
+        log.info("%s: names without their prefix %s%s", path, " and ".join(taken), rest)
+    return found
+
+
+def check_finite(state: StateDict, path: str | Path) -> None:
+    """Raise a UserError where weights hold NaN or infinity.
+
+    Args:
+        state: the weights.
+        path: where they come from, for the message.
+    """
+    bad = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point()
+        and not torch.isfinite(value.float() if value.itemsize == 1 else value).all()
+    ]
+    if bad:
+        raise UserError(f"weights: {path} holds values that are NaN or infinite, in {_some(bad)}")
 
 
 def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
@@ -91,6 +151,9 @@ def sizes_of(state: StateDict) -> dict[str, Any]:
     The number of attention heads is not among them. What cannot be told is left out.
     """
     sizes: dict[str, Any] = {}
+    ratios = []
+    if (token := state.get("cls_token")) is not None and token.ndim == 3:
+        sizes["embed_dim"] = token.shape[-1]
     if (proj := state.get("patch_embed.proj.weight")) is not None and proj.ndim == 4:
         sizes["patch_size"] = proj.shape[-1]
         if proj.shape[1] != 3:
@@ -103,7 +166,21 @@ def sizes_of(state: StateDict) -> dict[str, Any]:
         numbers = {key.split(".")[1] for key in state if key.startswith(f"{stack}.")}
         if numbers:
             sizes[name] = len(numbers)
+        if (
+            (hidden := state.get(f"{stack}.0.mlp.fc1.weight")) is not None
+            and hidden.ndim == 2
+            and 0 not in hidden.shape
+        ):
+            ratios.append(ratio_of(*hidden.shape))
+    if ratios:  # encoder and decoder have the same ratio, and each rounds its width down
+        sizes["mlp_ratio"] = max(ratios)
     return sizes
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """Return the smallest mlp_ratio with which blocks of a width have MLPs of a hidden width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _read_file(path: Path) -> StateDict:
@@ -122,9 +199,10 @@ def _read_file(path: Path) -> StateDict:
         raise UserError(
             f"weights: {path} cannot be read as weights: {why_unreadable(error)}"
         ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    for key in _PARTS:
+        part = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(part, Mapping) and any(isinstance(v, torch.Tensor) for v in part.values()):
+            content = part
     if not isinstance(content, Mapping):
         raise UserError(f"weights: {path} holds a {type(content).__name__}, no state dict")
     state = {

@@ -48,7 +48,9 @@ def classes_of(shards: ShardSet) -> list[str]:
     return shards.classes
 
 
-def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
+def matched(
+    shards: ShardSet, classes: list[str], whose: str = "the training shards'"
+) -> torch.Tensor | None:
     """Match the labels of other shards with a list of classes, by the names of the classes.
 
     Accents may be written as one character or as two. The shards may have fewer classes.
@@ -56,6 +58,7 @@ def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
     Args:
         shards: the other shards.
         classes: names of the classes, in the order of the model's outputs.
+        whose: owner of these classes, for the message.
 
     Returns:
         Place among `classes` of each label of the shards, int64 [classes of the shards]; None:
@@ -70,9 +73,9 @@ def matched(shards: ShardSet, classes: list[str]) -> torch.Tensor | None:
     if missing:
         more = ", …" if len(missing) > 4 else ""
         raise UserError(
-            f"{shards.root} has {len(missing)} of {len(own)} classes that are not among the "
-            f"{len(classes)} of the training shards: {', '.join(map(ascii, missing[:4]))}{more}; "
-            f"those are {', '.join(map(ascii, classes[:4]))}, …"
+            f"{shards.root} has {len(missing)} of {len(own)} classes that are not among {whose} "
+            f"{len(classes)}: {', '.join(map(ascii, missing[:4]))}{more}; those are "
+            f"{', '.join(map(ascii, classes[:4]))}, …"
         )
     numbers = [place[name] for name in own]
     return None if numbers == list(range(len(classes))) else torch.tensor(numbers)

@@ -19,8 +19,10 @@ from mae_scale.config.yaml_files import read_yaml
 from mae_scale.data.bands import RGB, Bands, checked_range
 from mae_scale.errors import UserError
 from mae_scale.files import read_file
+from mae_scale.launch.distributed import on_rank0
+from mae_scale.models.dense_weights import BACKBONE
 from mae_scale.models.description import Description, describe
-from mae_scale.models.weights import read_weights
+from mae_scale.models.weights import check_finite, read_weights, sizes_of
 from mae_scale.tasks.task import Task, task_of
 from mae_scale.train import checkpoint
 from mae_scale.train.loading import load_averages, load_weights
@@ -38,27 +40,45 @@ def read_any(path: str | Path, model: Any = None) -> dict[str, torch.Tensor]:
     Args:
         path: run folder, whose best or newest checkpoint is taken, a step folder in one, or
             foreign weights: a file, or a folder of timm or Hugging Face.
-        model: model that gets the weights; its attention must have as many heads as theirs. None:
-            the heads are not compared.
+        model: model that gets the weights, whose sizes must be theirs; None: nothing is compared.
 
     Raises:
-        UserError: there are no weights, or they say that they have another number of heads. The
-            shapes are the same for any number of heads, but the model would compute something
-            else.
+        UserError: there are no weights, or they are those of a model of other sizes. Attention
+            heads count as far as the weights say how many they have: the shapes are the same for
+            any number, but the model would compute something else.
     """
     run = TrainedRun.read(best_checkpoint(path)) if is_ours(path) else None
-    if model is not None:
-        if run is None:
-            heads = describe(path).sizes.get("num_heads")
-        else:
-            with torch.device("meta"):
-                heads = _heads(run.model())
-        if heads not in (None, _heads(model)):
-            raise UserError(
-                f"weights: {path} has {heads} attention heads, num_heads of the model is "
-                f"{_heads(model)}; set it to {heads}"
-            )
-    return read_weights(path) if run is None else load_weights(run.folder)
+    is_dense = hasattr(model, "backbone")
+    keep = BACKBONE if is_dense else ""
+    state = read_weights(path, keep) if run is None else run.weights()
+    if model is None:
+        return state
+    if run is None:
+        inner = _encoder_of(state)
+        theirs = describe(path).sizes_for(inner, decoder="decoder_embed.weight" in inner)
+    else:
+        with torch.device("meta"):
+            theirs = _sizes_of(run.model())
+    own, free = _sizes_of(model), ("img_size", "in_chans", *(("patch_size",) if is_dense else ()))
+    wrong = {key: theirs[key] for key in own if theirs.get(key, own[key]) != own[key]}
+    settings = [f"model.{key} {value}" for key, value in wrong.items() if key not in free]
+    if settings:
+        raise UserError(f"weights: {path} is of another size; set {' and '.join(settings)}")
+    return state
+
+
+def _encoder_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    inner = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+    return inner or state
+
+
+def _sizes_of(model: Any) -> dict[str, Any]:
+    """Return the sizes of a model, attention heads included, as arguments that build it."""
+    sizes = sizes_of(_encoder_of(model.state_dict()))
+    sizes["num_heads"] = getattr(model, "backbone", model).blocks[0].attn.num_heads
+    if hasattr(model, "decoder_blocks"):
+        sizes["decoder_num_heads"] = model.decoder_blocks[0].attn.num_heads
+    return sizes
 
 
 def bands_of(path: str | Path, described: Description, sizes: dict[str, Any]) -> Bands:
@@ -148,10 +168,6 @@ def grid_of(path: str | Path, state: dict[str, torch.Tensor]) -> tuple[int, int]
         return trained.model().grid
 
 
-def _heads(model: Any) -> int:
-    return getattr(model, "backbone", model).blocks[0].attn.num_heads
-
-
 def is_ours(path: str | Path) -> bool:
     """Return whether a path is a run folder or a committed step folder."""
     path = Path(path)
@@ -166,9 +182,20 @@ def best_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
+    return chosen_checkpoint(path)[0]
+
+
+def chosen_checkpoint(path: str | Path) -> tuple[Path, str]:
+    """Find the checkpoint that `best_checkpoint` finds, and say in words why it is the one."""
     path = Path(path)
     best = None if (path / checkpoint.COMMITTED).exists() else checkpoint.best_of(path)
-    return checkpoint.find_checkpoint(best or path)
+    folder = checkpoint.find_checkpoint(best or path)
+    if folder == path:
+        return folder, "the step that was named"
+    score = checkpoint.Commit.read(folder).score
+    if best is None or score is None:
+        return folder, "the newest; nothing was validated"
+    return folder, f"the best validation, {score:.4g}"
 
 
 def _sizes(shape: torch.Size | None) -> str:
@@ -187,6 +214,19 @@ class TrainedRun:
     """Config of the run."""
     classes: list[str]
     """Names of the model's outputs, in order; empty for pre-training."""
+    why: str = ""
+    """Reason in words why this checkpoint of the run was chosen."""
+
+    @classmethod
+    def chosen(cls, path: str | Path) -> TrainedRun:
+        """Read the run of the checkpoint that `chosen_checkpoint` finds, and log which it is.
+
+        All ranks call.
+        """
+        folder, why = on_rank0(lambda: chosen_checkpoint(path))
+        run = dataclasses.replace(cls.read(folder), why=why)
+        log.info("%s: %s (%s)", run.run_dir, folder.name, why)
+        return run
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainedRun:
@@ -269,13 +309,14 @@ class TrainedRun:
         Raises:
             UserError: the run keeps no moving average.
         """
+        state = load_weights(self.folder)
+        check_finite(state, self.folder)
         if not ema:
-            return load_weights(self.folder)
+            return state
         if self.config.optim.average_decay is None:
             raise UserError(f"{self.run_dir} keeps no moving average (optim.ema_decay)")
         with torch.device("meta"):
             model = self.model()
         averages = load_averages(self.folder, optimizer_order(model, self.config.optim))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        state = load_weights(self.folder)
         return state | {name: average.view(shapes[name]) for name, average in averages.items()}

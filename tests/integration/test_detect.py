@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from runs import Run, ranks
 
 from mae_scale.cli import main
-from mae_scale.commands.exporting import export
 from mae_scale.errors import UserError
+from mae_scale.inference.export import export
 from mae_scale.launch.stopping import STOPPED
 from mae_scale.models import build_mae
 from mae_scale.models.dense_weights import fit_to_dense

@@ -31,6 +31,8 @@ from mae_scale.train.records import read_metrics
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))
 FINETUNE = {"model.depth": 2, "train.precision": "fp32", "train.micro_batch_size": 12}
+# Sizes of no published model; 2.6 x 52 and 2.6 x 76 are no whole numbers.
+OWN = {"model.embed_dim": 52, "model.num_heads": 13, "model.depth": 3, "model.mlp_ratio": 2.6}
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pretrain zero3": ("pretrain", 2, {"deepspeed": "zero3", "model.depth": 2}),
     "pretrain zero1": ("pretrain", 2, {"deepspeed": "zero1", "model.depth": 2,
@@ -41,8 +43,12 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "linprobe": ("linprobe", 1, {"model.depth": 2, "model.crop_ratio": 1.0,
                                  "train.micro_batch_size": 12, "optim.base_lr": 5,
                                  "optim.warmup_epochs": 0}),
+    "own pretrain": ("pretrain", 1, {**OWN, "model.decoder_embed_dim": 76,
+                                     "model.decoder_num_heads": 19}),
+    "own token": ("finetune", 1, {**FINETUNE, **OWN, "model.pool": "token", "optim.base_lr": 0.05,
+                                  "optim.warmup_epochs": 0}),
 }  # fmt: skip
-PRETRAINED, CLASSIFIERS = list(RUNS)[:2], list(RUNS)[2:]
+PRETRAINED, CLASSIFIERS = list(RUNS)[:2], list(RUNS)[2:5]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +241,77 @@ def test_evaluate_and_reconstruct_take_every_form(
         assert np.abs(found - pixels[0]).max() <= 1
 
 
+def exports(run: Path, folder: Path, forms: str) -> dict[str, Path]:
+    return {"run": run, **{to: export(run, to, folder / to) for to in forms.split()}}
+
+
+def test_a_model_of_own_sizes_is_read_back_from_every_form(
+    trained: dict[str, Path], val_shards: Path, imagenet_tree: Path, tmp_path: Path
+) -> None:
+    """Width, heads, depth and mlp_ratio are the run's, for each command that takes weights."""
+    images = list(map(str, sorted(imagenet_tree.rglob("*.JPEG"))[:2]))
+    loading, out = ["--workers", "0"], tmp_path / "out"
+    tables, scores = {}, {}
+    places = exports(trained["own token"], tmp_path / "token", "official timm huggingface")
+    for form, place in places.items():
+        table = tmp_path / f"{form}.json"
+        data = [f"val={val_shards}", "--out", str(table), *loading]
+        assert main(["evaluate", str(place), *data]) == 0
+        tables[form] = json.loads(table.read_text())["sets"]["val"]["loss"]
+        assert main(["predict", str(place), *images, "--out", str(out / form)]) == 0
+        seen = sorted((out / form).glob("*.json"))
+        scores[form] = [json.loads(file.read_text())["classes"] for file in seen]
+    assert len(scores["run"]) == 2
+    for form in places:
+        assert tables[form] == pytest.approx(tables["run"], rel=1e-6)
+        for found, expected in zip(scores[form], scores["run"], strict=True):
+            assert [each["name"] for each in found] == [each["name"] for each in expected]
+            values = [[each["score"] for each in row] for row in (found, expected)]
+            assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+    for name, forms in (("own token", places), (
+        "own pretrain",
+        exports(trained["own pretrain"], tmp_path / "mae", "official timm huggingface"),
+    )):  # fmt: skip
+        features, pictures = {}, {}
+        for form, place in forms.items():
+            table = tmp_path / f"{name} {form}.npy"
+            command = ["features", str(place), str(val_shards), "--out", str(table), *loading]
+            assert main(command) == 0
+            features[form] = np.load(table)
+            drawn = tmp_path / f"{name} {form}.png"
+            assert main(["attention", str(place), *images, "--out", str(drawn)]) == 0
+            pictures[form] = np.asarray(Image.open(drawn)).astype(int)
+        for form in forms:
+            np.testing.assert_allclose(features[form], features["run"], rtol=1e-4, atol=1e-5)
+            assert np.abs(pictures[form] - pictures["run"]).max() <= 2
+    grids = {}
+    for form in ("run", "official", "huggingface"):
+        grid = tmp_path / f"grid {form}.png"
+        assert main(["reconstruct", str(forms[form]), *images, "--out", str(grid)]) == 0
+        grids[form] = np.asarray(Image.open(grid).convert("RGB"))[60:].astype(int)
+    for found in grids.values():
+        assert np.abs(found - grids["run"]).max() <= 1
+
+
+def test_fine_tuning_from_an_export_of_own_sizes(
+    trained: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    forms = exports(trained["own pretrain"], tmp_path / "mae", "official timm huggingface")
+    losses = []
+    for form, place in forms.items():
+        settings = {**FINETUNE, **OWN, "weights": place, "train.max_steps": 1}
+        run = Run(tmp_path / f"tuned {form}", shards, settings, task="finetune")
+        output = run.finish()
+        assert "new fc_norm (2), head (2)" in output
+        losses.append(run.rows()[0]["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-5)
+    settings = {**FINETUNE, "weights": forms["official"]}
+    output = Run(tmp_path / "of the name", shards, settings, task="finetune").finish(2)
+    said = "is of another size; set model.embed_dim 52 and model.depth 3 and model.mlp_ratio 2."
+    assert said in output and "and model.num_heads 13" in output and "Traceback" not in output
+
+
 def test_pretraining_starts_from_an_export(
     trained: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +338,7 @@ def test_pretraining_starts_from_an_export(
     run = Run(tmp_path / "of another depth", shards, {"model.depth": 3, "weights": whole})
     output = run.finish(2)
     assert output.count("mae-scale: error:") == 1 and "Traceback" not in output
-    assert "weights do not fit the model: missing: blocks.2.norm1.weight" in output
+    assert "is of another size; set model.depth 2" in output
     assert not run.run_dir.exists()
 
 
@@ -331,8 +408,9 @@ def test_the_same_export_again_and_places_that_hold_something_else(
 
 def check_error(capsys: pytest.CaptureFixture[str], command: list[str], message: str) -> None:
     assert main(command) == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error and error.startswith("mae-scale: error: ") and "\n" not in error
+    *said, error = capsys.readouterr().err.strip().splitlines()
+    assert message in error and error.startswith("mae-scale: error: ")
+    assert not said or (len(said) == 1 and "(the newest; nothing was validated)" in said[0])
 
 
 @pytest.mark.parametrize("to", ["official", "timm"])
@@ -349,8 +427,9 @@ def test_a_full_disk_leaves_nothing(
         assert main(["export", str(trained["token"]), "--to", to, str(out)]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    error = capsys.readouterr().err.strip()
-    assert error.startswith(f"mae-scale: error: {out} cannot be written: ") and "\n" not in error
+    *said, error = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"mae-scale: error: {out} cannot be written: ")
+    assert len(said) == 1 and "(the newest; nothing was validated)" in said[0]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -396,13 +475,15 @@ def test_what_reconstruct_refuses(
     capsys.readouterr()
     tiny = ["--model", "mae_vit_tiny_patch16"]
     for path, options, message in (
-        (bare, [], "say what they are: --model NAME"),
+        (bare, [], "does not say what it is: --model NAME"),
         (bare, tiny, "add --norm_pix_loss true or --norm_pix_loss false"),
-        (pth, ["--model", "mae_vit_base_patch16", "--norm_pix_loss", "true"],
-         "patch_embed.proj.weight is [192, 3, 8, 8], expected [768, 3, 8, 8]"),
+        (bare, ["--model", "mae_vit_base_patch16", "--norm_pix_loss", "true"],
+         "has embed_dim 192, mae_vit_base_patch16 has 768, and weights do not show their number "
+         "of attention heads: --num_heads N"),
+        (pth, ["--num_heads", "6"], "--num_heads 6: "),
         (encoder, [*tiny, "--norm_pix_loss", "true"], "they have no decoder, which reconstructs"),
         (tmp_path / "nowhere.pth", tiny, "there is no run folder, step folder or file of weights"),
-        (trained["pretrain zero1"], tiny, "are of foreign weights"),
-        (trained["token"], [], "is a run of finetune, which has no decoder"),
+        (trained["pretrain zero1"], tiny, "is a run, which says that itself"),
+        (trained["token"], [], "is a run of finetune; expected one of pretrain"),
     ):  # fmt: skip
         check_error(capsys, ["reconstruct", str(path), str(imagenet_tree), *options], message)

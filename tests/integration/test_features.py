@@ -28,8 +28,8 @@ from mae_scale.cli import main
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import default_crop_ratio, normalize
+from mae_scale.inference.model import read_model
 from mae_scale.launch.distributed import process_group
-from mae_scale.tasks.encoders import read_describer
 from mae_scale.train.knn import knn_scores
 from mae_scale.train.linear import linear_scores
 from mae_scale.watching.run_view import RunView
@@ -94,7 +94,7 @@ def test_features_are_those_of_the_model_at_any_world_size(
     found = np.load(one)
     np.testing.assert_allclose(np.load(two), found, rtol=1e-5, atol=1e-6)
     shards = open_shards(labelled)
-    encoder = read_describer(probed.run_dir, pool="mean")
+    encoder = read_model(probed.run_dir, "encoder", pool="mean")
     dataset = EvalDataset(shards, 32, default_crop_ratio(32))
     pixels = torch.stack([dataset.pixels(sample) for sample in range(41)])
     with torch.no_grad():

@@ -11,7 +11,7 @@ from PIL import Image
 from runs import Run
 
 from mae_scale.cli import main
-from mae_scale.commands.reconstructing import load_mae
+from mae_scale.inference.model import read_model
 from mae_scale.train.checkpoint import find_checkpoint
 
 
@@ -29,7 +29,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int,
 
 
 def test_weights_come_out_of_every_stage_whole(trained: dict[int, Path]) -> None:
-    one, three = (load_mae(find_checkpoint(trained[s])).state_dict() for s in (1, 3))
+    one, three = (
+        read_model(find_checkpoint(trained[s]), "autoencoder").model.state_dict() for s in (1, 3)
+    )
     assert one.keys() == three.keys() and "decoder_pos_embed" in one
     for key, value in one.items():
         torch.testing.assert_close(value, three[key], rtol=1e-5, atol=1e-6)

@@ -17,11 +17,11 @@ from runs import Run, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_scale.cli import main
-from mae_scale.commands.reconstructing import load_mae
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.reader import shard_cache
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import denormalize, normalize
+from mae_scale.inference.model import read_model
 from mae_scale.models.masking import mask_noise
 from mae_scale.tasks.first_batch import FIRST_BATCH
 from mae_scale.tasks.pictures import IMAGES, fixed_images
@@ -69,7 +69,7 @@ def test_a_picture_shows_what_the_weights_of_its_step_make(run: Run) -> None:
     settings = DRAWS | {"deepspeed": "zero3", "train.precision": "bf16"}
     run = replace(run, launcher="torchrun", processes=2, settings=settings)
     run.finish()
-    model = load_mae(run.run_dir / "checkpoints" / "step-00000005")
+    model = read_model(run.run_dir / "checkpoints" / "step-00000005", "autoencoder").model
     sample, pixels = fixed_images(EvalDataset(open_shards(run.shards), 32, 1.0))
     assert sample.tolist() == [i * 250 // IMAGES for i in range(IMAGES)]
     noise = mask_noise(0, torch.zeros_like(sample), sample, model.num_patches)

@@ -55,6 +55,13 @@ def test_help_imports_nothing_slow(command: str) -> None:
         (["pretrain", "--config"], "the name of a recipe"),
         (["export", "run", "out", "--to", "tim"], "--to"),
         (["reconstruct", "run"], "images"),
+        (["features", "run", "shards", "--out", "x.csv"], "must end in .npy or .parquet"),
+        (["attention", "run", "a.jpg", "--out", "a.jpg"], "must end in .png"),
+        (["predict", "run", "a.jpg", "--score", "2"], "--score: 2 must be from 0 to 1"),
+        (["predict", "run", "--top", "0", "a.jpg"], "--top: 0 must be at least 1"),
+        (["evaluate", "run", "--batch_size", "x"], "x must be a whole number, at least 1"),
+        (["knn", "run", "s", "--crop_ratio", "0"], "0 must be from 0 to 1, 0 excluded"),
+        (["reconstruct", "run", "a.jpg", "--mask_ratio", "nan"], "nan must be from 0 to 1"),
     ],
 )
 def test_a_typo_is_answered_before_slow_imports(arguments: list[str], says: str) -> None:

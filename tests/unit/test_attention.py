@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from mae_scale.cli import main
-from mae_scale.commands.drawing import _LINE, _MARGIN
 from mae_scale.data.bands import RGB
 from mae_scale.data.transforms import decode_image, eval_crop
+from mae_scale.inference.pictures import _LINE, _MARGIN
 from mae_scale.models import build_classifier, build_mae
 from mae_scale.models.attention import class_attention
 

@@ -14,7 +14,6 @@ from make_shards import make_shards
 from PIL import Image
 from test_images import bomb
 
-from mae_scale.commands.reconstructing import read_centre
 from mae_scale.data.annotated_transforms import DetectionTransform, SegmentationTransform
 from mae_scale.data.augment import Augment
 from mae_scale.data.bands import raw_values
@@ -23,6 +22,7 @@ from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import TRAIN_UNIFORMS, decode_image
 from mae_scale.errors import UserError
+from mae_scale.inference.images import read_centre
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.images import decode_error, shrink
 from mae_scale.sharding.verify import verify

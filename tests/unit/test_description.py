@@ -161,7 +161,7 @@ def test_weights_with_other_heads_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.md").write_text(f"---\n{front}---\n")
     assert read_any(tmp_path / "w.pth", weights).keys() == weights.state_dict().keys()
     other = build_classifier(NAME, 3, **{**SIZES, "num_heads": 3})
-    with pytest.raises(UserError, match="6 attention heads, num_heads of the model is 3; set it"):
+    with pytest.raises(UserError, match=r"of another size; set model.num_heads 6"):
         read_any(tmp_path / "w.pth", other)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from make_shards import make_shards
 
-from mae_scale.commands.evaluating import ALEXNET_ERRORS, corruption_errors, outputs_of
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
+from mae_scale.inference.evaluate import ALEXNET_ERRORS, corruption_errors, outputs_of
 from mae_scale.tasks.classification import classes_of, matched
 from mae_scale.train.validation import Scores, rank_of_label
 
@@ -48,9 +48,11 @@ def test_classes_are_matched_by_name(ten) -> None:  # type: ignore[no-untyped-de
     wnids = [f"n{number:03d}" for number in range(30)]
     subset = replace(ten, classes=wnids[::3])
     columns, label_of = outputs_of(subset, wnids)
+    assert columns.tolist() == list(range(30)) and label_of.tolist() == list(range(0, 30, 3))
+    columns, label_of = outputs_of(subset, wnids, of_data=True)
     assert columns.tolist() == list(range(0, 30, 3)) and label_of.tolist() == list(range(10))
     backwards = replace(ten, classes=wnids[::3][::-1])
-    columns, label_of = outputs_of(backwards, wnids)
+    columns, label_of = outputs_of(backwards, wnids, of_data=True)
     assert columns.tolist() == list(range(0, 30, 3)) and label_of.tolist() == [*range(9, -1, -1)]
 
 
@@ -62,10 +64,12 @@ def test_classes_that_are_numbers_mean_outputs(ten) -> None:  # type: ignore[no-
     columns, label_of = outputs_of(v2, [f"n{number:03d}" for number in range(12)])
     assert columns.tolist() == list(range(12))
     assert [numbers[i] for i in range(12)] == [str(label) for label in label_of.tolist()]
+    _, by_name = outputs_of(v2, numbers)  # the classifier's own outputs are sorted as strings, too
+    assert by_name.tolist() == list(range(12))
 
 
 def test_classes_that_the_classifier_does_not_have(ten) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UserError, match=r"has 10 of 10 classes .* not have: 0, 1, 2, 3, \.\.\."):
+    with pytest.raises(UserError, match=r"10 of 10 classes .* the classifier's 2: '0', '1'"):
         outputs_of(ten, ["a", "b"])
 
 

@@ -171,7 +171,7 @@ def test_bad_input_is_one_clear_line(name, overrides, words):
 def test_bad_calls():
     model = build_mae("mae_vit_tiny_patch16", img_size=32, patch_size=8, **SMALL)
     images = torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"noise must be \[2, 16\], not \[1, 16\]"):
+    with pytest.raises(UserError, match=r"noise must be a tensor \[2, 16\], not \[1, 16\]"):
         model(images, torch.rand(1, 16))
     with pytest.raises(UserError, match="keeps 0 of 16"):
         model(images, torch.rand(2, 16), mask_ratio=0.99)

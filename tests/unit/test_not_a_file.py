@@ -16,13 +16,13 @@ import torch
 from make_shards import make_shards
 
 from mae_scale.commands import status
-from mae_scale.commands.reconstructing import read_centre
 from mae_scale.config.deepspeed import load_deepspeed_config
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.data.reader import ShardReader
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
+from mae_scale.inference.images import read_centre
 from mae_scale.models.weights import read_weights
 from mae_scale.sharding.foreign import index_shards
 from mae_scale.sharding.lists import read_classes

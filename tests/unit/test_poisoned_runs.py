@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_scale.commands import exporting, predicting, reconstructing
 from mae_scale.config.identity import as_yaml
 from mae_scale.config.parsing import parse
 from mae_scale.errors import UserError
-from mae_scale.tasks.classifiers import read_classifier
-from mae_scale.tasks.encoders import read_describer
+from mae_scale.inference import predict
+from mae_scale.inference.model import read_model
 from mae_scale.tasks.task import TASKS
 from mae_scale.tasks.trained import TrainedRun, read_any
 from mae_scale.train import elastic, loading
@@ -68,16 +67,14 @@ def options(run: Path) -> argparse.Namespace:
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "reconstruct": ("pretrain", lambda run: reconstructing.load_mae(step_of(run))),
+    "reconstruct": ("pretrain", lambda run: read_model(step_of(run), "autoencoder")),
     "weights of pretrain and finetune": ("pretrain", read_any),
-    "features and knn": ("pretrain", lambda run: read_describer(run)),
-    "evaluate": ("finetune", read_classifier),
-    "predict": ("finetune", lambda run: predicting.load(options(run), torch.device("cpu"))),
+    "features and knn": ("pretrain", lambda run: read_model(run, "encoder")),
+    "evaluate": ("finetune", lambda run: read_model(run, "classifier")),
+    "predict": ("finetune", lambda run: predict.load(options(run), torch.device("cpu"))),
     "export": (
         "finetune",
-        lambda run: exporting._weights(
-            (trained := TrainedRun.read(step_of(run))), trained.model(), False
-        ),
+        lambda run: TrainedRun.read(step_of(run)).whole_weights(),
     ),
 }
 

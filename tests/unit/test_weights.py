@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -164,9 +165,15 @@ def test_what_a_masked_autoencoder_takes_of_other_weights() -> None:
 
 
 def test_the_sizes_that_weights_show() -> None:
-    expected = {**SIZES, "decoder_embed_dim": 128, "decoder_depth": 2}
+    own = {**SIZES, "embed_dim": 192, "mlp_ratio": 4}
+    expected = {**own, "decoder_embed_dim": 128, "decoder_depth": 2}
     assert sizes_of(mae().state_dict()) == expected
-    assert sizes_of(classifier().state_dict()) == SIZES
+    assert sizes_of(classifier().state_dict()) == own
+    for width, ratio in ((192, 2.6), (100, 0.57), (52, 4.1), (12, 0.1)):  # the MLPs round it down
+        sizes = {"embed_dim": width, "num_heads": 1, "mlp_ratio": ratio, "decoder_embed_dim": 76}
+        state = mae(**sizes).state_dict()
+        again = mae(**{**sizes, **sizes_of(state)}).state_dict()
+        assert [v.shape for v in again.values()] == [v.shape for v in state.values()]
     assert sizes_of({"fc.weight": torch.zeros(2, 2)}) == {}
 
 
@@ -255,6 +262,59 @@ def test_checkpoints_of_the_authors_program_and_of_old_pytorch(
     content = {"model": state, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {}}}
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     assert read_weights(tmp_path / "c.pth").keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (lambda state: {f"module.{k}": v for k, v in state.items()}, "module."),
+        (lambda state: {"model": {f"_orig_mod.{k}": v for k, v in state.items()}}, "_orig_mod."),
+        (lambda state: {"module": {f"module.model.{k}": v for k, v in state.items()}}, "model."),
+        (lambda state: {k.replace("blocks.1.", "blocks.1._orig_mod."): v
+                        for k, v in state.items()}, "_orig_mod."),
+        (lambda state: {"state_dict": {"loss.weight": torch.ones(3),
+                                       **{f"model.{k}": v for k, v in state.items()}}},
+         "1 others are left out: loss.weight"),
+        (lambda state: {"student": {"a": torch.ones(1)},
+                        "teacher": {"head.mlp.0.weight": torch.ones(3, 3),
+                                    **{f"module.backbone.{k}": v for k, v in state.items()}}},
+         "module.backbone.; 1 others are left out: head.mlp.0.weight"),
+        (lambda state: {"model": {prefix + k: v for k, v in state.items()
+                                  for prefix in ("student.", "teacher.backbone.")}},
+         "teacher.backbone."),
+    ],
+)  # fmt: skip
+def test_prefixes_of_wrappers_are_taken_off_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wrap: Any, says: str
+) -> None:
+    state = classifier().state_dict()
+    torch.save(wrap(state), tmp_path / "w.pth")
+    with caplog.at_level("INFO", "mae_scale"):
+        found = read_weights(tmp_path / "w.pth")
+    assert found.keys() == state.keys() and says in caplog.text
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_weights_of_several_models_and_weights_that_are_not_finite(tmp_path: Path) -> None:
+    state = classifier().state_dict()
+    both = {
+        prefix + key: value for key, value in state.items() for prefix in ("model.", "teacher.")
+    }
+    torch.save(both, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"several models, .* 'model.' and 'teacher.'"):
+        read_weights(tmp_path / "both.pth")
+    kept = {f"backbone.{key}": value for key, value in state.items()}
+    save_file(kept, tmp_path / "kept.safetensors")
+    assert read_weights(tmp_path / "kept.safetensors", keep="backbone.").keys() == kept.keys()
+    assert read_weights(tmp_path / "kept.safetensors").keys() == state.keys()
+    for value, dtype in ((torch.nan, torch.float32), (-torch.inf, torch.bfloat16)):
+        bad = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
+        bad["blocks.1.norm1.bias"][3] = value
+        torch.save(bad, tmp_path / "bad.pth")
+        with pytest.raises(
+            UserError, match=r"bad.pth holds values that are NaN or infinite, in bl"
+        ):
+            read_weights(tmp_path / "bad.pth")
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mae_scale import world
+from mae_scale.cli import main
 from mae_scale.config.parsing import parse
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.errors import CommonError, UserError
@@ -73,6 +74,45 @@ def test_torchrun_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"RANK": "7", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
     set_all(monkeypatch, ranks)
     assert World.from_environment() == World(7, 16, 3, 4)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID",
+                                     "SLURM_NODEID")
+          for value in ("zero", "", "-1", "1.5", "9")),
+        *((name, value) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS",
+                                     "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK")
+          for value in ("zero", "", "-1", "0")),
+        ("SLURM_STEP_ID", "batch"),
+        ("SLURM_STEP_NUM_TASKS", None),
+        ("SLURM_NODEID", None),
+        ("SLURM_STEP_TASKS_PER_NODE", None),
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str | None,
+    alone: bool,
+) -> None:
+    """A rank that is no number, or not below the number of ranks, ends before it waits for
+    others."""
+    if name.startswith("SLURM"):
+        set_all(monkeypatch, {**TASK, "SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "4"})
+    elif not alone:
+        set_all(monkeypatch, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1",
+                              "LOCAL_WORLD_SIZE": "2"})  # fmt: skip
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    assert main(["features", "RUN", "SHARDS", "--out", "x.npy"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert name in error and "\n" not in error and "must" in error
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -17,23 +18,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mae_scale.commands.model_card import MARK, model_card
 from mae_scale.config.sizes import ImageSize
 from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import as_utf8, is_utf8, owner, sync_folder, sync_tree
+from mae_scale.inference.model_card import MARK, model_card
 from mae_scale.models import hugging_face, timm_form
 from mae_scale.models.classifier import Classifier, ProbeHead
 from mae_scale.models.dense_weights import BACKBONE
 from mae_scale.models.description import CARD, CONFIG, PREPROCESSOR, facts_of
 from mae_scale.models.hugging_face import StateDict
-from mae_scale.tasks.trained import TrainedRun, best_checkpoint
+from mae_scale.tasks.trained import TrainedRun
+from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
 SAFETENSORS, PTH = "model.safetensors", "model.pth"
 SINGLE_FILE = {"official": ".pth", "timm": ".safetensors"}  # ending of OUT where it is a file
+
+
+def run(options: argparse.Namespace, world: World) -> None:
+    """Export as the options of `mae-scale export` say; see `export`."""
+    export(options.run, options.to, options.out, options.ema)
 
 
 def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None:
@@ -56,7 +63,7 @@ def export(run: str | Path, to: str, out: str | Path, ema: bool = False) -> None
     """
     out = Path(out)
     check_place(out, to)
-    trained = TrainedRun.read(best_checkpoint(run))
+    trained = TrainedRun.chosen(run)
     with torch.device("meta"):
         model = trained.model()
     try:

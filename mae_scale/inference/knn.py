@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from contextlib import closing
 from typing import Any
@@ -13,18 +12,17 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from mae_scale.commands.describing import encoder_of, labels_of, loader_of
-from mae_scale.commands.drawing import rows_of_images
-from mae_scale.data.bands import for_display
 from mae_scale.data.dataset import EvalDataset
 from mae_scale.data.reader import shard_cache
 from mae_scale.data.shards import ShardSet, open_shards
-from mae_scale.data.transforms import default_crop_ratio
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.inference.features import encoder_of
+from mae_scale.inference.images import shown, write_png
+from mae_scale.inference.model import TrainedModel
+from mae_scale.inference.pictures import rows_of_images
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.tasks.classification import classes_of, matched
-from mae_scale.tasks.encoders import Describer
 from mae_scale.train.features import features_of
 from mae_scale.train.knn import knn_scores
 from mae_scale.world import World
@@ -44,12 +42,6 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options do not fit each other.
     """
-    if options.picture is not None and options.picture.suffix.lower() != ".png":
-        raise UserError(f"--picture {options.picture} must end in .png")
-    if options.neighbours < 1:
-        raise UserError(f"--neighbours {options.neighbours} must be at least 1")
-    if not 0.001 <= options.temperature < float("inf"):
-        raise UserError(f"--temperature {options.temperature} must be at least 0.001")
     train = open_shards(options.train, options.cache_dir)
     val = train if options.val is None else open_shards(options.val, options.cache_dir)
     classes = classes_of(train)
@@ -61,7 +53,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     encoder = encoder_of(options, world)
 
     def features(shards: ShardSet, what: str) -> torch.Tensor:
-        loader = loader_of(shards, encoder, options, world)
+        loader = encoder.loader(shards, options, world)
         return features_of(encoder.features, loader, world.device, doing=watchdog.doing, what=what)
 
     bank = features(train, "computing the features of the images that vote")
@@ -98,7 +90,7 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
 
 def _draw(
     options: argparse.Namespace,
-    encoder: Describer,
+    encoder: TrainedModel,
     train: ShardSet,
     val: ShardSet,
     bank: torch.Tensor,
@@ -139,24 +131,26 @@ def _draw(
                 row.append((others(j), f"{cosine:.2f} {train.classes[label]}", color))
             rows.append(row)
     header = ["image", "nearest: cosine and class; green: the same class, red: another one"]
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    stream = io.BytesIO()
-    rows_of_images(rows, header).save(stream, "PNG")
-    write_atomically(options.picture, stream.getvalue())
+    write_png(options.picture, rows_of_images(rows, header))
+
+
+def labels_of(shards: ShardSet) -> torch.Tensor:
+    """Return the label of each sample, int64 [N]."""
+    return torch.from_numpy(shards.index["label"].astype(np.int64))
 
 
 class _Images:
     """Reads the images of a data set as the encoder sees them, uint8 [H, W, 3]."""
 
-    def __init__(self, options: argparse.Namespace, encoder: Describer, shards: ShardSet) -> None:
-        size = encoder.model.patch_embed.img_size
-        ratio = encoder.crop_ratio or default_crop_ratio(size)
+    def __init__(
+        self, options: argparse.Namespace, encoder: TrainedModel, shards: ShardSet
+    ) -> None:
         cache = shard_cache(shards, options.cache_dir, None)
-        self._dataset = EvalDataset(shards, size, ratio, cache)
+        self._dataset = EvalDataset(shards, encoder.size, encoder.crop_ratio, cache)
         self._dataset.bands = encoder.bands
 
     def __call__(self, sample: int) -> npt.NDArray[np.uint8]:
-        return for_display(self._dataset.pixels(sample)[None])[0].permute(1, 2, 0).numpy()
+        return shown(self._dataset.pixels(sample))
 
     def close(self) -> None:
         self._dataset.reader.close()

@@ -17,19 +17,15 @@ from typing import Any
 
 import torch
 
-from mae_scale.commands import evaluate_dense
-from mae_scale.config.batch import resolve_precision
-from mae_scale.data.loader import EvalLoader
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.inference import evaluate_dense
+from mae_scale.inference.evaluate_dense import header
+from mae_scale.inference.model import chosen_model
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.sharding.labels import normal
-from mae_scale.sharding.lists import read_classes
-from mae_scale.tasks.classification import classes_of
-from mae_scale.tasks.classifiers import read_classifier
+from mae_scale.tasks.classification import matched
 from mae_scale.tasks.trained import TrainedRun, best_checkpoint, is_ours
 from mae_scale.train.validation import Scores, evaluate
 from mae_scale.world import World
@@ -70,55 +66,40 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options do not fit each other.
     """
-    for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
-    if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
-        raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
+    named = _named(options.data)
     if is_ours(options.weights):
-        trained = TrainedRun.read(on_rank0(lambda: best_checkpoint(options.weights)))
-        if trained.task.name in evaluate_dense.TASKS:
-            evaluate_dense.run(trained, options, _named(options.data), world, watchdog.doing)
+        folder = on_rank0(lambda: best_checkpoint(options.weights))
+        if TrainedRun.read(folder).task.name in evaluate_dense.TASKS:
+            evaluate_dense.run(options, named, world, watchdog.doing)
             return
     if options.multi_scale:
         raise UserError(f"--multi_scale: {options.weights} is no run of segment")
-    sets = {name: open_shards(spec, options.cache_dir) for name, spec in _named(options.data)}
+    sets = {name: open_shards(spec, options.cache_dir) for name, spec in named}
     corrupted = _corrupted(options)
-    if not sets and not corrupted:
+    every = {**sets, **corrupted}
+    if not every:
         raise UserError("nothing to evaluate on: give NAME=SHARDS or --imagenet_c FOLDER")
-    loaded = read_classifier(
-        options.weights,
-        name=options.model,
-        classes=None if options.classes is None else read_classes(options.classes),
-        fallback=next(iter([*sets.values(), *corrupted.values()])).classes,
-        img_size=options.img_size,
-        ema=options.ema,
-    )
-    outputs = {name: outputs_of(shards, loaded.classes) for name, shards in sets.items()}
-    outputs |= {name: outputs_of(shards, loaded.classes) for name, shards in corrupted.items()}
-    model = loaded.model.eval().to(world.device)
-    if resolve_precision(options.precision, world.device) == "bf16":
-        model = model.bfloat16()
-        keep_statistics_in_fp32(model)
+    found = chosen_model(options, "classifier", fallback=next(iter(every.values())).classes)
+    outputs = {
+        name: outputs_of(shards, found.classes, options.classes_of_data)
+        for name, shards in every.items()
+    }
+    for name, (columns, label_of) in outputs.items():
+        if len(label_of) < len(found.classes):
+            log.info(
+                "%s has %d of the %d classes; %s",
+                *(name, len(label_of), len(found.classes)),
+                "only their outputs count (--classes-of-data)"
+                if len(columns) < len(found.classes)
+                else "all outputs count; --classes-of-data leaves out those of the others",
+            )
+    found.put(world.device, options.precision)
 
     def scores_on(name: str, shards: ShardSet) -> Scores:
-        loader = EvalLoader(
-            shards,
-            img_size=model.patch_embed.img_size,
-            batch_size=options.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            workers=options.workers,
-            crop_ratio=loaded.crop_ratio if options.crop_ratio is None else options.crop_ratio,
-            pin_memory=world.device.type == "cuda",
-            cache_dir=options.cache_dir,
-            max_pixels=options.max_pixels or loaded.max_pixels,
-            bands=loaded.bands,
-        )
         columns, label_of = outputs[name]
-        found = evaluate(
-            lambda images: model(images)[:, columns.to(world.device)],
-            loader,
+        scores = evaluate(
+            lambda images: found.model(images)[:, columns.to(world.device)],
+            found.loader(shards, options, world),
             classes=len(columns),
             device=world.device,
             doing=watchdog.doing,
@@ -126,13 +107,13 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
             label_of=label_of,
             confusion=options.tables is not None,
         )
-        assert found is not None  # it is None only where something stops it, and nothing can here
-        return found
+        assert scores is not None  # it is None only where something stops it, and nothing can here
+        return scores
 
-    results: dict[str, Any] = {"weights": str(options.weights), "step": loaded.step, "sets": {}}
+    results = header(options, found.run)
     for name, shards in sets.items():
         scores = scores_on(name, shards)
-        names = [loaded.classes[i] for i in outputs[name][0].tolist()]
+        names = [found.classes[i] for i in outputs[name][0].tolist()]
         per_class = dict(zip(names, scores.per_class(), strict=True))
         results["sets"][name] = {"shards": shards.root, **scores.row(), "per_class": per_class}
         if world.rank == 0 and options.tables is not None:
@@ -173,16 +154,19 @@ def _corrupted(options: argparse.Namespace) -> dict[str, ShardSet]:
     }
 
 
-def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs_of(
+    shards: ShardSet, classes: list[str], of_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the outputs of a classifier that count on a data set, and the output for each label.
 
-    Classes are matched by name (wnid). On ImageNet-A and -R, which have 200 of the 1000 classes,
-    only the outputs of these 200 count, as in their authors' protocol. If the classes of the set
-    are named by the numbers 0 to n - 1, as in ImageNet-V2, they are the outputs of these numbers.
+    Classes are matched by name (wnid). If the classes of the set are named by the numbers 0 to
+    n - 1, as in ImageNet-V2, they are the outputs of these numbers.
 
     Args:
         shards: data set.
         classes: names of the classifier's n outputs, in order.
+        of_data: whether only the outputs of the set's own classes count. That is the protocol of
+            ImageNet-A and -R, which have 200 of the 1000 classes.
 
     Returns:
         columns: int64 [k], numbers of the outputs that count, in rising order.
@@ -191,20 +175,14 @@ def outputs_of(shards: ShardSet, classes: list[str]) -> tuple[torch.Tensor, torc
     Raises:
         UserError: the set has classes that the classifier does not have.
     """
-    names = [normal(name) for name in classes_of(shards)]
-    numbers = {normal(name): number for number, name in enumerate(classes)}
-    if not set(names) <= numbers.keys() and sorted(names) == sorted(map(str, range(len(classes)))):
-        numbers = {str(number): number for number in range(len(classes))}
-    unknown = [name for name in names if name not in numbers]
-    if unknown:
-        raise UserError(
-            f"{shards.root} has {len(unknown)} of {len(names)} classes that the classifier does "
-            f"not have: {', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''}; it has "
-            f"{len(classes)}: {', '.join(classes[:4])}, ..."
-        )
-    columns = sorted(numbers[name] for name in names)
-    place = {column: i for i, column in enumerate(columns)}
-    return torch.tensor(columns), torch.tensor([place[numbers[name]] for name in names])
+    numbers = list(map(str, range(len(classes))))
+    if sorted(shards.classes) == sorted(numbers) != sorted(classes):
+        classes = numbers
+    label_of = matched(shards, classes, "the classifier's")
+    if label_of is None:
+        label_of = torch.arange(len(classes))
+    columns = label_of.sort().values if of_data else torch.arange(len(classes))
+    return columns, torch.searchsorted(columns, label_of)
 
 
 def write_tables(folder: Path, name: str, classes: list[str], scores: Scores) -> None:

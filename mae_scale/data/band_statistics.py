@@ -17,25 +17,24 @@ from mae_scale.data.reader import ShardReader, shard_cache
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import write_atomically
+from mae_scale.world import World
 
 AUTO = "auto"  # word for a range that follows from the values
 _RANGE_IMAGES = 100  # number of images of which the range of the values is shown
 _TAIL = 2  # per cent of the values that lie beyond the inner range on each side
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, world: World) -> None:
     """Print mean and deviation as YAML, and write them if `--out` is given.
 
     Args:
         options: arguments of `mae-scale stats`.
+        world: this process, which is alone.
 
     Raises:
         UserError: there are no shards, or an option is out of its range.
         RunError: an image cannot be decoded.
     """
-    for name in ("in_chans", "most", "max_pixels"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
     value_range = given_range(options.value_range, options.in_chans)
     shards = open_shards(options.data, options.cache_dir)
     number = min(options.most, len(shards))

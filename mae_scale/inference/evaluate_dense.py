@@ -17,6 +17,7 @@ from mae_scale.data.loader import EvalLoader
 from mae_scale.data.reader import shard_cache
 from mae_scale.errors import UserError
 from mae_scale.files import write_atomically
+from mae_scale.inference.model import FOREIGN
 from mae_scale.tasks import detect as detection
 from mae_scale.tasks import segment as segmentation
 from mae_scale.tasks.dense import open_annotated
@@ -28,11 +29,25 @@ from mae_scale.world import World
 
 log = logging.getLogger("mae_scale")
 
+_MOST = 8  # largest batch of a detector, in images, which are large
 TASKS = ("detect", "segment")  # tasks whose runs are evaluated here
 
 
+def header(options: argparse.Namespace, trained: TrainedRun | None) -> dict[str, Any]:
+    """Begin the results of `mae-scale evaluate`: which weights they are of, without scores.
+
+    Args:
+        options: arguments of `mae-scale evaluate`.
+        trained: checkpoint that is evaluated; None: weights from elsewhere.
+    """
+    results: dict[str, Any] = {"weights": str(options.weights), "step": None, "sets": {}}
+    if trained is not None:
+        results["step"] = checkpoint.Commit.read(trained.folder).step
+        results |= {"checkpoint": trained.folder.name, "chosen": trained.why}
+    return results
+
+
 def run(
-    trained: TrainedRun,
     options: argparse.Namespace,
     sets: Sequence[tuple[str, str]],
     world: World,
@@ -41,7 +56,6 @@ def run(
     """Evaluate a run of `TASKS` on all sets; rank 0 prints and writes.
 
     Args:
-        trained: checkpoint to evaluate.
         options: arguments of `mae-scale evaluate`.
         sets: name and shard folder of each data set.
         world: this process among the others.
@@ -50,9 +64,10 @@ def run(
     Raises:
         UserError: data or options do not fit the run.
     """
+    trained = TrainedRun.chosen(options.weights)
     task, config = trained.task.name, cast(Any, trained.config)
-    for name in ("imagenet_c", "tables", "classes", "model", "img_size", "crop_ratio"):
-        if getattr(options, name) is not None:
+    for name in ("imagenet_c", "tables", "classes_of_data", "img_size", "crop_ratio", *FOREIGN):
+        if getattr(options, name, None):
             raise UserError(f"--{name} is for classifiers; {trained.run_dir} is a run of {task}")
     if options.multi_scale and task != "segment":
         raise UserError(f"--multi_scale is for segmenters; {trained.run_dir} is a run of {task}")
@@ -73,11 +88,7 @@ def run(
         with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
             return model(*inputs)
 
-    results: dict[str, Any] = {
-        "weights": str(options.weights),
-        "step": checkpoint.Commit.read(trained.folder).step,
-        "sets": {},
-    }
+    results = header(options, trained)
     for name, shards in opened.items():
         kind = DetectionEvalLoader if task == "detect" else SegmentationEvalLoader
         loader = kind(
@@ -108,9 +119,6 @@ def run(
         print(table(results["sets"], trained.task.scores))
         if options.out is not None:
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
-
-
-_MOST = 8  # largest batch of a detector, in images, which are large
 
 
 def _segmentation(

@@ -1,4 +1,4 @@
-"""Computing and writing the features of images, for `mae-scale features` and `mae-scale knn`."""
+"""Computing and writing the features of images, for `mae-scale features`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from mae_scale.config.batch import resolve_precision
-from mae_scale.data.loader import EvalLoader
 from mae_scale.data.reader import ShardReader, shard_cache
 from mae_scale.data.shards import ShardSet, open_shards
 from mae_scale.errors import UserError
 from mae_scale.files import as_utf8, owner, write_atomically
+from mae_scale.inference.model import TrainedModel, chosen_model
 from mae_scale.launch.distributed import on_rank0
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.models.classifier import keep_statistics_in_fp32
-from mae_scale.tasks.encoders import Describer, read_describer
 from mae_scale.train.features import feature_batches
 from mae_scale.world import World
 
@@ -30,63 +26,21 @@ log = logging.getLogger("mae_scale")
 _ROWS = 8192  # number of rows that are written into a Parquet file at a time
 
 
-def encoder_of(options: argparse.Namespace, world: World) -> Describer:
+def encoder_of(options: argparse.Namespace, world: World) -> TrainedModel:
     """Read the encoder that the options name, onto this rank's device.
 
     Args:
-        options: arguments that `features.add_encoder_arguments` adds.
+        options: arguments of `mae-scale features` or `mae-scale knn`.
         world: this process among the others.
 
     Raises:
-        UserError: an option is out of its range, or the weights cannot be used.
+        UserError: the weights cannot be used.
     """
-    for name, least in {"batch_size": 1, "workers": 0, "max_pixels": 1}.items():
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
-    if options.crop_ratio is not None and not 0 < options.crop_ratio <= 1:
-        raise UserError(f"--crop_ratio {options.crop_ratio} must lie in 0 to 1, not 0")
-    found = read_describer(
-        options.weights,
-        pool=options.pool,
-        name=options.model,
-        img_size=options.img_size,
-        ema=options.ema,
-    )
-    found.model.to(world.device)
-    if resolve_precision(options.precision, world.device) == "bf16":
-        found.model.bfloat16()
-        keep_statistics_in_fp32(found.model)
-    if options.crop_ratio is not None:
-        found.crop_ratio = options.crop_ratio
+    encoder = chosen_model(options, "encoder")
+    encoder.put(world.device, options.precision)
     words = {"token": "class token", "mean": "mean of the patches"}
-    log.info("features are the %s; encoder of %s", words[found.pool], found.source)
-    return found
-
-
-def loader_of(
-    shards: ShardSet, encoder: Describer, options: argparse.Namespace, world: World
-) -> EvalLoader:
-    """Make the loader of this rank's part of some shards, with the crop that an encoder wants.
-
-    Args:
-        shards: shards to load.
-        encoder: encoder that the images are for.
-        options: arguments that `features.add_encoder_arguments` adds.
-        world: this process among the others.
-    """
-    return EvalLoader(
-        shards,
-        img_size=encoder.model.patch_embed.img_size,
-        batch_size=options.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        workers=options.workers,
-        crop_ratio=encoder.crop_ratio,
-        pin_memory=world.device.type == "cuda",
-        cache_dir=options.cache_dir,
-        max_pixels=options.max_pixels or encoder.max_pixels,
-        bands=encoder.bands,
-    )
+    log.info("features are the %s; encoder of %s", words[encoder.pool], encoder.source)
+    return encoder
 
 
 def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
@@ -100,15 +54,13 @@ def run(options: argparse.Namespace, world: World, watchdog: Watchdog) -> None:
     Raises:
         UserError: weights, data or options do not fit each other.
     """
-    if options.out.suffix not in (".npy", ".parquet"):
-        raise UserError(f"--out {options.out} must end in .npy or .parquet")
-    if options.out.suffix == ".parquet":
+    if options.out.suffix.lower() == ".parquet":
         _pyarrow()
     if not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}")
     shards = open_shards(options.data, options.cache_dir)
     encoder = encoder_of(options, world)
-    loader = loader_of(shards, encoder, options, world)
+    loader = encoder.loader(shards, options, world)
     unfinished = options.out.with_name(f".{options.out.stem}.{owner()}.npy")
     try:
         rows: np.memmap | None = None
@@ -135,7 +87,7 @@ def _write(
     labels = shards.index["label"].astype(np.int64)
     names = [shards.classes[i] if 0 <= i < len(shards.classes) else "" for i in labels.tolist()]
     keys = _keys(shards, options.cache_dir)
-    if options.out.suffix == ".npy":
+    if options.out.suffix.lower() == ".npy":
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["key", "label", "class"])
@@ -198,8 +150,3 @@ def _write_parquet(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def labels_of(shards: ShardSet) -> torch.Tensor:
-    """Return the label of each sample, int64 [N]."""
-    return torch.from_numpy(shards.index["label"].astype(np.int64))

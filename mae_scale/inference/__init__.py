@@ -1,0 +1,1 @@
+"""Commands at work that use a trained model: evaluate, predict, draw, export."""
