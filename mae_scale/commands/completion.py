@@ -7,11 +7,12 @@ in ~/.zshrc, or write the script into a file named _mae-scale in a folder of fpa
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from mae_scale.commands import COMMANDS
 from mae_scale.commands.arguments import Parser
-from mae_scale.config.parsing import config_keys, recipe_names
+from mae_scale.config.keys import Key, alternatives, config_keys
+from mae_scale.config.parsing import recipe_names
 from mae_scale.errors import UserError
 from mae_scale.tasks.task import TASKS
 
@@ -70,8 +71,9 @@ def everything() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=task.about)
         recipes = [recipe for recipe in recipe_names() if recipe.startswith(name)]
         _add(added, "--config", choices=recipes + [r for r in recipe_names() if r not in recipes])
-        for key in config_keys(task.config):
-            _add(added, f"--{key}", choices=_choices(task.config, key), places=key in _PATHS)
+        for name_of_key, key in config_keys(task.config).items():
+            places = name_of_key in _PATHS
+            _add(added, f"--{name_of_key}", choices=_choices(key), places=places)
     for name, about in COMMANDS.items():
         own = import_module(f"mae_scale.commands.{name}").parser(f"mae-scale {name}")
         added = commands.add_parser(name, help=about, parents=[own], conflict_handler="resolve")
@@ -103,13 +105,9 @@ def _is_path(action: Any) -> bool:
     return getattr(action.type, "__name__", "") == "Path"
 
 
-def _choices(config_class: Any, key: str) -> list[str]:
+def _choices(key: Key) -> list[str]:
     """List the words that a config key takes; empty if its type names no words."""
-    *sections, name = key.split(".")
-    for section in sections:
-        config_class = get_type_hints(config_class)[section]
-    hint = get_type_hints(config_class)[name]
-    if hint is bool:
+    kinds = alternatives(key.type)
+    if bool in kinds:
         return ["true", "false"]
-    hints = [hint, *get_args(hint)] if get_origin(hint) is not Literal else [hint]
-    return [str(word) for each in hints if get_origin(each) is Literal for word in get_args(each)]
+    return [str(word) for each in kinds if get_origin(each) is Literal for word in get_args(each)]
