@@ -71,9 +71,7 @@ class FinetuneTrainConfig(TrainConfig):
     """Length, batch, precision, memory, and what is trained."""
 
     epochs: From1 = 100
-    """Epochs of the whole schedule; the learning rate follows it."""
     global_batch_size: From1 = 1024
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
     tune_blocks: AtLeast0 | None = None
     """Number of last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last
     block's MLP), 1, 2, ...; null: the whole model is trained."""
@@ -88,13 +86,9 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW, the learning-rate rule, layer-wise decay (paper Table 9)."""
 
     base_lr: AtLeast0 = 5e-4
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 1e-6
-    """Learning rate at the end of the half-cycle cosine."""
     warmup_epochs: AtLeast0 = 5
-    """Epochs of linear warm-up from 0."""
     betas: Pair[ShareBelow1] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
     layer_decay: ShareAbove0 = 1.0
     """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
     ema_decay: ShareBelow1 | None = None
@@ -158,9 +152,7 @@ class ProbeTrainConfig(TrainConfig):
     """Length, batch, precision, memory."""
 
     epochs: From1 = 90
-    """Epochs of the whole schedule; the learning rate follows it."""
     global_batch_size: From1 = 16384
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: Changeable[From1] = 512
     """Images per rank and forward pass; the probe's BatchNorm takes its statistics from these."""
     validate_epochs: Changeable[From1] = 1
@@ -174,9 +166,7 @@ class LarsConfig(OptimizerConfig):
     max_zero_stage: ClassVar[int] = 0  # ZeRO cuts up the matrices whose norms LARS needs
 
     base_lr: AtLeast0 = 0.1
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     warmup_epochs: AtLeast0 = 10
-    """Epochs of linear warm-up from 0."""
     weight_decay: AtLeast0 = 0.0
     """Weight decay of matrices; biases have none."""
     momentum: ShareBelow1 = 0.9

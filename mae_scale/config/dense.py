@@ -40,7 +40,6 @@ class DenseTrainConfig(TrainConfig):
     """Length, batch, precision, memory, validation."""
 
     epochs: From1 = 100
-    """Epochs of the whole schedule; the learning rate follows it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision in which layers compute; weights, boxes and losses are always fp32. auto: bf16 on
     GPUs, fp32 on CPUs."""
@@ -52,7 +51,6 @@ class DenseOptimConfig(FinetuneOptimConfig):
     """AdamW and a learning-rate curve over the whole run, with a warm-up counted in steps."""
 
     base_lr: AtLeast0 = 4e-4
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 0.0
     """Learning rate at the end of the schedules cosine and linear."""
     schedule: Curve = "steps"

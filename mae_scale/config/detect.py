@@ -66,9 +66,7 @@ class DetectTrainConfig(DenseTrainConfig):
     epochs: From1 = 100
     """Epochs of the whole schedule; an epoch has the images that show an object."""
     global_batch_size: From1 = 64
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: Changeable[From1] = 1
-    """Images per rank and forward pass; accumulation steps follow from the global batch."""
 
 
 class DetectConfig(DenseConfig):

@@ -67,7 +67,6 @@ class SegmentTrainConfig(DenseTrainConfig):
 
     epochs: From1 = 127
     global_batch_size: From1 = 16
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: Changeable[From1] = 2
     """Images per rank and forward pass; batch norm sees those of all ranks together."""
     validate_epochs: Changeable[From1] = 10

@@ -14,6 +14,8 @@ from mae_scale.files import read_file
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
 MOST_DEPTH = 30
+# PyYAML raises its own errors, and passes on those of the values that it makes.
+_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,6 +108,5 @@ def parse_yaml(content: bytes | str, *, of_a_run: bool = False) -> Any:
     try:
         text = content if isinstance(content, str) else content.decode()
         return yaml.load(text, _RunLoader if of_a_run else _Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError) as error:
-        # PyYAML raises its own errors, and passes on the errors of the values that it makes.
+    except (yaml.YAMLError, ValueError, *_ERRORS) as error:
         raise ValueError(" ".join(str(error).split())) from None
