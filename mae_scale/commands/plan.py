@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import fields
 from pathlib import Path
 
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.hints import hint_for
-from mae_scale.config.parsing import config_keys, given_values, parse
+from mae_scale.config.keys import config_keys
+from mae_scale.config.parsing import given_values, parse
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.planning.gpus import GPU_MEMORY_GB
 from mae_scale.tasks.task import TASKS, Task, task_of_arguments
@@ -135,8 +135,8 @@ def _check_config(name: str, rest: list[str], task_name: str | None, prog: str) 
             "was published of it"
         )
     own = [action.option_strings[-1] for action in parser("")._actions]
-    keys = config_keys(task.config)
-    sections = {field.name for field in fields(task.config)}
+    keys = list(config_keys(task.config))
+    sections = task.config.model_fields
     for token in rest:
         option = token.split("=")[0]
         if option.startswith("--") and option[2:].split(".")[0] not in sections:

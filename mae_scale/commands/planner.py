@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from mae_scale.commands.plan import PLACES, config_arguments, gpu_name
-from mae_scale.config.parsing import given_values, key_names, parse
+from mae_scale.config.keys import key_names
+from mae_scale.config.parsing import given_values, parse
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError, renamed
 from mae_scale.files import write_atomically

@@ -31,11 +31,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.identity import flatten
-from mae_scale.config.parsing import RECIPES, parse
+from mae_scale.config.keys import Section
+from mae_scale.config.parsing import RECIPES, parse, shown
+from mae_scale.config.value_types import From0, Text
 from mae_scale.config.yaml_files import load_yaml
 from mae_scale.errors import STOPPED, UserError
 from mae_scale.files import write_atomically
@@ -128,14 +132,72 @@ def _is_finished(run_dir: Path) -> bool:
     return bool(events) and events[-1]["event"] == "finished"
 
 
+_Name = Annotated[Text, Field(max_length=100)] | int | float
+_Settings = dict[str, Any] | None
+
+
+class Row(Section):
+    """A row of a sweep file."""
+
+    name: _Name
+    pretrain: _Settings = None
+    finetune: _Settings = None
+    linprobe: _Settings = None
+    paper: dict[str, float] | None = None
+
+
+class SweepFile(Section):
+    """A sweep file, as the text at the head of this module describes it."""
+
+    title: _Name = ""
+    seeds: list[From0] = Field(default=[0], min_length=1)
+    pretrain: _Settings = None
+    finetune: _Settings = None
+    linprobe: _Settings = None
+    rows: list[Row] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, path: Path) -> SweepFile:
+        """Read a sweep file.
+
+        Raises:
+            UserError: it is no sweep.
+        """
+        content = load_yaml(path)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        kind: type[Section] = cls
+        if place[:1] == ["rows"] and len(place) > 2:
+            row = content["rows"][int(place[1])]
+            place, kind = [f"row {row.get('name', place[1])}", *place[2:3]], Row
+        if first["type"] == "extra_forbidden":
+            what = f"unknown key '{place.pop()}'; known: {', '.join(kind.model_fields)}"
+        elif first["type"] == "missing":
+            what = f"it lacks the key '{place.pop()}'"
+        else:
+            what = f"{first['msg'].lower()}, not {shown(first['input'])}"
+        raise UserError(": ".join([f"{path} is no sweep", *place[:2], what]))
+
+    def settings(self, row: Row, task: str) -> dict[str, Any] | None:
+        """Merge the config keys of a task of a row; None where the row leaves the task out."""
+        own = getattr(row, task)
+        if task not in self.model_fields_set or (task in row.model_fields_set and own is None):
+            return None
+        merged = {**flatten(getattr(self, task) or {}), **flatten(own or {})}
+        return {key: "null" if value is None else value for key, value in merged.items()}
+
+
 @dataclass
 class Sweep:
     """The runs that a sweep file asks for."""
 
     title: str
     """Title of the table."""
-    rows: list[dict[str, Any]]
-    """Rows of the file, with `name` and `paper` of each."""
+    rows: list[Row]
+    """Rows of the file."""
     measured: list[dict[str, list[Run]]]
     """For each row, by task, the runs that are measured, one for each seed."""
     needed: list[list[Run]]
@@ -157,9 +219,9 @@ class Sweep:
         """
         return [
             {
-                "name": row["name"],
+                "name": str(row.name),
                 **{task: [run.score() for run in runs] for task, runs in measured.items()},
-                "paper": row.get("paper") or {},
+                "paper": row.paper or {},
             }
             for row, measured in zip(self.rows, self.measured, strict=True)
         ]
@@ -184,27 +246,19 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
     Raises:
         UserError: the file is no sweep, or a row, which the message names, has wrong settings.
     """
-    content = load_yaml(path)
-    known = {"title", "seeds", "rows", *STEPS}
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
-        raise UserError(f"{path} is no sweep: expected title, pretrain, finetune, linprobe, rows")
-    for key in content:
-        if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'; known: {', '.join(sorted(known))}")
-    sweep = Sweep(str(content.get("title", path.stem)), content["rows"], [], [])
+    file = SweepFile.read(path)
+    sweep = Sweep(str(file.title) or path.stem, file.rows, [], [])
     folders: dict[tuple[Any, ...], Path] = {}
     for row in sweep.rows:
-        if not isinstance(row, dict) or "name" not in row:
-            raise UserError(f"{path}: a row lacks its name: {row}")
-        unknown = row.keys() - {"name", "paper", *STEPS}
-        if unknown:
-            raise UserError(f"{path}: row {row['name']}: unknown key '{unknown.pop()}'")
+        slug = re.sub(r"\W+", "-", str(row.name)).strip("-").lower()
+        if not slug:
+            raise UserError(f"{path}: the name of row {row.name!r} has no letter and no digit")
         measured: dict[str, list[Run]] = {}
         needed: list[Run] = []
-        for seed in content.get("seeds", [0]):
+        for seed in file.seeds:
             weights: Path | None = None
             for task in STEPS:
-                settings = _settings(content, row, task)
+                settings = file.settings(row, task)
                 if settings is None:
                     continue
                 if weights is not None:
@@ -212,35 +266,26 @@ def read_sweep(path: Path, run_dir: Path, data: dict[str, str]) -> Sweep:
                 elif task != "pretrain":
                     settings["weights"] = "null"
                 settings |= {"seed": seed, **data}
-                slug = re.sub(r"\W+", "-", str(row["name"])).strip("-").lower()
                 key = (task, *map(str, settings.items()))
                 place = folders.setdefault(key, run_dir / f"seed{seed}" / task / slug)
                 if list(folders.values()).count(place) > 1:
-                    raise UserError(f"{path}: two rows have the name {row['name']}")
+                    raise UserError(f"{path}: two rows have the name {row.name}")
                 arguments = [f"--{name}={value}" for name, value in settings.items()]
                 run = Run(task, (*arguments, f"--run_dir={place}"), place)
                 try:
                     parse(TASKS[task].config, list(run.arguments), task)
                 except UserError as error:
-                    raise UserError(f"{path}: row {row['name']}, {task}: {error}") from None
+                    raise UserError(f"{path}: row {row.name}, {task}: {error}") from None
                 needed.append(run)
                 if task == "pretrain":
                     weights = place
                 else:
                     measured.setdefault(task, []).append(run)
         if not measured:
-            raise UserError(f"{path}: row {row['name']} has neither finetune nor linprobe")
+            raise UserError(f"{path}: row {row.name} has neither finetune nor linprobe")
         sweep.measured.append(measured)
         sweep.needed.append(needed)
     return sweep
-
-
-def _settings(content: dict[str, Any], row: dict[str, Any], task: str) -> dict[str, Any] | None:
-    """Merge the config keys of a task of a row; None where the row leaves the task out."""
-    if task not in content or (task in row and row[task] is None):
-        return None
-    merged = {**flatten(content[task] or {}), **flatten(row.get(task) or {})}
-    return {key: "null" if value is None else value for key, value in merged.items()}
 
 
 def run_all(runs: list[Run], launch: list[str]) -> int:

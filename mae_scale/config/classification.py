@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mae_scale.config.numbers import AtLeast0, From1, Share, ShareAbove0, ShareBelow1
+from pydantic import Field
+
+from mae_scale.config.keys import Section
 from mae_scale.config.sections import (
     BandedConfig,
     OptimConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
-    changeable,
+)
+from mae_scale.config.value_types import (
+    AtLeast0,
+    Changeable,
+    From1,
+    Pair,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+    Text,
 )
 
 
-@dataclass
 class ClassifierConfig(BandedConfig):
     """The encoder of a masked autoencoder and a classification head (paper Appendix A.1)."""
 
@@ -32,17 +41,16 @@ class ClassifierConfig(BandedConfig):
     1.0 above."""
 
 
-@dataclass
-class AugmentConfig:
+class AugmentConfig(Section):
     """Random changes of training images (paper Tables 9 and 11)."""
 
-    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
+    crop_scale: Pair[ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
     hflip: bool = True
     """Whether half of the images are mirrored, left to right."""
     color_jitter: Share = 0.0
     """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    rand_augment: Text | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's spelling; null: none."""
     mixup: AtLeast0 = 0.8
     """Alpha of mixup; 0: none. If cutmix is on too, one of both is drawn for each micro-batch."""
@@ -59,36 +67,28 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
-@dataclass
 class FinetuneTrainConfig(TrainConfig):
     """Length, batch, precision, memory, and what is trained."""
 
     epochs: From1 = 100
-    """Epochs of the whole schedule; the learning rate follows it."""
     global_batch_size: From1 = 1024
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
     tune_blocks: AtLeast0 | None = None
     """Number of last blocks that are trained besides the head (paper Figure 9): 0, 0.5 (the last
     block's MLP), 1, 2, ...; null: the whole model is trained."""
     class_weights: Literal["balanced"] | list[AtLeast0] | None = None
     """Weight of each class in the loss: a list in the order of the labels, or balanced, which lets
     each class count as much as any other, however many images it has; null: all 1."""
-    validate_epochs: From1 = changeable(1)
+    validate_epochs: Changeable[From1] = 1
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
 
-@dataclass
 class FinetuneOptimConfig(OptimConfig):
     """AdamW, the learning-rate rule, layer-wise decay (paper Table 9)."""
 
     base_lr: AtLeast0 = 5e-4
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 1e-6
-    """Learning rate at the end of the half-cycle cosine."""
     warmup_epochs: AtLeast0 = 5
-    """Epochs of linear warm-up from 0."""
-    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    betas: Pair[ShareBelow1] = (0.9, 0.999)
     layer_decay: ShareAbove0 = 1.0
     """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
     ema_decay: ShareBelow1 | None = None
@@ -111,15 +111,14 @@ class FinetuneOptimConfig(OptimConfig):
         return self.ema_decay
 
 
-@dataclass
 class FinetuneConfig(RunConfig):
     """Classification, from pre-trained weights or from scratch (paper Tables 9 and 11)."""
 
     task: Literal["finetune"] = "finetune"
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
-    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    model: ClassifierConfig = Field(default_factory=ClassifierConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    train: FinetuneTrainConfig = Field(default_factory=FinetuneTrainConfig)
+    optim: FinetuneOptimConfig = Field(default_factory=FinetuneOptimConfig)
     new_head: bool = False
     """Whether to start with a new head, and a new LayerNorm before it, even if the weights have
     them."""
@@ -130,7 +129,6 @@ class FinetuneConfig(RunConfig):
         return self.augment.mixes
 
 
-@dataclass
 class ProbeModelConfig(BandedConfig):
     """A frozen encoder and the linear layer on it (paper Table 10)."""
 
@@ -141,32 +139,27 @@ class ProbeModelConfig(BandedConfig):
     1.0 above."""
 
 
-@dataclass
-class ProbeAugmentConfig:
+class ProbeAugmentConfig(Section):
     """RandomResizedCrop and flip only (paper Table 10)."""
 
     crop: Literal["random", "clipped"] = "random"
     """Kind of crop: random is a RandomResizedCrop; clipped is the authors' crop for probing, which
     takes the first box that is drawn and clips it to the image."""
-    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
+    crop_scale: Pair[ShareAbove0] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
 
 
-@dataclass
 class ProbeTrainConfig(TrainConfig):
     """Length, batch, precision, memory."""
 
     epochs: From1 = 90
-    """Epochs of the whole schedule; the learning rate follows it."""
     global_batch_size: From1 = 16384
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
-    micro_batch_size: From1 = changeable(512)
+    micro_batch_size: Changeable[From1] = 512
     """Images per rank and forward pass; the probe's BatchNorm takes its statistics from these."""
-    validate_epochs: From1 = changeable(1)
+    validate_epochs: Changeable[From1] = 1
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
 
-@dataclass
 class LarsConfig(OptimizerConfig):
     """LARS and the learning-rate rule (paper Table 10)."""
 
@@ -174,28 +167,25 @@ class LarsConfig(OptimizerConfig):
     max_zero_stage: ClassVar[int] = 0  # ZeRO cuts up the matrices whose norms LARS needs
 
     base_lr: AtLeast0 = 0.1
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     warmup_epochs: AtLeast0 = 10
-    """Epochs of linear warm-up from 0."""
     weight_decay: AtLeast0 = 0.0
     """Weight decay of matrices; biases have none."""
     momentum: ShareBelow1 = 0.9
     """Momentum of LARS: the share of the last step that goes into the next one."""
 
 
-@dataclass
 class LinprobeConfig(RunConfig):
     """Linear probing: a linear classifier on a frozen encoder (paper Table 10)."""
 
     has_batch_statistics: ClassVar[bool] = True  # a BatchNorm stands before the linear layer
 
     task: Literal["linprobe"] = "linprobe"
-    weights: str | None = None
+    weights: Text | None = None
     """Encoder to probe: a run folder of pretrain or finetune, a step folder in one, a .pth of the
     authors, a .safetensors, or a folder of timm or Hugging Face; null: a random encoder."""
-    model: ProbeModelConfig = field(default_factory=ProbeModelConfig)
-    augment: ProbeAugmentConfig = field(default_factory=ProbeAugmentConfig)
-    train: ProbeTrainConfig = field(default_factory=ProbeTrainConfig)
-    optim: LarsConfig = field(default_factory=LarsConfig)
-    deepspeed: str = changeable("zero0")
+    model: ProbeModelConfig = Field(default_factory=ProbeModelConfig)
+    augment: ProbeAugmentConfig = Field(default_factory=ProbeAugmentConfig)
+    train: ProbeTrainConfig = Field(default_factory=ProbeTrainConfig)
+    optim: LarsConfig = Field(default_factory=LarsConfig)
+    deepspeed: Changeable[Text] = "zero0"
     """DeepSpeed config of stage 0: LARS needs the norms of whole matrices."""

@@ -5,12 +5,23 @@ A key that a subclass declares again with another default keeps the text of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from mae_scale.config.classification import FinetuneOptimConfig
-from mae_scale.config.numbers import AtLeast0, From0, From1, Share, ShareAbove0, ShareBelow1
-from mae_scale.config.sections import EncoderConfig, RunConfig, TrainConfig, changeable
+from mae_scale.config.sections import EncoderConfig, RunConfig, TrainConfig
+from mae_scale.config.value_types import (
+    AtLeast0,
+    Changeable,
+    From0,
+    From1,
+    Several,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+    Text,
+)
 
 ParameterKind = Literal[
     "weight", "bias", "scale", "layer_norm", "channel_norm", "position", "class_token", "relative"
@@ -18,7 +29,6 @@ ParameterKind = Literal[
 Curve = Literal["cosine", "linear", "steps"]
 
 
-@dataclass
 class DenseModelConfig(EncoderConfig):
     """The encoder of a masked autoencoder, whose features are taken after several blocks."""
 
@@ -26,31 +36,27 @@ class DenseModelConfig(EncoderConfig):
     """Rate of stochastic depth in the last block; it rises linearly from 0 in the first one."""
 
 
-@dataclass
 class DenseTrainConfig(TrainConfig):
     """Length, batch, precision, memory, validation."""
 
     epochs: From1 = 100
-    """Epochs of the whole schedule; the learning rate follows it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision in which layers compute; weights, boxes and losses are always fp32. auto: bf16 on
     GPUs, fp32 on CPUs."""
-    validate_epochs: From1 = changeable(5)
+    validate_epochs: Changeable[From1] = 5
     """Epochs between two validations on data.val; the last epoch has one, too."""
 
 
-@dataclass
 class DenseOptimConfig(FinetuneOptimConfig):
     """AdamW and a learning-rate curve over the whole run, with a warm-up counted in steps."""
 
     base_lr: AtLeast0 = 4e-4
-    """Learning rate for 256 images; the peak is base_lr x global_batch_size / 256."""
     min_lr: AtLeast0 = 0.0
     """Learning rate at the end of the schedules cosine and linear."""
     schedule: Curve = "steps"
     """Curve of the learning rate after the warm-up: cosine is half a cosine, linear is a line,
     steps divides the rate by 10 at each of drops."""
-    drops: tuple[ShareAbove0, ...] = (163_889 / 184_375, 177_546 / 184_375)
+    drops: Several[ShareAbove0] = (163_889 / 184_375, 177_546 / 184_375)
     """Shares of the run's steps after which the schedule steps divides the learning rate by 10."""
     warmup_epochs: AtLeast0 = 0
     """Epochs of linear warm-up; they count only if warmup_steps is null."""
@@ -60,7 +66,7 @@ class DenseOptimConfig(FinetuneOptimConfig):
     """Factor by which the learning rate is multiplied at the first step of the warm-up."""
     weight_decay: AtLeast0 = 0.1
     """Decoupled weight decay of all parameters, except the kinds in no_decay."""
-    no_decay: tuple[ParameterKind, ...] = ("layer_norm", "position")
+    no_decay: Several[ParameterKind] = ("layer_norm", "position")
     """Kinds of parameters without weight decay: layer_norm (of tokens), channel_norm (of maps),
     position (absolute), relative (positions), bias, scale (of residual branches), class_token."""
 
@@ -81,7 +87,6 @@ class DenseOptimConfig(FinetuneOptimConfig):
         return self.schedule
 
 
-@dataclass
 class DenseConfig(RunConfig):
     """The keys that detection and segmentation share and that stand in no section."""
 
@@ -89,10 +94,10 @@ class DenseConfig(RunConfig):
     # norm would not change: their updates are too small for bf16.
     fp32_weights: ClassVar[bool] = True
 
-    weights: str | None = None
+    weights: Text | None = None
     """Weights to start from: a run folder of pretrain, of finetune or of the same task, a step
     folder in one, a .pth of the authors, a .safetensors, or a folder of timm or Hugging Face; null:
     from scratch."""
-    optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
+    optim: DenseOptimConfig = Field(default_factory=DenseOptimConfig)
     new_head: bool = False
     """Whether to take only the encoder from weights, even if they belong to a run of this task."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import Field
+
 from mae_scale.config.dense import DenseConfig, DenseModelConfig, DenseTrainConfig
-from mae_scale.config.numbers import Above0, From0, From1
-from mae_scale.config.sections import changeable
+from mae_scale.config.keys import Section
+from mae_scale.config.value_types import Above0, Changeable, From0, From1, Pair
 
 
-@dataclass
 class DetectorConfig(DenseModelConfig):
     """Mask R-CNN on the encoder of a masked autoencoder (paper Table 4)."""
 
@@ -50,34 +50,29 @@ class DetectorConfig(DenseModelConfig):
     """Largest number of detections per image."""
 
 
-@dataclass
-class DetectAugmentConfig:
+class DetectAugmentConfig(Section):
     """Large-scale jitter: scale, crop, flip."""
 
     recipe: Literal["vitdet", "li2021"] = "vitdet"
     """Order and padding: vitdet flips first and pads with the mean colour; li2021 flips last and
     pads with grey."""
-    scale: tuple[Above0, Above0] = (0.1, 2.0)
+    scale: Pair[Above0] = (0.1, 2.0)
     """Smallest and largest size of the whole image, divided by the size of the crop."""
 
 
-@dataclass
 class DetectTrainConfig(DenseTrainConfig):
     """Length, batch, precision, memory, validation."""
 
     epochs: From1 = 100
     """Epochs of the whole schedule; an epoch has the images that show an object."""
     global_batch_size: From1 = 64
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
-    micro_batch_size: From1 = changeable(1)
-    """Images per rank and forward pass; accumulation steps follow from the global batch."""
+    micro_batch_size: Changeable[From1] = 1
 
 
-@dataclass
 class DetectConfig(DenseConfig):
     """Object detection and instance segmentation on COCO (paper Table 4)."""
 
     task: Literal["detect"] = "detect"
-    model: DetectorConfig = field(default_factory=DetectorConfig)
-    augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
-    train: DetectTrainConfig = field(default_factory=DetectTrainConfig)
+    model: DetectorConfig = Field(default_factory=DetectorConfig)
+    augment: DetectAugmentConfig = Field(default_factory=DetectAugmentConfig)
+    train: DetectTrainConfig = Field(default_factory=DetectTrainConfig)

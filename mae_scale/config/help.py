@@ -1,13 +1,12 @@
-"""The text of `--help` for commands that have a config: the keys that one sets first come first."""
+"""The text of `--help` for commands that have a config: common keys come first."""
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
-from argparse import SUPPRESS, Action
-from collections.abc import Iterable, Sequence
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from typing import Any
+
+from mae_scale.config.keys import Key, Section, config_keys, sections_of, type_text
 
 WIDTH = 80
 FIRST = (
@@ -20,62 +19,51 @@ OWN = {  # options that are no keys of the config, and their texts
     "--print_config": "Print the config that these options give, and do nothing else.",
     "--help, -h": "Print this text.",
 }
-TYPES = {bool: "true or false", str: "text", int: "whole number", float: "number"}
-TYPES[type(None)] = "null"
 
 
-def help_text(
-    config_class: type[Any],
-    actions: Sequence[Action],
-    prog: str,
-    recipes: Iterable[str],
-) -> str:
+def help_text(config_class: type[Section], prog: str, recipes: Iterable[str]) -> str:
     """Describe the keys of a config.
 
     Args:
         config_class: class of the config.
-        actions: actions of the parser that reads the config.
         prog: name of the command, such as `mae-scale pretrain`.
         recipes: examples of names that `--config` takes.
 
     Returns:
         The text, wrapped at 79 characters.
     """
-    by_key = {a.dest: a for a in actions if hasattr(a, "_typehint") and a.help != SUPPRESS}
-    types = get_type_hints(config_class)
-    sections = {name: t for name, t in types.items() if dataclasses.is_dataclass(t)}
-    keys = [key for key in by_key if key not in sections]
-    first = [key for key in FIRST if key in by_key]
+    keys = config_keys(config_class)
     lines = [
         f"usage: {prog} [--config FILE_OR_RECIPE] --run_dir DIR --data.train SHARDS",
         " " * len(f"usage: {prog} ") + "[--section.key VALUE ...]",
         "",
         *_wrapped(config_class.__doc__ or "", ""),
         "",
-        "Each key stands here with its default. In a file the same keys are nested.",
+        "Each key stands here with its default. In a file the same keys are nested. A key",
+        "that may change may have another value when a run continues; all others decide",
+        "which run it is.",
         "",
-        "What one sets first:",
+        "Common keys:",
     ]
     for option, text in OWN.items():
         lines += [f"  {option}", *_wrapped(text.format(recipes=", ".join(recipes)))]
-    for key in first:
-        lines += _entry(key, by_key[key])
-    for name, section in sections.items():
-        rest = [key for key in keys if key.startswith(f"{name}.") and key not in first]
-        if rest:
-            lines += ["", *_wrapped(f"More of {name}: {section.__doc__}", "")]
-            lines += [line for key in rest for line in _entry(key, by_key[key])]
-    others = [key for key in keys if "." not in key and key not in first]
-    lines += ["", "More:", *(line for key in others for line in _entry(key, by_key[key]))]
-    return "\n".join(lines) + "\n"
+    for name in FIRST:
+        lines += _entry(name, keys[name])
+    rest = {name: key for name, key in keys.items() if name not in FIRST}
+    for section, kind in sections_of(config_class).items():
+        own = {name: key for name, key in rest.items() if name.startswith(f"{section}.")}
+        if own:
+            lines += ["", *_wrapped(f"More of {section}: {kind.__doc__}", "")]
+            lines += [line for name, key in own.items() for line in _entry(name, key)]
+    others = [line for n, key in rest.items() if "." not in n for line in _entry(n, key)]
+    return "\n".join([*lines, "", "More:", *others]) + "\n"
 
 
-def _entry(key: str, action: Any) -> list[str]:
-    required = action.default is None and type(None) not in get_args(action._typehint)
-    default = "" if required else f" {_value(action.default)}"
-    kind = type_text(action._typehint)
-    needed = "needed; " if required else ""
-    return [f"  --{key}{default}", *_wrapped(f"{action.help} ({needed}{kind})")]
+def _entry(name: str, key: Key) -> list[str]:
+    default, needed = ("", "needed; ") if key.is_needed else (f" {_value(key.default)}", "")
+    changes = "; may change" if key.is_changeable else ""
+    text = f"{key.text} ({needed}{type_text(key.type)}{changes})"
+    return [f"  --{name}{default}", *_wrapped(text)]
 
 
 def _wrapped(text: str, indent: str = " " * 8) -> list[str]:
@@ -97,16 +85,3 @@ def _value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{','.join(map(_value, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def type_text(hint: Any) -> str:
-    """Describe a type in words, such as `whole number from 1 on or null`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(map(type_text, inner))
-    if origin is Literal:
-        return f"one of {', '.join(inner)}" if len(inner) > 1 else str(inner[0])
-    if origin in (tuple, list):
-        length = "" if origin is list or Ellipsis in inner else f" of {len(inner)}"
-        return f"list{length} in brackets, each {type_text(inner[0])}"
-    return str(TYPES.get(hint) or getattr(hint, "__name__", hint))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from mae_scale.config.sections import CHANGEABLE, DataConfig
+from mae_scale.config.keys import config_keys
+from mae_scale.config.sections import DataConfig, RunConfig
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested keys into dotted ones: {"train": {"epochs": 1}} becomes {"train.epochs": 1}.
 
     Args:
@@ -21,26 +22,39 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def as_yaml(config: Any) -> str:
-    """Write a resolved config as YAML, with the task first and tuples as lists."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return yaml.safe_dump({"task": plain.pop("task"), **plain}, sort_keys=False)
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested ones, as `flatten` had them."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
 
 
-def _defaults(config: Any) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Return the values of a config, nested, as YAML and JSON have them: tuples are lists."""
+    values = json.loads(json.dumps(config.model_dump()))
+    return {"task": values.pop("task"), **values}
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Write a resolved config as YAML, with the task first."""
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
     """Return the values by dotted key of a config of this class for which nothing is given."""
-    plain = type(config)(run_dir="", data=DataConfig(train=""))
-    return flatten(yaml.safe_load(as_yaml(plain)))
+    return flatten(plain(type(config)(run_dir="RUN", data=DataConfig(train="SHARDS"))))
 
 
-def differences(old: dict[str, Any], config: Any) -> list[str]:
+def differences(old: dict[str, Any], config: RunConfig) -> list[str]:
     """Name the keys that a run may not change and that differ, as lines `key: old -> new`.
 
     Args:
@@ -48,38 +62,29 @@ def differences(old: dict[str, Any], config: Any) -> list[str]:
             file counts as its default.
         config: config of this start.
     """
-    before, after = {**_defaults(config), **flatten(old)}, flatten(yaml.safe_load(as_yaml(config)))
-    may_change = _changeable_keys(config)
+    before, after = {**_defaults(config), **flatten(old)}, flatten(plain(config))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in may_change
+        if before.get(key) != after.get(key) and not _may_change(config, key)
     ]
 
 
-def _changeable_keys(config: Any, prefix: str = "") -> set[str]:
-    """List the dotted names of the keys that are declared by `sections.changeable`."""
-    keys = set()
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            keys |= _changeable_keys(value, f"{prefix}{entry.name}.")
-        elif entry.metadata.get(CHANGEABLE):
-            keys.add(prefix + entry.name)
-    return keys
+def _may_change(config: RunConfig, key: str) -> bool:
+    known = config_keys(type(config))
+    return key in known and known[key].is_changeable
 
 
-def identity_hash(config: Any) -> str:
+def identity_hash(config: RunConfig) -> str:
     """Return the SHA-256, in hexadecimal digits, of the keys that a run may not change.
 
     Keys with their default values are left out. A key that is added later therefore does not
     change the hash of older runs.
     """
-    flat, defaults = flatten(yaml.safe_load(as_yaml(config))), _defaults(config)
-    may_change = _changeable_keys(config)
+    defaults = _defaults(config)
     identity = {
         key: value
-        for key, value in flat.items()
-        if key not in may_change and value != defaults.get(key)
+        for key, value in flatten(plain(config)).items()
+        if value != defaults.get(key) and not _may_change(config, key)
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

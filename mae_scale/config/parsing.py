@@ -1,112 +1,77 @@
-"""Reading a config from YAML and from the command line, where every key can be overridden."""
+"""Reading a config: YAML files, and the `--section.key value` arguments that are laid over them."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from argparse import HelpFormatter
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from pydantic import ValidationError
 
 from mae_scale.config.batch import fit_micro_batch
-from mae_scale.config.help import help_text, type_text
+from mae_scale.config.help import help_text
 from mae_scale.config.hints import hint_for
-from mae_scale.config.identity import flatten
-from mae_scale.config.yaml_files import load_yaml
+from mae_scale.config.identity import flatten, nest, plain
+from mae_scale.config.keys import Key, alternatives, config_keys, sections_of, type_text
+from mae_scale.config.sections import RunConfig
+from mae_scale.config.yaml_files import load_yaml, parse_yaml
 from mae_scale.errors import UserError, did_you_mean
-from mae_scale.files import is_utf8
 from mae_scale.world import World
 
-T = TypeVar("T")
-
+C = TypeVar("C", bound=RunConfig)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+HELP, PRINT = ("-h", "--help"), "--print_config"
+NULLS = ("null", "Null", "NULL", "~")
 
 
-# `--help` prints the docstrings of the attributes of the config classes.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+@dataclass(frozen=True)
+class Arguments:
+    """What stands on the command line behind the name of a command, with its files read."""
 
+    files: list[tuple[Path, dict[str, Any]]]
+    """Each `--config` file, and its values by dotted key."""
+    options: dict[str, str | None]
+    """Text by name of each other option, without its dashes; None: there is none."""
+    flags: set[str]
+    """Options that take no value: `HELP`, `PRINT`."""
+    others: list[str]
+    """What belongs to no option."""
 
-class _Parser(ArgumentParser):
-    """The parser of jsonargparse, with our help text, and errors as `UserError`s of one line."""
+    @classmethod
+    def read(cls, argv: list[str]) -> Arguments:
+        """Read the arguments, and each `--config` file once.
 
-    config_class: Any = None
-    """Class of the config that this parser reads; None where it does not belong to a command."""
+        Raises:
+            UserError: a file is missing, is not YAML, or holds no keys.
+        """
+        found = cls([], {}, set(), [])
+        left = list(reversed(argv))
+        while left:
+            token = left.pop()
+            name, equals, text = token[2:].partition("=")
+            if token in (*HELP, PRINT):
+                found.flags.add(token)
+                continue
+            if not token.startswith("--"):
+                found.others.append(token)
+                continue
+            value = text if equals else None
+            if not equals and left and not left[-1].startswith("--"):
+                value = left.pop()
+            if name == "config":
+                path = _find_config(value or "")
+                found.files.append((path, _read_file(path)))
+            else:
+                found.options[name] = value
+        return found
 
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
-        """Return the text of `--help`."""
-        if self.config_class is None:
-            return super().format_help(formatter)
-        names = [n for n in recipe_names() if n.startswith(self.prog.split()[-1])]
-        return help_text(self.config_class, self._actions, self.prog, names)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message as a `UserError`, in plain words instead of Python's type names."""
-        text = " ".join(message.split()).replace("Parser key", "config key")
-        if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
-            hint = self._hint(found[1].split()[0])
-            raise UserError(f"unrecognized arguments: {found[1]}; {hint}")
-        if found := re.fullmatch(r"the following arguments are required: (.*)", text):
-            needed = ", ".join(f"--{key}" for key in found[1].split(", "))
-            raise UserError(
-                f"the following arguments are required: {needed}; {self.prog} --help explains them"
-            )
-        if found := re.fullmatch(r"argument (--\S+): expected one argument", text):
-            raise UserError(f"{found[1]} needs a value")
-        number = re.search(r"Not of type ([\w ]+?):", text)
-        value = re.search(
-            r"Given value: (.*)$|: (\S+) does not conform|(?:literal|convert).*: ('.*')$", text
-        )
-        start = text.split(": ")[0]
-        hint = self._type_of(start.removeprefix("config key ").strip('"'))
-        if value and any(get_origin(kind) in (tuple, list) for kind in get_args(hint)):
-            given = next(group for group in value.groups() if group is not None)
-            given = "null" if given == "None" else given
-            raise UserError(f"{start}: {given} is not a {type_text(hint)}")
-        words = [word for found in _LITERAL.findall(text) for word in found.split(", ")]
-        words = list(dict.fromkeys(word.strip("'") for word in words))
-        if number and text.endswith("not 'NoneType'"):
-            raise UserError(f"{start}: null is not a {number[1]}")
-        if number and value:
-            given = next(group for group in value.groups() if group is not None)
-            others = ["one of " + ", ".join(words)] * bool(words) + ["null"] * ("NoneType" in text)
-            raise UserError(f"{start}: {given} is not a {' or '.join([number[1], *others])}")
-        expected = re.search(r"Expected a (.+?)\. Got value: (.*)$", text)
-        if expected and words:
-            raise UserError(f"{start}: {expected[2]} is not one of {', '.join(words)}")
-        if expected and (sequence := re.search(r"(tuple|list)(?:'>)?( with \d+ elements)?", text)):
-            length = sequence[2] or ""
-            raise UserError(
-                f"{start}: {expected[2]} is not a list{length}; write it in brackets, such as "
-                "'[0.9,0.95]'"
-            )
-        raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text))
-
-    def _type_of(self, key: str) -> Any:
-        """Return the type of a dotted config key; None if there is no such key."""
-        kind: Any = self.config_class
-        for name in key.split("."):
-            kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
-        return kind
-
-    def _hint(self, word: str) -> str:
-        """Give a hint for an argument that is no option."""
-        if self.config_class is None:
-            return "there is no such option"
-        key, _, value = word.lstrip("-").partition("=")
-        known = config_keys(self.config_class)
-        if key in known:
-            return f"did you mean --{key}{f'={value}' if value else ''}?"
-        if word.startswith("-"):
-            return f"options begin with two dashes; {hint_for(key, known)}"
-        return "they belong to no option; a value with spaces is quoted, a list is in brackets"
-
-
-_LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
+    @property
+    def values(self) -> dict[str, Any]:
+        """Values by dotted key. Those of options, which win, are texts."""
+        return {k: v for _, values in self.files for k, v in values.items()} | self.options
 
 
 def recipe_names() -> list[str]:
@@ -114,238 +79,207 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def parse(config_class: type[T], argv: list[str], prog: str) -> T:
-    """Build a config from `--config FILE_OR_RECIPE` and `--section.key value` arguments.
-
-    An argument on the command line wins over the file, wherever `--config` stands. A micro-batch
-    that stands only in a file is an upper bound: see `fit_micro_batch`.
-
-    Args:
-        config_class: class of the config.
-        argv: arguments behind the name of the command.
-        prog: name of the command, for messages.
-
-    Raises:
-        UserError: an unknown key (the message names the nearest known one), a value of the wrong
-            type, a missing required key, or a file that is missing or not YAML.
-    """
-    parser = config_parser(config_class, prog)  # type: ignore[arg-type]  # classes are hashable
-    known = config_keys(config_class)
-    files, rest = _split_config_arguments(argv)
-    for file in files:
-        values = _read_yaml(file)
-        _check_known(values, known, f" in {file}")
-        _check_file_sections(values, known, file)
-    options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
-    _check_known(options, [*known, "help", "print_config"], "")
-    _check_sections(rest, known)
-    namespace = parser.parse_args([f"--config={file}" for file in files] + rest)
-    namespace.pop("config")
-    config = _plain(config_class(**vars(parser.instantiate(namespace))))
-    _check_nulls(config)
-    _check_texts(config)
-    if "train.micro_batch_size" not in options:
-        fit_micro_batch(config.train, World.from_environment().size)
-    return config
-
-
-@lru_cache
-def config_parser(config_class: type[Any], prog: str) -> ArgumentParser:
-    """Make the parser of a command that has a config, once: it takes a fifth of a second."""
-    parser = _Parser(prog=prog, allow_abbrev=False)
-    parser.config_class = config_class
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(config_class)
-    return parser
-
-
-def _check_sections(arguments: list[str], known: list[str]) -> None:
-    """Raise a UserError where a section is given the value of a key, such as `--model NAME`."""
-    for number, token in enumerate(arguments):
-        section, equals, value = token[2:].partition("=")
-        keys = [key for key in known if key.startswith(f"{section}.")]
-        if not token.startswith("--") or not keys:
-            continue
-        value = value if equals else next(iter(arguments[number + 1 :]), "")
-        if not Path(value).is_file():
-            raise UserError(
-                f"--{section} is a section of the config and takes a YAML file, not {value!r}; did "
-                f"you mean --{keys[0]} {value}?"
-            )
-
-
-def _check_nulls(config: Any, prefix: str = "") -> None:
-    """Raise a UserError where a file sets a key to null although the key needs a value."""
-    hints = get_type_hints(type(config))
-    for entry in dataclasses.fields(config):
-        value, hint = getattr(config, entry.name), hints[entry.name]
-        if dataclasses.is_dataclass(value):
-            _check_nulls(value, f"{prefix}{entry.name}.")
-        elif value is None and hint is not Any and type(None) not in get_args(hint):
-            raise UserError(
-                f'config key "{prefix}{entry.name}": null is not a {type_text(hint)}; '
-                "give a value, or leave the key out"
-            )
-
-
-def _check_texts(config: Any, prefix: str = "") -> None:
-    """Raise a UserError where a text is empty or not UTF-8.
-
-    It is empty behind a shell's variable that is not set; an empty path would mean the working
-    folder. It is not UTF-8 where a path holds other bytes; PyTorch cannot open such a path.
-    """
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            _check_texts(value, f"{prefix}{entry.name}.")
-        elif isinstance(value, str) and not value.strip():
-            raise UserError(
-                f'config key "{prefix}{entry.name}": the text is empty; give a value, or leave '
-                "the key out"
-            )
-        elif isinstance(value, str) and not is_utf8(value):
-            raise UserError(
-                f'config key "{prefix}{entry.name}": {value!r} is not UTF-8, which PyTorch needs; '
-                "rename it or link to it"
-            )
-
-
-def _check_file_sections(values: Mapping[str, Any], known: list[str], file: Path) -> None:
-    """Raise a UserError where a file gives a section a value instead of keys."""
-    for section, value in values.items():
-        keys = [key for key in known if key.startswith(f"{section}.")]
-        if keys:
-            name = keys[0].partition(".")[2]
-            what = "nothing" if value is None or value == {} else repr(value)
-            raise UserError(
-                f"{file}: {section} is a section of keys such as '{name}: ...', but holds {what}; "
-                "write keys below it, or leave it out"
-            )
-
-
-def from_mapping(config_class: type[T], content: dict[str, Any]) -> T:
-    """Build a config from the content of a run's config.yaml.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type, a missing required key.
-    """
-    known = config_keys(config_class)
-    _check_known(flatten(content), known, " in the run's config.yaml")
-    for key, value in content.items():
-        if not isinstance(value, dict) and any(name.startswith(f"{key}.") for name in known):
-            raise UserError(f"{key} in the run's config.yaml is no section but {value!r:.40}")
-    parser = _mapping_parser(config_class)  # type: ignore[arg-type]  # classes are hashable
-    namespace = parser.parse_object(content)
-    return _plain(config_class(**vars(parser.instantiate(namespace))))
-
-
-@lru_cache
-def _mapping_parser(config_class: type[Any]) -> ArgumentParser:
-    parser = _Parser(exit_on_error=False)
-    parser.add_class_arguments(config_class)
-    return parser
-
-
-def _plain(value: Any) -> Any:
-    """Return the same value with ordinary numbers, and with `~` in paths resolved.
-
-    jsonargparse makes numbers with a range as objects of its own classes. They would be pickled
-    into checkpoints, which could then not be read without jsonargparse. A shell does not resolve
-    `~` behind an equals sign, and nobody resolves it in YAML.
-    """
-    if dataclasses.is_dataclass(value):
-        for entry in dataclasses.fields(value):
-            setattr(value, entry.name, _plain(getattr(value, entry.name)))
-    elif isinstance(value, (tuple, list)):
-        return type(value)(map(_plain, value))
-    elif isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    elif isinstance(value, float):
-        return float(value)
-    elif isinstance(value, str) and value.startswith("~"):
-        return str(Path(value).expanduser())
-    return value
-
-
-def given_values(argv: list[str]) -> dict[str, Any]:
-    """Collect the keys that `--config` files and arguments set.
-
-    Returns:
-        Values by dotted key. A key that stands only in the arguments has the value None.
-
-    Raises:
-        UserError: a file that is missing or not YAML.
-    """
-    files, rest = _split_config_arguments(argv)
-    values: dict[str, Any] = {}
-    for token in rest:
-        if token.startswith("--"):
-            values[token[2:].split("=")[0]] = None
-    for file in files:
-        values |= _read_yaml(file)
-    return values
-
-
-def _split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
-    """Separate the files of the `--config` arguments, where names of recipes become their files.
-
-    Returns:
-        The files in their order, and all other arguments.
-    """
-    files, rest, tokens = [], [], iter(argv)
-    for token in tokens:
-        if token == "--config" or token.startswith("--config="):
-            value = token[9:] if "=" in token else next(tokens, "")
-            files.append(_find_config(value))
-        else:
-            rest.append(token)
-    return files, rest
-
-
 def _find_config(value: str) -> Path:
     for path in (Path(value), RECIPES / f"{value}.yaml"):
         if path.is_file():
             return path
-    if not value:
-        raise UserError(
-            "--config '' is neither a file nor a recipe; give the path of a YAML file or the name "
-            "of a recipe"
-        )
-    near = did_you_mean(value, recipe_names(), f"recipes: {', '.join(recipe_names())}")
+    near = f"recipes: {', '.join(recipe_names())}"
+    near = did_you_mean(value, recipe_names(), near) if value else (
+        "give the path of a YAML file or the name of a recipe"
+    )  # fmt: skip
     raise UserError(f"--config {value!r} is neither a file nor a recipe; {near}")
 
 
-def config_keys(config_class: Any, prefix: str = "") -> list[str]:
-    """List the dotted names of all keys of a config class, including the names of its sections."""
-    keys, hints = [], get_type_hints(config_class)
-    for name in (entry.name for entry in dataclasses.fields(config_class)):
-        keys.append(prefix + name)
-        if dataclasses.is_dataclass(hints[name]):
-            keys += config_keys(hints[name], f"{prefix}{name}.")
-    return keys
-
-
-def key_names(config: Any) -> dict[str, str]:
-    """Return the dotted keys of a config by their last part, where only one key has that part.
-
-    Models, data and training name their arguments like these last parts. With this table
-    `errors.renamed` replaces such names in messages by the keys.
-    """
-    names: dict[str, list[str]] = {}
-    for key in config_keys(type(config)):
-        names.setdefault(key.rpartition(".")[2], []).append(key)
-    return {name: keys[0] for name, keys in names.items() if len(keys) == 1}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file, and return its values by dotted key."""
+def _read_file(path: Path) -> dict[str, Any]:
     content = load_yaml(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no config keys; expected lines such as 'seed: 1'")
     return flatten(content)
 
 
-def _check_known(keys: Iterable[str], known: list[str], where: str) -> None:
-    for key in keys:
-        if key not in known:
-            raise UserError(f"unknown config key '{key}'{where}; {hint_for(key, known)}")
+def given_values(argv: list[str]) -> dict[str, Any]:
+    """Collect the keys that `--config` files and arguments set, see `Arguments.values`."""
+    return Arguments.read(argv).values
+
+
+def parse(config_class: type[C], argv: list[str], prog: str) -> C:
+    """Build a config from arguments, see `build`."""
+    return build(config_class, Arguments.read(argv), prog)
+
+
+def build(config_class: type[C], given: Arguments, prog: str) -> C:
+    """Build a config from `--config FILE_OR_RECIPE` and `--section.key value` arguments.
+
+    An argument wins over a file, wherever `--config` stands, and what stands later over what stands
+    before it. A micro-batch that stands only in a file is an upper bound: see `fit_micro_batch`.
+
+    Args:
+        config_class: class of the config.
+        given: the arguments.
+        prog: name of the command, for messages.
+
+    Raises:
+        UserError: an unknown key (the message names the nearest known one), a value of the wrong
+            type, or a missing key.
+        SystemExit: the help or the config was to be printed, and is.
+    """
+    if given.flags & set(HELP):
+        names = [name for name in recipe_names() if name.startswith(prog.split()[-1])]
+        print(help_text(config_class, prog, names), end="")
+        raise SystemExit(0)
+    known = config_keys(config_class)
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for file, content in given.files:
+        _check_names(config_class, content, f" in {file}")
+        values |= content
+        places |= dict.fromkeys(content, f"{file}: ")
+    options = _options(config_class, given)
+    values |= options
+    places |= dict.fromkeys(options, "")
+    missing = [name for name, key in known.items() if key.is_needed and name not in values]
+    if PRINT in given.flags:
+        config = _validated(config_class, values | dict.fromkeys(missing, "?"), places)
+        content = flatten(plain(config)) | dict.fromkeys(missing)
+        print(yaml.safe_dump(nest(content), sort_keys=False), end="")
+        raise SystemExit(0)
+    if missing:
+        needed = ", ".join(f"--{name}" for name in missing)
+        raise UserError(
+            f"the following arguments are required: {needed}; {prog} --help explains them"
+        )
+    config = _validated(config_class, values, places)
+    if "train.micro_batch_size" not in options:
+        fit_micro_batch(config.train, World.from_environment().size)
+    return config
+
+
+def from_mapping(config_class: type[C], content: Mapping[str, Any]) -> C:
+    """Build a config from the content of a run's config.yaml.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a missing required key.
+    """
+    values, known = flatten(content), config_keys(config_class)
+    _check_names(config_class, values, " in the run's config.yaml")
+    for name, key in known.items():
+        if key.is_needed and name not in values:
+            raise UserError(f"the run's config.yaml lacks the key '{name}'")
+    return _validated(config_class, values, dict.fromkeys(values, "the run's config.yaml: "))
+
+
+def _check_names(config_class: type[RunConfig], values: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError where a file has an unknown key, or a section that is no section."""
+    known, sections = config_keys(config_class), sections_of(config_class)
+    for name, value in values.items():
+        if name in sections:
+            key = _first_key(known, name).partition(".")[2]
+            raise UserError(
+                f"{where.removeprefix(' in ')}: {name} is a section of keys such as '{key}: ...', "
+                f"but holds {'nothing' if value is None else shown(value)}; write keys below it, "
+                "or leave it out"
+            )
+        if name not in known:
+            raise UserError(f"unknown config key '{name}'{where}; {hint_for(name, list(known))}")
+
+
+def _first_key(known: Mapping[str, Key], section: str) -> str:
+    return next(name for name in known if name.startswith(f"{section}."))
+
+
+def _options(config_class: type[RunConfig], given: Arguments) -> dict[str, Any]:
+    """Read the values of the options, and raise a UserError for what is no key or has no value."""
+    known = config_keys(config_class)
+    values: dict[str, Any] = {}
+    for name, text in given.options.items():
+        if name in sections_of(config_class):
+            value = _yaml(text or "")
+            inner = flatten({name: value} if isinstance(value, dict) else {})
+            if not inner:
+                key = _first_key(known, name)
+                raise UserError(
+                    f"--{name} is a section of the config and takes no value such as {text!r}; did "
+                    f"you mean --{key} {text}?"
+                )
+            _check_names(config_class, inner, f" in --{name}")
+            values |= inner
+        elif name not in known:
+            raise UserError(f"unknown config key '{name}'; {hint_for(name, list(known))}")
+        elif text is None:
+            raise UserError(f"--{name} needs a value")
+        else:
+            values[name] = _value(text, known[name])
+    if given.others:
+        hint = _hint(given.others[0], list(known))
+        raise UserError(f"unrecognized arguments: {' '.join(given.others)}; {hint}")
+    return values
+
+
+def _value(text: str, key: Key) -> Any:
+    """Read the value of an option: YAML, except that a text is taken as it is typed."""
+    if str in alternatives(key.type):
+        return None if key.takes_null and text in NULLS else text
+    return _yaml(text)
+
+
+def _yaml(text: str) -> Any:
+    """Parse the text of an option; what is no YAML, and an empty text, is a text."""
+    try:
+        value = parse_yaml(text)
+    except ValueError:
+        return text
+    return text if value is None and text.strip() not in NULLS else value
+
+
+def _hint(word: str, known: list[str]) -> str:
+    """Give a hint for an argument that belongs to no option."""
+    name, _, value = word.lstrip("-").partition("=")
+    if name in known:
+        return f"did you mean --{name}{f'={value}' if value else ''}?"
+    if word.startswith("-"):
+        return f"options begin with two dashes; {hint_for(name, known)}"
+    return "they belong to no option; a value with spaces is quoted, a list is in brackets"
+
+
+def _validated(config_class: type[C], values: Mapping[str, Any], places: Mapping[str, str]) -> C:
+    """Build a config.
+
+    Args:
+        config_class: its class.
+        values: values by dotted key.
+        places: text before a message about each of these keys.
+
+    Raises:
+        UserError: a value is of the wrong type or out of range.
+    """
+    try:
+        return config_class(**{name: {} for name in sections_of(config_class)} | nest(values))
+    except ValidationError as error:
+        found = error.errors()
+    known, place = config_keys(config_class), found[0]["loc"]
+    place = place[:1] if place[0] in known else place[:2]
+    name = ".".join(map(str, place))
+    # The alternatives of a union have an error each; the one about an inner value says most.
+    own = [each for each in found if each["loc"][: len(place)] == place]
+    inner = max(own, key=lambda each: len(each["loc"]))
+    start = f'{places.get(name, "")}config key "{name}": '
+    if inner["type"] == "value_error":
+        raise UserError(f"{start}{inner['ctx']['error']}")
+    value, expected = values[name], type_text(known[name].type)
+    article = "a " if expected.startswith(("whole", "number", "list", "text")) else ""
+    hint = ""
+    if value is None:
+        hint = "; give a value, or leave the key out"
+    elif isinstance(value, list | dict) and inner["input"] is not value:
+        hint = f" (see {shown(inner['input'])})"
+    elif expected.startswith("text"):
+        hint = "; put it in quotes"
+    raise UserError(f"{start}{shown(value)} is not {article}{expected}{hint}")
+
+
+def shown(value: Any) -> str:
+    """Write a value for a message."""
+    if value is None:
+        return "null"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

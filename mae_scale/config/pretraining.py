@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_scale.config.numbers import Between0And1, From1, Share, ShareAbove0, Size
-from mae_scale.config.sections import BandedConfig, OptimConfig, RunConfig, TrainConfig, changeable
+from pydantic import Field
+
+from mae_scale.config.keys import Section
+from mae_scale.config.sections import BandedConfig, OptimConfig, RunConfig, TrainConfig
+from mae_scale.config.value_types import (
+    Between0And1,
+    Changeable,
+    From1,
+    Pair,
+    Share,
+    ShareAbove0,
+    Size,
+    Text,
+)
 
 
-@dataclass
 class ModelConfig(BandedConfig):
     """The masked autoencoder (paper section 3)."""
 
@@ -28,7 +38,7 @@ class ModelConfig(BandedConfig):
     pca_components: From1 = 96
     """Number of coefficients of the target pca; its components are computed from the first 2048
     images of the run."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """File of the tokenizer for the target tokens: a TorchScript module (.pt), or a .safetensors
     of DALL-E's dVAE encoder."""
     vocabulary_size: From1 = 8192
@@ -45,14 +55,13 @@ class ModelConfig(BandedConfig):
     architecture's."""
 
 
-@dataclass
-class PretrainAugmentConfig:
+class PretrainAugmentConfig(Section):
     """Random changes of training images (paper Table 1e); by default a random crop and a flip."""
 
     crop: Literal["none", "fixed", "random"] = "random"
     """Kind of crop: none is the centre, without a flip; fixed is a square at a random place that
     covers 0.875 of the short side; random is a RandomResizedCrop."""
-    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
+    crop_scale: Pair[ShareAbove0] = (0.2, 1.0)
     """Smallest and largest share of the image's area in a RandomResizedCrop."""
     hflip: bool = True
     """Whether half of the images are mirrored, left to right; with crop none, no image is."""
@@ -60,30 +69,28 @@ class PretrainAugmentConfig:
     """Strength of random changes of brightness, contrast and saturation, 0 to 1; 0: none."""
 
 
-@dataclass
 class PretrainTrainConfig(TrainConfig):
     """Length, batch, precision, memory, pictures, probes."""
 
-    reconstruct_every: From1 | None = changeable(5000)
+    reconstruct_every: Changeable[From1 | None] = 5000
     """Optimiser steps between two pictures of how the model reconstructs the same eight images,
     taken from data.val if it is given; the last step has a picture, too; null: no pictures."""
-    probe_every: From1 | None = changeable(None)
+    probe_every: Changeable[From1 | None] = None
     """Optimiser steps between two probes; the last step has one, too. A probe classifies each image
     of data.val by its nearest neighbours there, by the encoder's features. null: no probes.
     Training goes on as it would have without."""
-    probe_pool: Literal["mean", "token"] = changeable("token")
+    probe_pool: Changeable[Literal["mean", "token"]] = "token"
     """Features that a probe compares: the mean of the patches' features, or the class token's."""
-    probe_linear: bool = changeable(False)
+    probe_linear: Changeable[bool] = False
     """Whether a probe also fits a linear classifier to one half of data.val and measures it on the
     other half."""
 
 
-@dataclass
 class PretrainConfig(RunConfig):
     """Pre-training of a masked autoencoder (paper section 3, Table 8)."""
 
     task: Literal["pretrain"] = "pretrain"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: PretrainAugmentConfig = field(default_factory=PretrainAugmentConfig)
-    train: PretrainTrainConfig = field(default_factory=PretrainTrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    augment: PretrainAugmentConfig = Field(default_factory=PretrainAugmentConfig)
+    train: PretrainTrainConfig = Field(default_factory=PretrainTrainConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)

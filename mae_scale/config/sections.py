@@ -1,62 +1,53 @@
-"""The sections of a config and their keys: what each key means, its range, and its default.
-
-The text below a key is what `--help` prints. A key that is declared by `changeable` may change when
-a run goes on: it decides neither which samples a step sees nor what is learned from them.
-"""
+"""The sections of a config and their keys: what each key means, its range, and its default."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mae_scale.config.numbers import (
+from pydantic import Field
+
+from mae_scale.config.keys import Section
+from mae_scale.config.value_types import (
     Above0,
     AtLeast0,
     AtLeast10,
+    Changeable,
     Finite,
     From0,
     From1,
+    Pair,
     Share,
     ShareBelow1,
     Size,
+    Text,
     Workers,
 )
 from mae_scale.world import data_workers
 
-CHANGEABLE = "changeable"  # key of a field's metadata
 
-
-def changeable(default: Any) -> Any:
-    """Declare a key that may change when a run goes on."""
-    return field(default=default, metadata={CHANGEABLE: True})
-
-
-def given(section: Any, *without: str) -> dict[str, Any]:
+def given(section: Section, *without: str) -> dict[str, Any]:
     """Return the keys of a section that are not null, as keyword arguments.
 
     Args:
         section: a config section.
         without: keys to leave out.
     """
-    values = dataclasses.asdict(section)
-    return {key: v for key, v in values.items() if v is not None and key not in without}
+    return section.model_dump(exclude=set(without), exclude_none=True)
 
 
 # Sections that every task has
 
 
-@dataclass
-class DataConfig:
+class DataConfig(Section):
     """Shards and how they are read."""
 
     # The folder may move. Another check sees to it that its manifest stays the same.
-    train: str = field(metadata={CHANGEABLE: True})
+    train: Changeable[Text]
     """Folder of training shards, as written by `mae-scale shard`."""
-    val: str | None = changeable(None)
+    val: Changeable[Text | None] = None
     """Folder of validation shards; null: no validation. Pre-training reconstructs some of their
     images in pictures."""
-    workers: Workers | None = changeable(None)
+    workers: Changeable[Workers | None] = None
     """Data-loading processes per rank; 0 loads in the training process itself; null: one less than
     the CPUs of the rank on this machine, 16 at the most."""
     lanes: From1 = 256
@@ -67,13 +58,13 @@ class DataConfig:
     repeats: From1 = 1
     """Number of images that a step makes of each of its samples, decoded once, with different crops
     and masks (repeated augmentation); it multiplies the images and steps of an epoch."""
-    cache_dir: str | None = changeable(None)
+    cache_dir: Changeable[Text | None] = None
     """Folder on a local disk into which remote shards are staged; only remote shards need it, such
     as those of `FOLDER+pipe:cat FOLDER/{}` on a slow shared file system."""
-    cache_gb: Above0 = changeable(200.0)
+    cache_gb: Changeable[Above0] = 200.0
     """Size limit of cache_dir, in gigabytes (1e9 bytes); the least recently used shards are deleted
     first."""
-    max_bad_fraction: Share = changeable(1e-4)
+    max_bad_fraction: Changeable[Share] = 1e-4
     """Share of samples that may be damaged before the run ends; another sample replaces each."""
     max_pixels: From1 = 178_956_970
     """Most pixels that an image may have; a larger image is not decoded and counts as damaged."""
@@ -82,7 +73,7 @@ class DataConfig:
     null: ImageNet's means of three bands."""
     std: list[Above0] | None = None
     """Standard deviation of each band; null: ImageNet's deviations of three bands."""
-    value_range: tuple[Finite, Finite] | list[tuple[Finite, Finite]] | None = None
+    value_range: Pair[Finite] | list[Pair[Finite]] | None = None
     """Values that become black and white, such as [0, 10000] for many satellites, or a list of such
     pairs, one for each band; values beyond them are clipped. null: the whole range of 8 or 16
     bits."""
@@ -93,13 +84,12 @@ class DataConfig:
         return data_workers() if self.workers is None else self.workers
 
 
-@dataclass
-class EncoderConfig:
+class EncoderConfig(Section):
     """The encoder of a masked autoencoder (paper section 3)."""
 
-    name: str = "mae_vit_base_patch16"
+    name: Text = "mae_vit_base_patch16"
     """Architecture: mae_vit_{tiny,small,base,large}_patch16 or mae_vit_huge_patch14."""
-    img_size: Size | tuple[Size, Size] = 224
+    img_size: Size | Pair[Size] = 224
     """Side of the square input image in pixels, or its height and width; multiples of the patch
     size."""
     patch_size: Size | None = None
@@ -114,7 +104,6 @@ class EncoderConfig:
     """Width of the MLPs' hidden layers divided by the width of their blocks; null: 4."""
 
 
-@dataclass
 class BandedConfig(EncoderConfig):
     """An encoder of images with any number of bands."""
 
@@ -122,21 +111,20 @@ class BandedConfig(EncoderConfig):
     """Number of bands of an image; numbers other than 3 need data.mean and data.std."""
 
 
-@dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """Length, batch, precision, memory."""
 
     epochs: From1 = 1600
     """Epochs of the whole schedule; the learning rate follows it."""
-    max_steps: From1 | None = changeable(None)
+    max_steps: Changeable[From1 | None] = None
     """Optimiser steps after which the run ends; they do not change the learning rate. null: the run
     ends after its epochs."""
-    max_hours: Above0 | None = changeable(None)
+    max_hours: Changeable[Above0 | None] = None
     """Hours after which this start of the run saves and exits with 85, as on SIGTERM; the same
     command then continues the run. null: no limit."""
     global_batch_size: From1 = 4096
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
-    micro_batch_size: From1 = changeable(64)
+    micro_batch_size: Changeable[From1] = 64
     """Images per rank and forward pass; accumulation steps follow from the global batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of weights and activations; master weights are fp32. auto: bf16 on GPUs, fp32 on
@@ -146,29 +134,28 @@ class TrainConfig:
     between blocks are fp32, as in the authors' code; otherwise all of them are bf16."""
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over the ranks; bf16 halves the bytes sent."""
-    activation_checkpointing: Literal["none", "full"] | From1 = changeable("none")
+    activation_checkpointing: Changeable[Literal["none", "full"] | From1] = "none"
     """Blocks whose activations are recomputed in the backward pass: none; full, all of them; or a
     number k, every k-th."""
-    activation_offload: bool = changeable(False)
+    activation_offload: Changeable[bool] = False
     """Whether the inputs of recomputed blocks are kept in host memory until the backward pass."""
-    compile: bool = changeable(False)
+    compile: Changeable[bool] = False
     """Whether the blocks are compiled with torch.compile."""
-    deterministic: bool = changeable(False)
+    deterministic: Changeable[bool] = False
     """Whether a GPU uses only algorithms that give the same bits each time, which is slower."""
-    max_bad_steps: From1 = changeable(10)
+    max_bad_steps: Changeable[From1] = 10
     """Number of optimiser steps in a row with a loss or gradient that is not finite after which the
     run ends."""
-    log_every: From1 = changeable(20)
+    log_every: Changeable[From1] = 20
     """Optimiser steps between two rows of metrics.jsonl."""
-    hang_timeout: AtLeast10 = changeable(300.0)
+    hang_timeout: Changeable[AtLeast10] = 300.0
     """Seconds without any progress in a step after which the run ends and names the rank that
     hangs. The first steps of a start, saves, validations and all else have 1800 s at the least."""
-    profile: str | None = changeable(None)
+    profile: Changeable[Text | None] = None
     """Optimiser steps START-STOP, both included, of which a trace is written; null: no trace."""
 
 
-@dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """The learning-rate rule, and the optimiser that applies it."""
 
     optimizer: ClassVar[str]
@@ -214,27 +201,25 @@ class OptimizerConfig:
         return None
 
 
-@dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When the run is saved and which checkpoints are kept."""
 
-    every_steps: From1 | None = changeable(None)
+    every_steps: Changeable[From1 | None] = None
     """Optimiser steps between two checkpoints; null: by time only."""
-    every_minutes: Above0 | None = changeable(30.0)
+    every_minutes: Changeable[Above0 | None] = 30.0
     """Minutes between two checkpoints; null: by steps only."""
-    keep: From1 = changeable(3)
+    keep: Changeable[From1] = 3
     """Number of newest checkpoints that are kept."""
-    background_gb: AtLeast0 | None = changeable(0.25)
+    background_gb: Changeable[AtLeast0 | None] = 0.25
     """Gigabytes (1e9 bytes) of a rank's state from which on a checkpoint is written from a copy in
     host memory while training goes on; smaller states are written before the next step. null: all
     are."""
-    milestone_epochs: From1 | None = changeable(None)
+    milestone_epochs: Changeable[From1 | None] = None
     """Epochs between two milestones: checkpoints that are saved besides the others and are kept for
     good; null: no milestones."""
 
 
-@dataclass
-class RunConfig:
+class RunConfig(Section):
     """The config of a run; each task has a subclass with its own sections."""
 
     has_batch_statistics: ClassVar[bool] = False
@@ -242,30 +227,30 @@ class RunConfig:
     fp32_weights: ClassVar[bool] = False
     """Whether weights stay fp32 under bf16; `torch.autocast` then computes layers in bf16."""
 
-    run_dir: str = field(metadata={CHANGEABLE: True})
+    run_dir: Changeable[Text]
     """Folder of the run: config, metrics, checkpoints. A start with the folder of a run continues
     that run where it stopped."""
-    data: DataConfig = field()
-    task: str = ""
+    data: DataConfig
+    task: Text = ""
     """Name of the task whose config this is; it may be left out."""
-    weights: str | None = None
+    weights: Text | None = None
     """Weights to start from: a run folder of pretrain or finetune, a step folder in one, a .pth of
     the authors, a .safetensors, or a folder of timm or Hugging Face; null: from scratch."""
-    model: EncoderConfig = field(default_factory=EncoderConfig)
+    model: EncoderConfig = Field(default_factory=EncoderConfig)
     augment: Any = None
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    deepspeed: str = changeable("zero1")
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optim: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    deepspeed: Changeable[Text] = "zero1"
     """DeepSpeed config: zero0, zero1, zero2, zero3, zero3_offload, or the path of a JSON file."""
     seed: From0 = 0
     """Number that decides sample order, crops, masks, augmentation, dropped paths and initial
     weights."""
-    replay: From1 | None = changeable(None)
+    replay: Changeable[From1 | None] = None
     """Number of the optimiser step that is run again, alone, to show the first value in it that is
     not finite. Nothing is written. null: the run is trained."""
 
-    start_over: bool = changeable(False)
+    start_over: Changeable[bool] = False
     """Whether a run that has saved checkpoints, none of which can be used any more, begins at step
     0 again; what is in its folder is set aside. A checkpoint that can be used is used."""
 
@@ -275,11 +260,10 @@ class RunConfig:
         return False
 
 
-@dataclass
 class OptimConfig(OptimizerConfig):
     """AdamW and the learning-rate rule (paper Table 8)."""
 
     optimizer: ClassVar[str] = "adamw"
 
-    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.95)
+    betas: Pair[ShareBelow1] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""

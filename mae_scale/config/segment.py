@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from mae_scale.config.dense import (
     Curve,
@@ -13,19 +14,21 @@ from mae_scale.config.dense import (
     DenseTrainConfig,
     ParameterKind,
 )
-from mae_scale.config.numbers import (
+from mae_scale.config.keys import Section
+from mae_scale.config.value_types import (
     Above0,
     AtLeast0,
+    Changeable,
     From0,
     From1,
+    Pair,
+    Several,
     Share,
     ShareAbove0,
     ShareBelow1,
 )
-from mae_scale.config.sections import changeable
 
 
-@dataclass
 class SegmenterConfig(DenseModelConfig):
     """UperNet on the encoder of a masked autoencoder (paper Table 5)."""
 
@@ -46,11 +49,10 @@ class SegmenterConfig(DenseModelConfig):
     """Share of the channels that training sets to zero in front of both classifiers."""
 
 
-@dataclass
-class SegmentAugmentConfig:
+class SegmentAugmentConfig(Section):
     """Scale, crop, flip, colours."""
 
-    scale: tuple[Above0, Above0] = (0.5, 2.0)
+    scale: Pair[Above0] = (0.5, 2.0)
     """Smallest and largest factor by which the image is resized; at factor 1 the short side is
     img_size, or the long side is four times that where it would be longer."""
     most_of_one: ShareAbove0 = 0.75
@@ -60,21 +62,18 @@ class SegmentAugmentConfig:
     """Whether brightness, contrast, saturation and hue change."""
 
 
-@dataclass
 class SegmentTrainConfig(DenseTrainConfig):
     """Length, batch, precision, memory, validation."""
 
     epochs: From1 = 127
     global_batch_size: From1 = 16
-    """Images per optimiser step, over all ranks and accumulated micro-batches."""
-    micro_batch_size: From1 = changeable(2)
+    micro_batch_size: Changeable[From1] = 2
     """Images per rank and forward pass; batch norm sees those of all ranks together."""
-    validate_epochs: From1 = changeable(10)
-    validate_stride: From1 | None = changeable(None)
+    validate_epochs: Changeable[From1] = 10
+    validate_stride: Changeable[From1 | None] = None
     """Pixels from one window of validation to the next; null: two thirds of img_size."""
 
 
-@dataclass
 class SegmentOptimConfig(DenseOptimConfig):
     """AdamW, a linear learning rate with a warm-up in steps, layer-wise decay."""
 
@@ -83,18 +82,17 @@ class SegmentOptimConfig(DenseOptimConfig):
     warmup_steps: From0 | None = 1500
     warmup_factor: Share = 1e-6
     weight_decay: AtLeast0 = 0.05
-    no_decay: tuple[ParameterKind, ...] = ("bias", "layer_norm", "channel_norm", "scale")
+    no_decay: Several[ParameterKind] = ("bias", "layer_norm", "channel_norm", "scale")
     layer_decay: ShareAbove0 = 0.65
 
 
-@dataclass
 class SegmentConfig(DenseConfig):
     """Semantic segmentation, for example of ADE20K (paper Table 5)."""
 
     has_batch_statistics: ClassVar[bool] = True
 
     task: Literal["segment"] = "segment"
-    model: SegmenterConfig = field(default_factory=SegmenterConfig)
-    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
-    train: SegmentTrainConfig = field(default_factory=SegmentTrainConfig)
-    optim: SegmentOptimConfig = field(default_factory=SegmentOptimConfig)
+    model: SegmenterConfig = Field(default_factory=SegmenterConfig)
+    augment: SegmentAugmentConfig = Field(default_factory=SegmentAugmentConfig)
+    train: SegmentTrainConfig = Field(default_factory=SegmentTrainConfig)
+    optim: SegmentOptimConfig = Field(default_factory=SegmentOptimConfig)

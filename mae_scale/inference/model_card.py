@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from mae_scale import __version__
-from mae_scale.config.identity import as_yaml, flatten
+from mae_scale.config.identity import flatten, plain
 from mae_scale.config.sizes import sides
 from mae_scale.data.bands import RGB, Bands
 from mae_scale.data.shards import MANIFEST, open_shards
@@ -56,7 +56,7 @@ def model_card(
         ("Versions", ", ".join([f"mae-scale {__version__}", *_versions()])),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in table)
-    flat = flatten(yaml.safe_load(as_yaml(config)))
+    flat = flatten(plain(config))
     recipe = {key: value for key, value in flat.items() if key.startswith(RECIPE)}
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

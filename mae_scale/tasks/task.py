@@ -20,7 +20,8 @@ from mae_scale.config.batch import check_schedule
 from mae_scale.config.classification import FinetuneConfig, LinprobeConfig
 from mae_scale.config.detect import DetectConfig
 from mae_scale.config.identity import flatten
-from mae_scale.config.parsing import config_keys, given_values, key_names, parse
+from mae_scale.config.keys import config_keys, key_names
+from mae_scale.config.parsing import Arguments, build, given_values
 from mae_scale.config.pretraining import PretrainConfig
 from mae_scale.config.sections import RunConfig
 from mae_scale.config.segment import SegmentConfig
@@ -191,19 +192,17 @@ def task_of_arguments(argv: list[str]) -> Task:
     return task_of(given_values(argv))
 
 
-def _check_task(task: Task, argv: list[str]) -> None:
+def _check_task(task: Task, given: Arguments) -> None:
     """Raise a UserError where a `--config` file belongs to another task."""
-    values = {key: value for key, value in given_values(argv).items() if value is not None}
-    if (
-        not values.keys() <= set(config_keys(task.config))
-        or values.get("task", task.name) != task.name
-    ):
-        other = task_of(values)
-        if other is not task and values.keys() <= set(config_keys(other.config)):
-            raise UserError(
-                f"--config is one of {other.name}, not of {task.name}; start it by mae-scale "
-                f"{other.name}"
-            )
+    for file, values in given.files:
+        own = values.keys() <= config_keys(task.config).keys()
+        if not own or values.get("task", task.name) != task.name:
+            other = task_of(values)
+            if other is not task and values.keys() <= config_keys(other.config).keys():
+                raise UserError(
+                    f"--config {file} is one of {other.name}, not of {task.name}; start it by "
+                    f"mae-scale {other.name}"
+                )
 
 
 def main(name: str, argv: list[str], prog: str) -> int:
@@ -221,8 +220,9 @@ def main(name: str, argv: list[str], prog: str) -> int:
         RunError: the run failed.
     """
     task = TASKS[name]
-    _check_task(task, argv)
-    config = parse(task.config, argv, prog)
+    given = Arguments.read(argv)
+    _check_task(task, given)
+    config = build(task.config, given, prog)
     world = World.from_environment()
 
     from mae_scale.launch.logs import set_up_logging

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +223,7 @@ class TrainedRun:
         All ranks call.
         """
         folder, why = on_rank0(lambda: chosen_checkpoint(path))
-        run = dataclasses.replace(cls.read(folder), why=why)
+        run = replace(cls.read(folder), why=why)
         log.info("%s: %s (%s)", run.run_dir, folder.name, why)
         return run
 
@@ -239,7 +238,7 @@ class TrainedRun:
         run_dir = folder.parents[1]
         path, notes = run_dir / "config.yaml", run_dir / CLASSES
         try:
-            content = read_yaml(path)
+            content = read_yaml(path, of_a_run=True)
             classes = json.loads(read_file(notes, _MOST_BYTES)) if notes.exists() else []
         except (OSError, ValueError, RecursionError) as error:
             text = " ".join(str(error).split())
@@ -264,8 +263,8 @@ class TrainedRun:
         """
         config = self.config
         if img_size is not None:
-            section = dataclasses.replace(config.model, img_size=img_size)
-            config = dataclasses.replace(config, model=section)
+            section = config.model.model_copy(update={"img_size": img_size})
+            config = config.model_copy(update={"model": section})
         return self.task.module.build(config, len(self.classes))
 
     def model_with_weights(self, ema: bool = False) -> Any:

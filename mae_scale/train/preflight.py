@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -118,7 +118,7 @@ class _Facts:
 
 def _compare(config: Any, world: World, data: str, watchdog: Watchdog) -> None:
     """Raise a `UserError` on all ranks if the facts of one of them differ from those of rank 0."""
-    flat = {k: v for k, v in flatten(asdict(config)).items() if k not in MAY_DIFFER}
+    flat = {k: v for k, v in flatten(config.model_dump()).items() if k not in MAY_DIFFER}
     own = _Facts(host(), _code(), flat, data, *_gpu(world))
     dist.barrier()
     own.clock = time.time()

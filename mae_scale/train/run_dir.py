@@ -113,7 +113,7 @@ def check_run(run_dir: Path, config: Any) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
-    old = load_yaml(path)
+    old = load_yaml(path, of_a_run=True)
     if not isinstance(old, dict):
         raise UserError(f"{path} is not the config of a run")
     changed = differences(old, config)

@@ -83,7 +83,7 @@ class RunView:
         folder = Path(folder)
         self.folder, self.name = folder, folder.resolve().name
         try:
-            self.config = read_yaml(folder / "config.yaml")
+            self.config = read_yaml(folder / "config.yaml", of_a_run=True)
         except (FileNotFoundError, NotADirectoryError):
             what = "is no run folder: it has no config.yaml" if folder.is_dir() else "is no folder"
             raise UserError(f"{folder} {what}") from None

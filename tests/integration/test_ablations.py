@@ -198,6 +198,16 @@ def test_a_table_of_several_seeds() -> None:
         ),
         ({"rows": [{"name": "a"}, {"name": "A", "finetune": {"optim.min_lr": 1}}]}, "two rows"),
         ({"rows": [{"name": "a", "finetune": None, "linprobe": None}]}, "neither finetune nor"),
+        ({"rows": []}, "rows"),
+        ({"seeds": 3}, "seeds: input should be a valid list, not 3"),
+        ({"seeds": ["x"]}, "seeds"),
+        ({"title": [1]}, "title"),
+        ({"pretrain": 3}, "pretrain: input should be a valid dictionary, not 3"),
+        ({"rows": [{"name": "a\0b"}]}, "control character"),
+        ({"rows": [{"name": "a", "finetune": {"model.name": "a\0b"}}]}, "control character"),
+        ({"rows": [{"name": "a", "finetune": {"config": "a\0b"}}]}, "neither a file nor a recipe"),
+        ({"rows": [{"name": "a", "paper": {"finetune": "x"}}]}, "row a: paper"),
+        ({"rows": [{"name": "***"}]}, "has no letter and no digit"),
     ],
 )
 def test_sweeps_that_cannot_be(

@@ -275,7 +275,9 @@ def test_padding_is_shown_as_in_training(recipe: Literal["vitdet", "li2021"]) ->
              "masks": torch.ones(2, 1, 28, 28)}
         ]  # fmt: skip
 
-    config = DetectConfig("run", DataConfig("shards"), augment=DetectAugmentConfig(recipe))
+    config = DetectConfig(
+        run_dir="run", data=DataConfig(train="shards"), augment=DetectAugmentConfig(recipe=recipe)
+    )
     image = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
     image[..., :32, :] = 200  # the image has half the height of the square
     (found,) = detect(model, config, image, torch.tensor([[32, 64]]), torch.tensor([[100, 200]]))

@@ -9,7 +9,8 @@ import timm
 import torch
 
 from mae_scale.config.identity import identity_hash
-from mae_scale.config.parsing import key_names, parse
+from mae_scale.config.keys import key_names
+from mae_scale.config.parsing import parse
 from mae_scale.errors import UserError, renamed
 from mae_scale.models import build_classifier, timm_form
 from mae_scale.tasks.task import TASKS
