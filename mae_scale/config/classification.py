@@ -160,7 +160,8 @@ class ProbeTrainConfig(TrainConfig):
     global_batch_size: From1 = 16384
     """Images per optimiser step, over all ranks and accumulated micro-batches."""
     micro_batch_size: From1 = changeable(512)
-    """Images per rank and forward pass; the probe's BatchNorm takes its statistics from these."""
+    """Images per rank and forward pass; the statistics of the probe's BatchNorm are those of the
+    micro-batches of all ranks."""
     validate_epochs: From1 = changeable(1)
     """Epochs between two validations on data.val; the last epoch has one, too."""
 

@@ -60,6 +60,22 @@ def keep_gradients_of_one_process(engine: DeepSpeedEngine) -> None:
         engine._reduce_non_expert_gradients = lambda gradients, elements_per_buffer: None
 
 
+def wait_before_gathering(engine: DeepSpeedEngine) -> None:
+    """Let ZeRO 3 gather the weights of a forward pass only after all earlier work on the device.
+
+    DeepSpeed gathers them on a stream that does not wait for the optimiser's step by itself.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    stream = coordinator._PartitionedParameterCoordinator__allgather_stream
+    accelerator = deepspeed.get_accelerator()
+
+    def wait(module: nn.Module, inputs: Any) -> None:
+        stream.wait_stream(accelerator.current_stream())
+
+    if not accelerator.resolves_data_dependency():
+        engine.module.register_forward_pre_hook(wait, prepend=True)
+
+
 def step_without_reads(engine: DeepSpeedEngine) -> None:
     """Make stage 0 in bf16 step without waiting for a value from the device.
 
@@ -177,8 +193,9 @@ class FrozenWeights:
 
     def _found(self, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
         # Under ZeRO 3 the fragments are this rank's shares, and the module's weights are empty.
-        for place in (state.get("module"), state.get("frozen_param_fragments")):
-            for name, value in self._values.items() if place else ():
+        for key in ("module", "frozen_param_fragments"):
+            place = state.get(key) or {}
+            for name, value in self._values.items():
                 if name in place and place[name].numel() == value.numel():
                     yield place, name, value
 

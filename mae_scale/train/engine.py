@@ -18,6 +18,7 @@ from mae_scale.train.deepspeed_state import (
     keep_gradients_of_one_process,
     own_share,
     step_without_reads,
+    wait_before_gathering,
 )
 from mae_scale.train.ds import (
     DeepSpeedEngine,
@@ -48,10 +49,7 @@ def fill_in(
             and buffers.
     """
     torch.manual_seed(seed)
-    deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
-    # DeepSpeed would make a second group of all ranks, because torch once could not translate the
-    # ranks of the first. It would take as many connections again, and have its own time-out.
-    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+    _join_group()
     given = on_rank0(lambda: set(weights or ()))
     for prefix, module in model.named_modules():
         module.to_empty(device="cpu", recurse=False)
@@ -68,6 +66,14 @@ def fill_in(
                 dist.broadcast(value.data, src=0)
         if own and zero_stage(deepspeed_config) == 3:
             _shard(own, deepspeed_config)
+
+
+def _join_group() -> None:
+    """Let DeepSpeed take over the process group that is there."""
+    deepspeed.init_distributed(dist_init_required=False)
+    # DeepSpeed would make a second group of all ranks, because torch once could not translate the
+    # ranks of the first. It would take as many connections again, and have its own time-out.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
 
 
 def _shard(own: list[nn.Parameter], deepspeed_config: dict[str, Any]) -> None:
@@ -93,6 +99,7 @@ def build_engine(
     `step.Stepper` sets the learning rate at each step.
     """
     stage = zero_stage(deepspeed_config)
+    _join_group()
     if stage < 3:
         use_linear(stage)
     for module in model.modules() if stage == 3 else ():
@@ -130,6 +137,7 @@ def build_engine(
     if stage in (1, 2):
         use_fewer_operators(engine.optimizer)
     if stage == 3:
+        wait_before_gathering(engine)
         use_fewer_operators_at_stage_3(engine.optimizer)
     if optim.average_decay is not None:
         keep_moving_average(engine, optim.average_decay)
