@@ -4,8 +4,6 @@
 Both runs are the real command on the same shards with the same seed: the same photographs, crops
 and masks at each step. bf16 means bf16 weights and activations with fp32 master weights, loss,
 targets and sums of gradients. The loss curves are smoothed over `SMOOTH` steps and compared.
-In the first steps of the warm-up the bf16 loss falls later. The reason was not tested; updates
-smaller than the distance between two bf16 numbers would explain it.
 
 On a CPU without bf16 matrix units the bf16 run is several times slower; the numbers mean the same.
 """
@@ -29,8 +27,9 @@ from mae_scale.train.records import read_metrics
 
 STEPS = 300
 SMOOTH = 20  # steps of the moving mean
-# Largest relative difference of the smoothed curves. Set after 1 % had been missed by two runs.
-TOLERANCE = 0.02
+# Largest relative difference of the smoothed curves. The authors' arithmetic, autocast to bf16 with
+# fp32 weights, stays within 0.1 % of fp32 over 20 steps; over hundreds of steps the paths part.
+TOLERANCE = 0.01
 
 SETTINGS = {
     "model.name": "mae_vit_tiny_patch16",

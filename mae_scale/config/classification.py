@@ -155,7 +155,8 @@ class ProbeTrainConfig(TrainConfig):
     epochs: From1 = 90
     global_batch_size: From1 = 16384
     micro_batch_size: Changeable[From1] = 512
-    """Images per rank and forward pass; the probe's BatchNorm takes its statistics from these."""
+    """Images per rank and forward pass; the statistics of the probe's BatchNorm are those of the
+    micro-batches of all ranks."""
     validate_epochs: Changeable[From1] = 1
     """Epochs between two validations on data.val; the last epoch has one, too."""
 

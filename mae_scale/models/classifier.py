@@ -12,6 +12,7 @@ from mae_scale.config.sizes import ImageSize
 from mae_scale.errors import UserError
 from mae_scale.models.encoder import Encoder, Pool, layer_norm
 from mae_scale.models.mae import architecture, check_arguments
+from mae_scale.models.norms import CountedBatchNorm1d
 
 Head = Literal["linear", "mlp", "probe"]
 HEAD_STD = {"linear": 2e-5, "mlp": 2e-5, "probe": 0.01}  # std of its last layer's initial weights
@@ -43,13 +44,14 @@ def keep_statistics_in_fp32(model: nn.Module) -> None:
 class ProbeHead(nn.Sequential):
     """A linear layer on normalised features: BatchNorm without affine, then Linear (Table 10).
 
-    The features are normalised in fp32 whatever the dtype of the weights. After a change of that
+    The statistics are those of the micro-batches of all processes together. The features are
+    normalised in fp32 whatever the dtype of the weights. After a change of that
     dtype, call `keep_statistics_in_fp32`.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__(
-            nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, num_classes)
+            CountedBatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, num_classes)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

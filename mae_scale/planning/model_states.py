@@ -57,8 +57,12 @@ class ParameterStates:
         return FP32 * self.trained * (has_masters + self.moments + self.ema)
 
     def checkpoint_bytes(self, stage: int) -> int:
-        """Return the bytes of a checkpoint, all ranks together; stage 3 saves only the masters."""
-        weights = self.itemsize * self.parameters if stage < 3 else 0
+        """Return the bytes of a checkpoint, all ranks together.
+
+        Frozen weights are saved in fp32. Stage 3 saves only the masters of the others.
+        """
+        weights = FP32 * (self.parameters - self.trained)
+        weights += self.itemsize * self.trained if stage < 3 else 0
         return weights + self.optimizer_bytes(stage)
 
 

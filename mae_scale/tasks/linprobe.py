@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from mae_scale.config.batch import peak_rate, total_steps
@@ -13,6 +12,7 @@ from mae_scale.config.classification import LinprobeConfig
 from mae_scale.config.sections import given
 from mae_scale.data.augment import Augment
 from mae_scale.data.bands import Bands
+from mae_scale.errors import UserError
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.planning.flops import classifier_training_flops as flops
 from mae_scale.tasks.classification import classes_of, initial_weights, notes, validation
@@ -67,6 +67,10 @@ def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
     Raises:
         UserError: shards, weights or settings cannot be used.
     """
+    if config.train.micro_batch_size * world.size == 1:
+        raise UserError(
+            "train.micro_batch_size 1 on one process: the probe's BatchNorm needs at least 2 images"
+        )
     shards, loader = training_data(config, world, Augment.of(config.augment))
     warn_of_small_budget(config, loader.steps_per_epoch)
     classes = classes_of(shards)
@@ -77,14 +81,7 @@ def prepare(config: LinprobeConfig, world: World) -> TrainingSetup:
     def loss_of(engine: DeepSpeedEngine, batch: Batch, step: int, micro: int) -> torch.Tensor:
         inputs = bands.normalize(batch["image"])
         first.draw(step, micro, inputs, batch["label"])
-        logits = engine(inputs)
-        # Each rank has seen other images, but only the statistics of rank 0 are saved. Therefore
-        # all ranks take the mean of their statistics.
-        for statistics in engine.module.buffers():
-            if statistics.is_floating_point() and world.size > 1:
-                dist.all_reduce(statistics)
-                statistics /= world.size
-        return F.cross_entropy(logits, batch["label"])
+        return F.cross_entropy(engine(inputs), batch["label"])
 
     return TrainingSetup(
         "linprobe",

@@ -256,7 +256,7 @@ class Saver:
         self.place = Place(run_dir)
         self._keep = config.keep
         least = None if config.background_gb is None else config.background_gb * 1e9
-        self._writer = engine.checkpoint_engine = BackgroundWriter(least)
+        self._writer = engine.checkpoint_engine = BackgroundWriter(least, engine.frozen)
         # DeepSpeed would copy scripts beside the files, which anybody could change.
         engine._copy_recovery_script = lambda save_path: None
         self._commit: Commit | None = None

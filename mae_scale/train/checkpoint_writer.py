@@ -12,6 +12,7 @@ import torch
 
 from mae_scale.errors import RunError, UserError
 from mae_scale.files import Digest, create_file
+from mae_scale.train.deepspeed_state import FrozenWeights
 from mae_scale.train.ds import TorchCheckpointEngine
 from mae_scale.train.reading import load_tensors
 
@@ -27,10 +28,12 @@ class BackgroundWriter(TorchCheckpointEngine):
     Args:
         background_bytes: size in bytes from which on the states of this rank are written in the
             background; None: they are always written at once, which needs no memory for a copy.
+        frozen: attribute `frozen` of the engine.
     """
 
-    def __init__(self, background_bytes: float | None) -> None:
+    def __init__(self, background_bytes: float | None, frozen: dict[str, torch.Tensor]) -> None:
         super().__init__()
+        self._frozen = FrozenWeights(frozen)
         self._background_bytes = background_bytes
         self._states: list[tuple[Path, Any]] = []
         self._facts: dict[str, dict[str, Any]] = {}
@@ -39,6 +42,7 @@ class BackgroundWriter(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Take the state of one file; DeepSpeed calls this once for each file."""
+        self._frozen.put_into(state_dict)
         self._states.append((Path(path), state_dict))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -51,9 +55,11 @@ class BackgroundWriter(TorchCheckpointEngine):
             RunError: the file cannot be read without running code; other ranks may not know.
         """
         try:
-            return load_tensors(Path(path), mapped=False)
+            state = load_tensors(Path(path), mapped=False)
         except UserError as error:
             raise RunError(str(error)) from None
+        self._frozen.take_from(state)
+        return state
 
     def start(self) -> None:
         """Write what was taken, or begin to write; from then on training may change the state."""

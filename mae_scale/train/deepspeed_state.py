@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
@@ -57,6 +58,22 @@ def keep_gradients_of_one_process(engine: DeepSpeedEngine) -> None:
     alone = engine.world_size == 1 and engine.gradient_predivide_factor() == 1
     if alone and engine.communication_data_type == torch.float32:  # others would be rounded
         engine._reduce_non_expert_gradients = lambda gradients, elements_per_buffer: None
+
+
+def wait_before_gathering(engine: DeepSpeedEngine) -> None:
+    """Let ZeRO 3 gather the weights of a forward pass only after all earlier work on the device.
+
+    DeepSpeed gathers them on a stream that does not wait for the optimiser's step by itself.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    stream = coordinator._PartitionedParameterCoordinator__allgather_stream
+    accelerator = deepspeed.get_accelerator()
+
+    def wait(module: nn.Module, inputs: Any) -> None:
+        stream.wait_stream(accelerator.current_stream())
+
+    if not accelerator.resolves_data_dependency():
+        engine.module.register_forward_pre_hook(wait, prepend=True)
 
 
 def step_without_reads(engine: DeepSpeedEngine) -> None:
@@ -115,6 +132,72 @@ def layout(engine: DeepSpeedEngine) -> str:
         "masters": [master.numel() for master in masters(engine)],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def own_share(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """Return this rank's share of a value under ZeRO 3: flat, padded with zeros, and a copy.
+
+    Args:
+        parameter: parameter that ZeRO 3 has cut.
+        value: whole value, of any shape.
+    """
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    share = value.new_zeros(size)
+    mine = value.flatten()[size * rank :][:size]
+    share[: len(mine)].copy_(mine)
+    return share
+
+
+def keep_given(engine: DeepSpeedEngine, given: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Put the weights that a bf16 engine was built from into its masters, without rounding.
+
+    DeepSpeed casts the weights first, and copies the masters from the cast ones. A frozen parameter
+    has no master; `engine.frozen` keeps its value by name, for checkpoints.
+
+    Args:
+        engine: engine that was just built, in bf16.
+        given: weights of the parameters, fp32: whole ones, under ZeRO 3 shares of this rank.
+    """
+    state, stage = EngineState(engine), engine.zero_optimization_stage()
+    for name, parameter in engine.module.named_parameters():
+        value = given[parameter]
+        if parameter.requires_grad:
+            if stage == 3:
+                deepspeed.utils.safe_set_local_fp32_param(parameter, value)
+            else:
+                state.set_master(parameter, value)
+        elif stage == 3 or engine.global_rank == 0:  # rank 0 saves what is not sharded
+            engine.frozen[name] = value.float()
+
+
+class FrozenWeights:
+    """The frozen weights of a bf16 engine in checkpoints: the given ones, not their bf16 copies.
+
+    Args:
+        values: attribute `frozen` of the engine.
+    """
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self._values = values
+
+    def put_into(self, state: dict[str, Any]) -> None:
+        """Replace the bf16 copies in what DeepSpeed saves to a file."""
+        for place, name, value in self._found(state):
+            place[name] = value
+
+    def take_from(self, state: dict[str, Any]) -> None:
+        """Take the values from what DeepSpeed has saved to a file."""
+        for place, name, value in self._found(state):
+            value.copy_(place[name])
+
+    def _found(self, state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+        # Under ZeRO 3 the fragments are this rank's shares, and the module's weights are empty.
+        for key in ("module", "frozen_param_fragments"):
+            place = state.get(key) or {}
+            for name, value in self._values.items():
+                if name in place and place[name].numel() == value.numel():
+                    yield place, name, value
 
 
 class EngineState:
@@ -180,6 +263,13 @@ class EngineState:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if self._engine.global_rank == 0:
                 parameter.data.copy_(value.view_as(parameter))
+
+    def set_frozen(self, name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Set a frozen parameter, and the unrounded value that checkpoints hold of it."""
+        self.set_weight(parameter, value)
+        kept = self._engine.frozen.get(name)
+        if kept is not None:
+            kept.copy_(own_share(parameter, value) if self._stage == 3 else value)
 
     def set_master(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Set the master that the optimiser steps on, and not the weight of the forward pass."""

@@ -287,7 +287,7 @@ def load(engine: DeepSpeedEngine, universal: Path, doing: Doing = _nobody) -> No
         doing(f"loading {universal.parent.name}, parameter {number + 1} of {len(parameters)}")
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if not parameter.requires_grad:
-            state.set_weight(parameter, common["rest"][name])
+            state.set_frozen(name, parameter, common["rest"][name])
             continue
         value = _value(universal, name, WEIGHTS, shape)
         state.set_weight(parameter, value)

@@ -14,8 +14,11 @@ from mae_scale.launch.distributed import on_rank0
 from mae_scale.train.deepspeed_config import zero_stage
 from mae_scale.train.deepspeed_state import (
     inner_optimizer,
+    keep_given,
     keep_gradients_of_one_process,
+    own_share,
     step_without_reads,
+    wait_before_gathering,
 )
 from mae_scale.train.ds import (
     DeepSpeedEngine,
@@ -46,10 +49,7 @@ def fill_in(
             and buffers.
     """
     torch.manual_seed(seed)
-    deepspeed.init_distributed(dist_init_required=False)  # takes over the group that is there
-    # DeepSpeed would make a second group of all ranks, because torch once could not translate the
-    # ranks of the first. It would take as many connections again, and have its own time-out.
-    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+    _join_group()
     given = on_rank0(lambda: set(weights or ()))
     for prefix, module in model.named_modules():
         module.to_empty(device="cpu", recurse=False)
@@ -65,10 +65,30 @@ def fill_in(
                     value.data.copy_(weights[key])
                 dist.broadcast(value.data, src=0)
         if own and zero_stage(deepspeed_config) == 3:
-            if deepspeed_config["bf16"]["enabled"]:
-                for parameter in own:
-                    parameter.data = parameter.data.bfloat16()
-            deepspeed.zero.Init(nn.ParameterList(own), config_dict_or_path=deepspeed_config)
+            _shard(own, deepspeed_config)
+
+
+def _join_group() -> None:
+    """Let DeepSpeed take over the process group that is there."""
+    deepspeed.init_distributed(dist_init_required=False)
+    # DeepSpeed would make a second group of all ranks, because torch once could not translate the
+    # ranks of the first. It would take as many connections again, and have its own time-out.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
+
+
+def _shard(own: list[nn.Parameter], deepspeed_config: dict[str, Any]) -> None:
+    """Cut parameters as ZeRO 3 does, in bf16 where the config says so; all ranks call.
+
+    The attribute `given` then holds this rank's share before the cast, in fp32 on the CPU.
+    """
+    whole = [parameter.data for parameter in own]
+    if deepspeed_config["bf16"]["enabled"]:
+        for parameter in own:
+            parameter.data = parameter.data.bfloat16()
+    deepspeed.zero.Init(nn.ParameterList(own), config_dict_or_path=deepspeed_config)
+    if deepspeed_config["bf16"]["enabled"]:
+        for parameter, value in zip(own, whole, strict=True):
+            parameter.given = own_share(parameter, value)  # type: ignore[attr-defined]
 
 
 def build_engine(
@@ -78,14 +98,24 @@ def build_engine(
 
     `step.Stepper` sets the learning rate at each step.
     """
-    stage, optimizer = zero_stage(deepspeed_config), make_optimizer(model, optim)
+    stage = zero_stage(deepspeed_config)
+    _join_group()
     if stage < 3:
         use_linear(stage)
+    for module in model.modules() if stage == 3 else ():
+        whole = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
+        if whole:
+            _shard(whole, deepspeed_config)
+    given = {p: p.__dict__.pop("given", p.data) for p in model.parameters()}
+    optimizer = make_optimizer(model, optim)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     if stage == 3:
         # Gather a block's weights at once, not layer by layer: fewer and larger messages, and
         # nothing of DeepSpeed's happens inside of a compiled block.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        for block in (module for module in model.modules() if isinstance(module, Block)):
+            if any(parameter.requires_grad for parameter in block.parameters()):
+                block.register_forward_pre_hook(_want_gradient)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
@@ -96,6 +126,9 @@ def build_engine(
             state["step"].zero_()
     for name, value in model.named_buffers():  # DeepSpeed cast them to bf16, too coarse for them
         value.data = buffers[name].to(value.device)
+    engine.frozen = {}
+    if engine.bfloat16_enabled():
+        keep_given(engine, given)
     if stage == 0 and engine.bfloat16_enabled():
         _sum_in_fp32(engine)
         step_without_reads(engine)
@@ -104,10 +137,23 @@ def build_engine(
     if stage in (1, 2):
         use_fewer_operators(engine.optimizer)
     if stage == 3:
+        wait_before_gathering(engine)
         use_fewer_operators_at_stage_3(engine.optimizer)
     if optim.average_decay is not None:
         keep_moving_average(engine, optim.average_decay)
     return engine
+
+
+def _want_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the input of a trained block need a gradient, also behind frozen ones.
+
+    DeepSpeed takes the gradients of a leaf module when the backward pass has reached its input.
+    Where that needs no gradient, PyTorch calls DeepSpeed before it has computed any.
+    """
+    x, *others = inputs
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return (x, *others)
 
 
 def _sum_in_fp32(engine: DeepSpeedEngine) -> None:

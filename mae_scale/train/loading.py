@@ -61,7 +61,9 @@ def load_checkpoint(
 
 def _load_as_it_is(engine: DeepSpeedEngine, folder: Path) -> None:
     on_rank0(lambda: refuse_code(folder))
-    engine.checkpoint_engine = BackgroundWriter(None)  # reads without running pickled code
+    engine.checkpoint_engine = BackgroundWriter(
+        None, engine.frozen
+    )  # reads without running pickled code
     loaded, _ = engine.load_checkpoint(
         str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
     )

@@ -24,6 +24,11 @@ def test_it_is_the_norm_of_all_values(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     subprocess.run([*command, WORKER, tmp_path / "in.pt", tmp_path], check=True)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    features = torch.nn.BatchNorm1d(3, affine=False)
+    out = features(x[:3, :, 0, 0])
+    torch.testing.assert_close(torch.cat([result["out"] for result in results]), out)
+    for result in results:
+        torch.testing.assert_close(result["own"], features.state_dict())
     x.requires_grad_()
     (norm(x) * weight).sum().backward()
     found = torch.cat([result["grads"][0] for result in results])
