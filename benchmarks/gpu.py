@@ -52,8 +52,9 @@ from mae_scale.data.shards import open_shards
 from mae_scale.data.transforms import normalize
 from mae_scale.launch.distributed import start
 from mae_scale.models import MaskedAutoencoderViT, build_mae
-from mae_scale.planning.memory import activation_parts, peak_bytes, sizes
-from mae_scale.planning.model_states import model_states, trained_by
+from mae_scale.planning.activations import activations
+from mae_scale.planning.memory import model_states, trained_by
+from mae_scale.tasks.pretrain import trial_loss
 from mae_scale.train.determinism import deterministic
 from mae_scale.world import World, data_workers
 
@@ -191,9 +192,9 @@ def planned_gb(name: str, batch: int, precision: str) -> float:
     zero = load_deepspeed_config("zero1")["zero_optimization"]
     zero = fit_to_model("zero1", zero, run.trained, 1) if ON_GPU else zero
     states = model_states(run, zero, 1, accumulates=False)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    parts = activation_parts(model, sizes(dtype, "cuda" if ON_GPU else "cpu"))
-    return round(states.peak(peak_bytes(parts, batch)) / 1e9, 2)
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    peak = activations(model, trial_loss, batch).peak(batch)
+    return round(states.peak(peak) / 1e9, 2)
 
 
 def attention(small: bool) -> Iterator[Result]:

@@ -5,7 +5,7 @@ It counts the tensors that rank 0 holds after the first and after the second of 
 whichever is larger, each storage once: weights (those of the module), optimiser states (fp32 master
 weights and AdamW's two moments), and the rest: gradients and buffers for sending them.
 
-The formula is that of `mae_scale/planning/model_states.py`. Its last column has the gradients,
+The formula is that of `mae_scale/planning/memory.py`. Its last column has the gradients,
 which are summed in fp32, and the bucket that stages 1 and 3 keep for sending them.
 """
 
@@ -28,7 +28,7 @@ from mae_scale.config.sections import OptimConfig, TrainConfig
 from mae_scale.launch.distributed import World, process_group
 from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import build_mae
-from mae_scale.planning.model_states import ParameterStates, model_states, trained_by
+from mae_scale.planning.memory import ParameterStates, model_states, trained_by
 from mae_scale.train.deepspeed_config import fill_deepspeed_config
 from mae_scale.train.engine import build_engine, fill_in
 

@@ -33,8 +33,9 @@ from mae_scale.launch.logs import set_up_logging
 from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.compiled import compile_blocks
 from mae_scale.models.masking import mask_noise
-from mae_scale.planning.flops import training_flops
+from mae_scale.planning.flops import count_flops
 from mae_scale.planning.gpus import mfu
+from mae_scale.tasks.pretrain import trial_loss
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, fit_buckets
 from mae_scale.train.engine import build_engine
 from mae_scale.train.metrics import memory_gb
@@ -125,7 +126,8 @@ def measure(
         start(world)
     torch.manual_seed(0)
     model = build_mae(way.model).to(device)
-    flops = training_flops(model)
+    with torch.device("meta"):
+        flops = count_flops(build_mae(way.model), trial_loss).training
     step = (
         official_step(model, way, device)
         if way.official

@@ -39,6 +39,15 @@ GPU_MEMORY_GB = {
 }  # fmt: skip
 
 
+# GPUs that compute neither in bf16 nor, with fp32, in TF32.
+_BEFORE_AMPERE = r"\b(V100|P100|T4|TITAN V|RTX 20\d\d)\b"
+
+
+def knows_bf16(name: str) -> bool:
+    """Return whether a GPU of this name computes in bf16."""
+    return re.search(_BEFORE_AMPERE, name.replace("-", " ")) is None
+
+
 def peak_flops(name: str) -> float | None:
     """Return a GPU's dense bf16 peak in operations per second, by its name; None if unknown."""
     for pattern, tflops in PEAK_TFLOPS.items():
@@ -47,20 +56,25 @@ def peak_flops(name: str) -> float | None:
     return None
 
 
+def peak_of(device: torch.device) -> float | None:
+    """Return the peak of a device as `peak_flops` does; None for a CPU."""
+    import torch
+
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def mfu(
     flops_per_image: float, images_per_second_per_gpu: float, device: torch.device
 ) -> float | None:
     """Compute the model FLOPs utilisation, against the bf16 peak whatever the run's precision is.
 
     Args:
-        flops_per_image: operations of training on an image, as by `planning.flops.training_flops`.
+        flops_per_image: operations of training on an image, as by `planning.flops.count_flops`.
         images_per_second_per_gpu: number of images that each GPU trains on in a second.
         device: device of this rank.
 
     Returns:
         The utilisation, 0 to 1; None on a CPU and on a GPU whose peak is not known.
     """
-    import torch
-
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = peak_of(device)
     return peak and flops_per_image * images_per_second_per_gpu / peak

@@ -1,201 +1,271 @@
-"""Bytes of an image's activations in training, by formula.
+"""Bytes of a rank's model states, of its traffic, and of a checkpoint, by formula.
 
-The forward pass is a sequence of parts. Autograd keeps tensors of each part until the backward pass
-has passed it. So the memory at a part is the sum of what all parts up to it keep, what this part
-computes again, and the temporary tensors of its backward pass; the peak is the largest such sum.
-
-The formulas count the distinct storages that autograd saves. A GPU and a CPU save the same, except
-for the statistics of LayerNorm (fp32 on a GPU, the dtype of the weights on a CPU). Attention is
-PyTorch's fused one, which saves a logarithm in fp32 per head and token instead of the T x T matrix.
-Blocks compiled with torch.compile keep about as much or less.
+Model states are those of ZeRO (arXiv 1910.02054, section 5): weights, gradients, and the
+optimiser's fp32 master weights and moments. Parameters that are not trained have only weights. The
+buffers are those of DeepSpeed 0.19; `benchmarks/plan_error.py` measures them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from timm.layers import DropPath, Mlp
+from torch import nn
 
-from mae_scale.models.classifier import Classifier, ProbeHead
-from mae_scale.models.encoder import Encoder
-from mae_scale.models.mae import MaskedAutoencoderViT
+from mae_scale.config.sections import OptimizerConfig
 
-INT64, FP32 = 8, 4  # bytes of a value
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section of the forward pass; bytes are for each image unless stated otherwise."""
-
-    kept: float = 0
-    """Bytes on the device from this part's forward pass until its backward pass."""
-    again: float = 0
-    """Bytes of tensors that are computed again for this part's backward pass."""
-    passing: float = 0
-    """Bytes of temporary tensors at the worst moment of this part."""
-    host: float = 0
-    """Bytes in host memory until the backward pass."""
-    gradient: float = 0
-    """Bytes of the gradient of the part's largest weight, once and not for each image."""
+FP32 = 4  # bytes of a value
+ITEMSIZE = {"bf16": 2, "fp32": FP32}
+MOMENTS = {"adamw": 2, "lars": 1}  # number of an optimiser's fp32 states of each parameter
+ALL_REDUCE_AT_ONCE = 500_000_000  # number of values that stage 0 sends at once
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of numbers in bytes."""
-
-    value: int
-    """Bytes of a weight or activation."""
-    statistic: int
-    """Bytes of one of LayerNorm's statistics."""
-
-
-def sizes(dtype: torch.dtype, device_type: str = "cuda") -> Sizes:
-    """Return the sizes for a dtype of weights and activations, on "cuda" or "cpu"."""
-    return Sizes(dtype.itemsize, FP32 if device_type == "cuda" else dtype.itemsize)
-
-
-def kept_bytes(parts: Iterable[Part]) -> float:
-    """Add up the bytes that an image's forward pass leaves on the device for the backward pass."""
-    return sum(part.kept for part in parts)
-
-
-def host_bytes(parts: Iterable[Part]) -> float:
-    """Add up the bytes that an image's forward pass leaves in host memory."""
-    return sum(part.host for part in parts)
-
-
-def peak_bytes(parts: Iterable[Part], images: int) -> float:
-    """Return the most bytes that a micro-batch of `images` images takes on the device."""
-    kept, peak = 0.0, 0.0
-    for part in parts:
-        kept += part.kept
-        peak = max(peak, images * (kept + part.again + part.passing) + part.gradient)
-    return peak
-
-
-def activation_parts(model: Encoder, size: Sizes) -> list[Part]:
-    """List the parts of a training step, with the model's checkpointing, offload and frozen blocks.
+class ParameterStates:
+    """Numbers of parameters of a run, and what it keeps for each of them.
 
     Args:
-        model: masked autoencoder or classifier; it may be on the meta device.
-        size: sizes of numbers, as returned by `sizes`.
+        parameters: number of the model's parameters, including those that are not trained.
+        trained: number of trained parameters.
+        precision: precision of weights and activations, "bf16" or "fp32".
+        moments: number of fp32 states of the optimiser for each trained parameter: 2 for AdamW, 1
+            for LARS.
+        ema: whether there is a moving average of the weights.
+        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
+        by_layer: whether the optimiser has groups for each layer (layer-wise decay).
     """
-    if isinstance(model, MaskedAutoencoderViT):
-        return _mae_parts(model, size)
-    assert isinstance(model, Classifier)
-    return _classifier_parts(model, size)
+
+    parameters: int
+    trained: int
+    precision: str
+    moments: int = 2
+    ema: bool = False
+    grad_reduce: str = "fp32"
+    by_layer: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight or activation."""
+        return ITEMSIZE[self.precision]
+
+    def optimizer_bytes(self, stage: int) -> int:
+        """Return the bytes of master weights, moments and moving average, all ranks together.
+
+        At stage 0 in fp32 the weights are their own masters.
+        """
+        has_masters = self.precision == "bf16" or stage > 0
+        return FP32 * self.trained * (has_masters + self.moments + self.ema)
+
+    def checkpoint_bytes(self, stage: int) -> int:
+        """Return the bytes of a checkpoint, all ranks together.
+
+        Frozen weights are saved in fp32. Stage 3 saves only the masters of the others.
+        """
+        weights = FP32 * (self.parameters - self.trained)
+        weights += self.itemsize * self.trained if stage < 3 else 0
+        return weights + self.optimizer_bytes(stage)
 
 
-def blocks_parts(model: Encoder, blocks: Iterable[Any], tokens: int, size: Sizes) -> list[Part]:
-    """Make a part for each of the transformer blocks, which process `tokens` tokens of an image."""
-    return [_block_part(model, number, block, tokens, size) for number, block in enumerate(blocks)]
+def trained_by(
+    optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
+) -> ParameterStates:
+    """Return what a run with this optimiser keeps for a model.
 
-
-def _block_part(model: Encoder, number: int, block: Any, tokens: int, size: Sizes) -> Part:
-    """Compute the part of a block of which all, the MLP with its norm, or nothing is trained.
-
-    With T tokens, D channels and an MLP of 4 D, a trained block keeps 16 T D values: the inputs of
-    both norms, of qkv, of attention (3), of proj, of fc1 and, 4 each, of GELU and fc2.
+    Args:
+        optim: section `optim` of the recipe.
+        model: model with its frozen parameters set; it may be on the meta device.
+        precision: precision of the weights, "bf16" or "fp32".
+        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
     """
-    unit = tokens * block.attn.proj.in_features * size.value
-    hidden = tokens * block.mlp.fc1.out_features * size.value
-    statistics = 2 * tokens * size.statistic
-    if not any(p.requires_grad for p in block.parameters()):
-        # Inputs of the first block, of this one, of its MLP and of fc1; and before and after GELU.
-        return Part(passing=4 * unit + 2 * hidden + _batch(model, False))
-    whole = block.norm1.weight.requires_grad
-    paths = [block.drop_path1, block.drop_path2] if whole else [block.drop_path2]
-    saved = 2 * unit + 2 * hidden + statistics
-    saved += size.value * sum(isinstance(path, DropPath) for path in paths)
-    if whole:
-        saved += 6 * unit + statistics + FP32 * tokens * block.attn.num_heads
-    passing = unit + hidden  # gradients of the block's output and of GELU's
-    gradient = block.mlp.fc2.weight.numel() * size.value
-    if not model.recomputes(number):
-        return Part(kept=saved, passing=passing, gradient=gradient)
-    kept, host = (0, unit) if model.offloads else (unit, 0)
-    return Part(kept, saved - (kept if whole else 0), passing, host, gradient)
+    # ZeRO-3 empties a parameter that it has sharded, and keeps its size in ds_numel.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return ParameterStates(
+        parameters=sum(size for size, _ in sizes),
+        trained=sum(size for size, is_trained in sizes if is_trained),
+        precision=precision,
+        moments=MOMENTS[optim.optimizer],
+        ema=optim.average_decay is not None,
+        grad_reduce=grad_reduce,
+        by_layer=optim.rate_per_layer != 1,
+    )
 
 
-def _image_bytes(model: Encoder) -> int:
-    """Return the number of an image's values, which is also its bytes in uint8."""
-    return model.in_chans * model.patch_embed.img_size[0] * model.patch_embed.img_size[1]
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes of a rank's model states and buffers, on its device unless stated otherwise."""
+
+    weights: float
+    """Bytes of the weights."""
+    gradients: float
+    """Bytes of the gradients."""
+    optimizer: float
+    """Bytes of the master weights and the optimiser's states."""
+    bucket: float
+    """Bytes of a bucket for gradients that exists all the time."""
+    backward: float
+    """Bytes of further buffers during the backward pass."""
+    sending: float
+    """Bytes of copies of the gradients that are being sent."""
+    sends_early: bool
+    """Whether gradients are sent during the backward pass, when activations exist, too."""
+    step: float
+    """Bytes of copies that the optimiser's step makes, after the backward pass."""
+    host: float
+    """Bytes in host memory."""
+
+    @property
+    def held(self) -> float:
+        """Bytes that are held between two micro-batches of a step."""
+        return self.weights + self.gradients + self.optimizer + self.bucket
+
+    def peak(self, activations: float) -> float:
+        """Compute the bytes that are held at the worst moment of a step.
+
+        Args:
+            activations: most bytes that the activations of a micro-batch take.
+        """
+        during = self.backward + activations + (self.sending if self.sends_early else 0)
+        after = max(self.backward + self.sending, self.step)
+        return self.held + max(during, after)
 
 
-def _batch(model: Encoder, image_is_kept: bool) -> int:
-    """Return the bytes of an image in the batch.
+def overlaps(zero: dict[str, Any]) -> bool:
+    """Return whether DeepSpeed sends during the backward pass; by default only stage 3 does."""
+    return bool(zero.get("overlap_comm", zero.get("stage", 0) == 3))
 
-    It exists in uint8 and in fp32 during the whole forward pass. With `image_is_kept` the fp32
-    bytes are counted elsewhere.
+
+def bucket_size(zero: dict[str, Any]) -> int:
+    """Return the number of gradients that are sent at once; the default is DeepSpeed's."""
+    return int(zero.get("reduce_bucket_size", 500_000_000))
+
+
+def model_states(
+    run: ParameterStates, zero: dict[str, Any], ranks: int, *, accumulates: bool = True
+) -> ModelStates:
+    """Compute the bytes of a rank's model states and buffers.
+
+    Args:
+        run: parameters of the run.
+        zero: section `zero_optimization` of a DeepSpeed config.
+        ranks: number of ranks among which ZeRO divides the states.
+        accumulates: whether a step has several micro-batches.
     """
-    return _image_bytes(model) * (1 if image_is_kept else 1 + FP32)
+    stage, value, trained = zero.get("stage", 0), run.itemsize, run.trained
+    optimizer = run.optimizer_bytes(stage) / (ranks if stage > 0 else 1)
+    gradients = FP32 * trained / (ranks if stage > 1 else 1)
+    weights = value * run.parameters / (ranks if stage > 2 else 1)
+    bucket, backward, sending, host = 0.0, 0.0, 0.0, 0.0
+    size = bucket_size(zero)
+    buffers = 2 if overlaps(zero) else 1
+    step = FP32 * trained / ranks  # the gradients of a rank as one tensor
+    cast = ITEMSIZE[run.grad_reduce] if run.grad_reduce != run.precision else 0
+    copies = (value + cast) * min(size, trained)
+    if stage == 0:
+        if run.precision == "bf16" and not accumulates:
+            gradients = value * trained
+        rounded = gradients - value * trained  # the fp32 sums have been rounded to bf16
+        if ranks > 1:
+            sending = (value + cast) * min(ALL_REDUCE_AT_ONCE, trained) - rounded
+        step = FP32 * trained - rounded if run.precision == "bf16" else 0
+    elif stage == 1 and run.precision == "fp32":
+        bucket, step = FP32 * size * buffers, 0
+    elif stage == 1:
+        # The sums of earlier micro-batches are fp32; the gradients of the last one are bf16 until
+        # they are in a bucket or, in one process alone, in the tensor with which AdamW steps.
+        last, gradients = value * trained, FP32 * trained if accumulates else 0
+        backward = last
+        left = value * max(0, trained - size)
+        sending = max(0, FP32 * trained / ranks + left - last)
+        if overlaps(zero):
+            backward += FP32 * size * buffers
+        elif ranks > 1:
+            sending += FP32 * size
+        else:
+            sending = FP32 * trained
+    elif stage == 2:
+        backward = value * size * buffers
+        sending = FP32 * min(size, trained)
+    else:
+        # Gradients are copied into a bucket at once, or wait as they are until they are sent.
+        backward = value * min(size, trained)
+        if zero.get("contiguous_gradients", True):
+            bucket, backward = ITEMSIZE[run.grad_reduce] * size, 0
+        if ranks > 1:
+            # Gathered weights, and again as many while they are copied out of their message.
+            live = value * min(run.parameters, zero.get("stage3_max_live_parameters", 10**9))
+            backward += live
+            sending = max(live, copies)
+        else:  # one process alone computes with its own weights
+            sending = ITEMSIZE[run.grad_reduce] * min(size, trained)
+    if stage in (1, 2) and run.precision == "bf16":
+        step = 0  # AdamW steps with the gradients themselves
+        if run.by_layer and ranks > 1:
+            # They are gone when the weights of many groups are copied out of their message.
+            step = max(0, value * trained * (1 + 1 / ranks) - gradients)
+    if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step
+        optimizer = gradients = step = 0
+    early = stage == 3 or (trained > size and (stage == 2 or (stage == 1 and overlaps(zero))))
+    return ModelStates(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        bucket=bucket,
+        backward=backward,
+        sending=max(0.0, sending),
+        sends_early=early,
+        step=step,
+        host=host,
+    )
 
 
-def _mae_parts(model: MaskedAutoencoderViT, size: Sizes) -> list[Part]:
-    value, patches = size.value, model.num_patches
-    embed_dim, width = model.decoder_embed.in_features, model.decoder_embed.out_features
-    visible, tokens = model.encoder_tokens, 1 + patches
-    outputs = model.decoder_pred.out_features
-    only_visible = model.projects_visible_only
-    seen = visible - 1 if only_visible else patches
-    embedded = seen * embed_dim * value
-    predicted = tokens * outputs * value
-    difference = patches * outputs * FP32  # of prediction and target; or the logarithm of softmax
-    # The order of the patches and all embeddings, from which the visible ones are taken; or, with
-    # mask tokens in the encoder, which ones are replaced.
-    masked = patches if model.mask_tokens_in_encoder else patches * INT64 + embedded
-    if only_visible:
-        masked = 0  # visible patches are taken from pixels, which need no gradient
-    # Visible and mask tokens before they are put in order, and that order.
-    ordered = 0 if model.mask_tokens_in_encoder else patches * (INT64 + width * value)
-    ids = patches * INT64 if model.target.needs_tokenizer else 0
-    return [
-        Part(  # the image
-            kept=_image_bytes(model) * seen // patches * value + masked,
-            passing=2 * embedded,
-            gradient=model.patch_embed.proj.weight.numel() * value,
-        ),
-        *blocks_parts(model, model.blocks, visible, size),
-        # norm and decoder_embed
-        Part(visible * (2 * embed_dim * value + 2 * size.statistic)),
-        Part(ordered),
-        *blocks_parts(model, model.decoder_blocks, tokens, size),
-        Part(  # decoder_norm and decoder_pred
-            kept=tokens * (2 * width * value + 2 * size.statistic),
-            passing=2 * predicted,
-            gradient=model.decoder_pred.weight.numel() * value,
-        ),
-        Part(  # the loss: difference and mask; then target and square, too
-            kept=difference + patches * FP32 + ids,
-            passing=2 * difference + predicted + _batch(model, value == FP32 and seen == patches),
-        ),
-    ]
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends for one optimiser step, by ring algorithms."""
+
+    gradients: float
+    """Bytes of gradients."""
+    weights: float
+    """Bytes of weights."""
+    overlapped: float
+    """Bytes of both that can be sent while the backward pass computes."""
+    window: float
+    """Share of a step's backward passes during which they can be sent; at stage 1, the last one."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes of both."""
+        return self.gradients + self.weights
 
 
-def _classifier_parts(model: Classifier, size: Sizes) -> list[Part]:
-    value, tokens, width = size.value, model.encoder_tokens, model.cls_token.shape[-1]
-    unit = tokens * width * value
-    projection = model.patch_embed.proj.weight
-    embed = Part()
-    if projection.requires_grad:
-        embed = Part(_image_bytes(model) * value, passing=unit, gradient=projection.numel() * value)
-    is_probe = isinstance(model.head, ProbeHead)
-    rows = tokens if model.pool == "token" and not is_probe else 1  # kept features
-    head = rows * width * value  # input of the head, and of the last norm if that is trained
-    if model.final_norm.weight.requires_grad:
-        head += rows * (width * value + 2 * size.statistic)
-    if isinstance(model.head, Mlp):
-        head += 2 * width * value  # before and after GELU
-    targets = INT64 if is_probe else model.num_classes * FP32
-    return [
-        embed,
-        *blocks_parts(model, model.blocks, tokens, size),
-        Part(head, passing=unit, gradient=model.last_linear.weight.numel() * value),
-        Part(  # the loss
-            kept=model.num_classes * FP32 + targets,
-            passing=_batch(model, projection.requires_grad and value == FP32),
-        ),
-    ]
+def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
+    """Compute what a rank sends in a step.
+
+    Gradients are sent once a step at stages 0 and 1, and for each micro-batch at stages 2 and 3. In
+    a ring of N ranks each sends (N - 1) / N of a tensor to gather or reduce-scatter it, and twice
+    that to all-reduce it. Stages 1 and 2 all-reduce the gradients, as stage 0 does (DeepSpeed's
+    `use_multi_rank_bucket_allreduce`), and gather the new weights. Stage 3 gathers the weights for
+    the forward pass; for the backward pass it gathers again those beyond
+    `stage3_max_live_parameters`.
+
+    Args:
+        run: parameters of the run.
+        zero: section `zero_optimization` of a DeepSpeed config.
+        ranks: number of ranks N.
+        accumulation: number of micro-batches in a step.
+    """
+    stage, share = zero.get("stage", 0), (ranks - 1) / ranks
+    times = accumulation if stage > 1 else 1
+    gradients = times * share * ITEMSIZE[run.grad_reduce] * run.trained * (1 if stage == 3 else 2)
+    if stage == 3:
+        live = zero.get("stage3_max_live_parameters", 1_000_000_000)
+        gathers = accumulation * (1 + max(0.0, 1 - live / run.parameters))
+        weights = gathers * share * run.itemsize * run.parameters
+    else:
+        weights = share * run.itemsize * run.trained if stage > 0 else 0.0
+    overlapped = 0.0
+    if stage > 0 and overlaps(zero) and run.trained:
+        # The last bucket is sent when the backward pass has ended.
+        full = (run.trained - 1) // bucket_size(zero) * bucket_size(zero)
+        overlapped = gradients * full / run.trained + (weights if stage == 3 else 0)
+    return Traffic(gradients, weights, overlapped, 1 / accumulation if stage == 1 else 1)

@@ -1,4 +1,4 @@
-"""The code that detection and segmentation share: shards, weights to start from, FLOPs, loaders."""
+"""The code that detection and segmentation share: shards, weights to start from, loaders."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.config.dense import DenseConfig
 from mae_scale.data.bands import Bands
@@ -86,22 +84,3 @@ def validation_loader(
         batch_size: images of a batch.
     """
     return kind(shards, batch_size=batch_size, **common_to_loaders(config, world))
-
-
-def step_flops(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count the floating-point operations of a training step for one image.
-
-    PyTorch counts them on the model's device. The backward pass counts twice as many as the
-    forward pass.
-
-    Args:
-        model: model, which is in evaluation mode while it is measured.
-        forward: function that computes all parts of the model for one image; the tensors that it
-            makes lie on the model's device.
-    """
-    was_training, place = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.no_grad(), torch.device(place), FlopCounterMode(display=False) as counter:
-        forward()
-    model.train(was_training)
-    return 3 * counter.get_total_flops()

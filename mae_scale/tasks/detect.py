@@ -21,7 +21,7 @@ from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.detector import Detector, build_detector
 from mae_scale.models.proposals import Targets, paste_masks
 from mae_scale.tasks.classification import notes
-from mae_scale.tasks.dense import initial_weights, open_annotated, step_flops, validation_loader
+from mae_scale.tasks.dense import initial_weights, open_annotated, validation_loader
 from mae_scale.tasks.validating import validation_by
 from mae_scale.train.detection_scores import evaluate_detection
 from mae_scale.train.ds import DeepSpeedEngine
@@ -36,20 +36,35 @@ def build(config: DetectConfig, num_classes: int) -> Detector:
     return build_detector(num_classes=num_classes, **given(config.model))
 
 
-def flops(model: Detector) -> int:
-    """Count the floating-point operations of a training step for one image; see `step_flops`.
+def trial_loss(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the loss of images, uint8 [B, 3, S, S], with one made-up object in each.
 
-    The mask head gets a quarter of the proposals here, which is the most that it ever gets.
+    On the meta device, which can choose no proposals, the losses are left out and the heads get as
+    many regions as they can get: `rois` for each image, a quarter of them with a mask.
     """
-    size, channels = model.backbone.patch_embed.img_size[0], model.rpn.head.cls_logits.in_channels
-    heads, rois = model.roi_heads, model.roi_heads.fg_bg_sampler.batch_size_per_image
-
-    def forward() -> None:
-        model.rpn.head(model.pyramid(model.backbone(torch.zeros(1, 3, size, size))))
-        heads.box_predictor(heads.box_head(torch.zeros(rois, channels, 7, 7)))
-        heads.mask_predictor(heads.mask_head(torch.zeros(rois // 4, channels, 14, 14)))
-
-    return step_flops(model, forward)
+    number, size = len(images), images.shape[-1]
+    if not images.is_meta:
+        sizes = torch.full((number, 2), size, device=images.device)
+        corner = [size // 4, size // 4, size // 2, size // 2]
+        target = {
+            "boxes": torch.tensor([corner], dtype=torch.float32, device=images.device),
+            "classes": torch.zeros(1, dtype=torch.int64, device=images.device),
+            "masks": torch.ones(1, size, size, dtype=torch.bool, device=images.device),
+        }
+        losses = model(images.float(), sizes, [dict(target) for _ in range(number)])
+        return torch.stack(list(losses.values())).sum()
+    heads, rois = model.roi_heads, number * model.roi_heads.fg_bg_sampler.batch_size_per_image
+    maps = model.pyramid(model.backbone(images.float()))
+    box_rois, mask_rois = (
+        maps[0].new_empty(n, maps[0].shape[1], side, side, dtype=torch.float32, requires_grad=True)
+        for n, side in ((rois, 7), (rois // 4, 14))
+    )
+    outputs = [
+        *(x for found in model.rpn.head(maps) for x in found),
+        *heads.box_predictor(heads.box_head(box_rois)),
+        heads.mask_predictor(heads.mask_head(mask_rois)),
+    ]
+    return torch.stack([x.float().sum() for x in outputs]).sum()
 
 
 def prepare(config: DetectConfig, world: World) -> TrainingSetup:
@@ -76,7 +91,7 @@ def prepare(config: DetectConfig, world: World) -> TrainingSetup:
         shards,
         loader,
         loss_of,
-        flops(model),
+        trial_loss,
         weights=initial_weights(config, model),
         validation=_validation(config, world, shards),
         notes=notes(category_names(shards)),

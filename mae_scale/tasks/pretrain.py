@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -20,7 +21,6 @@ from mae_scale.models import MaskedAutoencoderViT, build_mae
 from mae_scale.models.targets import patchify
 from mae_scale.models.tokenizer import Tokenizer
 from mae_scale.models.weights import fit_to_mae
-from mae_scale.planning.flops import training_flops as flops
 from mae_scale.tasks.classification import classes_of, eval_loader
 from mae_scale.tasks.first_batch import FirstBatch
 from mae_scale.tasks.pictures import reconstructions
@@ -36,14 +36,20 @@ from mae_scale.train.run import TrainingSetup, training_data
 from mae_scale.train.validation import Stopped
 from mae_scale.world import World
 
-__all__ = ["build", "flops", "prepare"]
-
 log = logging.getLogger("mae_scale")
 
 
 def build(config: PretrainConfig, num_classes: int = 0) -> MaskedAutoencoderViT:
     """Build the model of a run, on the device of the context; it has no classes."""
     return build_mae(**given(config.model, "tokenizer"))
+
+
+def trial_loss(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the loss of images, uint8 [B, C, H, W], with noise and ids that are made up."""
+    inner: MaskedAutoencoderViT = getattr(model, "module", model)
+    noise = torch.rand(len(images), inner.num_patches, device=images.device)
+    ids = torch.zeros_like(noise, dtype=torch.int64) if inner.target.needs_tokenizer else None
+    return model(images.float(), noise, token_ids=ids)[0]
 
 
 def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
@@ -72,7 +78,7 @@ def prepare(config: PretrainConfig, world: World) -> TrainingSetup:
         shards,
         loader,
         loss_of,
-        flops(model),
+        trial_loss,
         weights=initial_weights(config, model),
         validation=probe(config, world),
         pictures=reconstructions(config, shards) if model.target.is_image else None,

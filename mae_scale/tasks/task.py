@@ -3,7 +3,7 @@
 Importing it needs no torch. The code of a task that needs torch is its module, `tasks/NAME.py`:
 
     build(config, num_classes) -> model        the model that is trained, on the context's device
-    flops(model) -> int                        operations of a training step for one image
+    trial_loss(model, images) -> loss          loss of images with targets that are made up
     prepare(config, world) -> TrainingSetup    everything that `train.run.train` needs
 """
 
@@ -77,8 +77,6 @@ class Task:
     best one, except in pre-training, where that is always the newest."""
     num_classes: int = 0
     """Number of classes where no data set is given: that of the paper's data set."""
-    is_planned: bool = True
-    """Whether `mae-scale plan` knows the memory and the time of a step."""
 
     @property
     def module(self) -> ModuleType:
@@ -146,7 +144,6 @@ TASKS = {
             DETECTION,
             "box_ap",
             80,
-            is_planned=False,
         ),
         Task(
             "segment",
@@ -157,7 +154,6 @@ TASKS = {
             SEGMENTATION,
             "miou",
             150,
-            is_planned=False,
         ),
     )
 }

@@ -27,7 +27,7 @@ from mae_scale.errors import CommonError, UserError
 from mae_scale.launch.console import size_text
 from mae_scale.launch.distributed import gather_to_all, on_rank0
 from mae_scale.launch.watchdog import Watchdog
-from mae_scale.planning.model_states import trained_by
+from mae_scale.planning.memory import trained_by
 from mae_scale.train.run_dir import abandon, check_run, keep_config, open_run
 from mae_scale.world import World, host
 

@@ -26,7 +26,8 @@ from mae_scale.launch.distributed import on_rank0, process_group, set_collective
 from mae_scale.launch.stopping import catching_signals
 from mae_scale.launch.watchdog import Watchdog
 from mae_scale.models.compiled import compile_blocks
-from mae_scale.planning.gpus import mfu
+from mae_scale.planning.flops import TrialLoss, count_flops
+from mae_scale.planning.gpus import mfu, peak_of
 from mae_scale.train import checkpoint
 from mae_scale.train.checkpoint import Saver
 from mae_scale.train.deepspeed_config import fill_deepspeed_config, fit_buckets, zero_stage
@@ -69,8 +70,9 @@ class TrainingSetup:
 
     Its arguments are the engine, the batch, the number of steps done, and the number of the
     micro-batch in the step."""
-    flops_per_image: int
-    """Floating-point operations of a training step for each image."""
+    trial_loss: TrialLoss
+    """Function of the model and images that computes a loss with made-up targets, to count its
+    floating-point operations."""
     weights: Callable[[], dict[str, torch.Tensor]] | None = None
     """Function that reads, on rank 0, the weights to start from if there is no checkpoint."""
     validation: Validation | None = None
@@ -130,6 +132,8 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
     """
     model, loader = parts.model, parts.loader
     ds_config = fit_buckets(config.deepspeed, ds_config, model, world)
+    counts = world.rank == 0 and peak_of(world.device) is not None
+    flops = count_flops(model, parts.trial_loss).training if counts else 0
     trace = profiled_steps(config.train)  # raises a UserError for a wrong range
     model.set_activation_checkpointing(  # type: ignore[operator]
         config.train.activation_checkpointing, config.train.activation_offload
@@ -232,7 +236,7 @@ def train(config: RunConfig, world: World, ds_config: dict[str, Any], parts: Tra
                 batch=config.train.global_batch_size,
                 log_every=config.train.log_every,
                 workers=config.data.worker_processes,
-                mfu_of=lambda rate: mfu(parts.flops_per_image, rate / world.size, engine.device),
+                mfu_of=lambda rate: mfu(flops, rate / world.size, engine.device),
                 validates=parts.validation is not None,
             )
         loop = Loop(

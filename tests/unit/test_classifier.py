@@ -6,12 +6,10 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.errors import UserError
 from mae_scale.models import Classifier, build_classifier, build_mae
 from mae_scale.models.encoder import drop_path_rates
-from mae_scale.planning.flops import classifier_training_flops
 
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 3}
 
@@ -109,24 +107,6 @@ def test_partial_tuning(blocks: float, trained: set[str]) -> None:
 def test_partial_tuning_of_another_number(blocks: float) -> None:
     with pytest.raises(UserError, match=r"must be 0, 0.5 or a whole number up to the 3 blocks"):
         small().tune_last(blocks)
-
-
-@pytest.mark.parametrize("name", ["base_patch16", "huge_patch14"])
-def test_flops_are_those_that_torch_counts(name: str) -> None:
-    """On the meta device attention consists of single products, so that the counter sees them."""
-    for blocks, tolerance in ((None, 0), (2, 0.03), (0, 0)):
-        with torch.device("meta"):
-            model = build_classifier(f"mae_vit_{name}", 1000, depth=4)
-            images = torch.empty(1, 3, 224, 224)
-        if blocks is not None:
-            model.tune_last(blocks)
-        with FlopCounterMode(display=False) as counter:
-            model(images).sum().backward()
-        counted = counter.get_total_flops()
-        if blocks == 0:  # the features have no gradient: a product less in the head
-            counted += 2 * model.head.weight.numel()
-        # With some blocks frozen the first trained layer has no gradient of its input either.
-        assert classifier_training_flops(model) == pytest.approx(counted, rel=tolerance), blocks
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""The time of a training step, only from what was measured on GPUs.
+
+`ROWS` are the rows of this project in benchmarks/results/gpu*.txt: pre-training of 224 pixels in
+bf16, without recomputing, on one GPU without a network. Two limits follow from them: the host's
+time for a block, from the smallest micro-batches, and the share of the peak that the kernels
+reach, from all rows. A step takes the longer of the two, and between rows both are interpolated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mae_scale.planning.gpus import peak_flops
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of benchmarks/results/."""
+
+    card: str
+    """Name of the GPU."""
+    model: str
+    """Name of the masked autoencoder."""
+    micro_batch: int
+    """Images of a step."""
+    images_per_second: float
+    """Images of a second on one GPU."""
+    mfu: float
+    """Model FLOPs utilisation."""
+    stage: str = "zero1"
+    """DeepSpeed config."""
+    compiled: bool = False
+    """Whether the blocks were compiled."""
+
+
+_B, _L, _H = "mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14"
+ROWS = (
+    Measured("H200", _B, 64, 1910.49, 0.113),
+    Measured("H200", _B, 64, 1714.0, 0.101, compiled=True),
+    Measured("H200", _L, 64, 994.41, 0.125),
+    Measured("H200", _L, 64, 827.48, 0.104, compiled=True),
+    Measured("H200", _H, 64, 765.51, 0.225),
+    Measured("H200", _H, 64, 871.41, 0.256, compiled=True),
+    Measured("H200", _B, 256, 3937.38, 0.233),
+    Measured("H200", _B, 256, 4746.48, 0.28, compiled=True),
+    Measured("H200", _L, 256, 2321.75, 0.292),
+    Measured("H200", _L, 256, 2688.88, 0.338, compiled=True),
+    Measured("H100", _B, 64, 1877.04, 0.111),
+    Measured("H100", _B, 64, 1358.54, 0.08, compiled=True),
+    Measured("H100", _L, 64, 1133.06, 0.142),
+    Measured("H100", _L, 64, 1105.56, 0.139, compiled=True),
+)
+# Blocks of encoder and decoder, and operations for an image, of the models of the rows.
+MODELS = {_B: (20, 58.46e9), _L: (32, 124.23e9), _H: (40, 290.99e9)}
+# Host's time of a step under each stage in milliseconds: ViT-B, 64 images, one H100, one process
+# (the second table of benchmarks/results/gpu_h100.txt).
+HOST_MS = {"zero0": 43.1, "zero1": 37.0, "zero2": 41.7, "zero3": 112.7}
+# Cards by a pattern of the names that PyTorch and people use.
+CARDS = {r"(NVIDIA )?H100( 80GB HBM3)?": "H100", r"(NVIDIA )?H200": "H200"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a setting computes."""
+
+    task: str
+    """Name of the task."""
+    blocks: float
+    """Blocks of encoder and decoder; a frozen one counts a third, as it has no backward pass."""
+    flops: float
+    """Operations for an image, forward and backward."""
+    again: float
+    """Share of `flops` that is computed again."""
+    precision: str
+    """"bf16" or "fp32"."""
+    stage: str
+    """DeepSpeed config."""
+    compiled: bool
+    """Whether the blocks are compiled."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Time of a micro-batch on one GPU, or why it is not predicted."""
+
+    seconds: float | None
+    """Seconds; None: it is not predicted."""
+    host: float | None
+    """Seconds that the host takes of it at least."""
+    words: str
+    """What was measured and what was not, or why there is no prediction."""
+
+
+def predict(card: str, work: Work, images: int, rows: Iterable[Measured] = ROWS) -> Prediction:
+    """Predict the time of a micro-batch.
+
+    Args:
+        card: name of the GPU.
+        work: what is computed.
+        images: images of the micro-batch.
+        rows: measured rows.
+    """
+    name = next((own for pattern, own in CARDS.items() if re.fullmatch(pattern, card)), card)
+    alike = [row for row in rows if row.compiled == work.compiled]
+    own = [row for row in alike if row.card == name]
+    # Kernels of cards with the same peak reach the same share of it.
+    peak = peak_flops(name)
+    same = [row for row in alike if peak and peak_flops(row.card) == peak]
+    unknown = ""
+    if not own:
+        unknown = f"no measurement on {card}"
+    elif work.task in ("detect", "segment"):
+        unknown = f"no measurement of {work.task}"
+    elif work.precision != "bf16":
+        unknown = f"no measurement in {work.precision}"
+    elif work.stage not in HOST_MS:
+        unknown = f"no measurement of {work.stage}"
+    if unknown or peak is None:
+        return Prediction(
+            None, None, f"{unknown}: time is not predicted; --measure times ten steps on a device"
+        )
+    least = min(row.micro_batch for row in own)
+    hosts = [
+        (MODELS[row.model][0], least / row.images_per_second)
+        for row in own
+        if row.micro_batch == least
+    ]
+    host = _between([(n, seconds / n) for n, seconds in hosts], work.blocks) * work.blocks
+    host *= (1 + work.again) * HOST_MS[work.stage] / HOST_MS["zero1"]
+    most = {row.model: max(r.micro_batch for r in same if r.model == row.model) for row in same}
+    utilised = [
+        (math.log(row.micro_batch * MODELS[row.model][1]), row.mfu)
+        for row in same
+        if row.micro_batch == most[row.model]
+    ]
+    flops = images * work.flops
+    kernels = flops * (1 + work.again) / (peak * _between(utilised, math.log(flops)))
+    return Prediction(max(host, kernels), host, _words(name, work, own, same))
+
+
+def _between(points: list[tuple[float, float]], x: float) -> float:
+    """Interpolate linearly; beyond the points the value of the nearest one holds."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x < x1:
+            return y0 if x <= x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def _words(card: str, work: Work, own: list[Measured], same: list[Measured]) -> str:
+    """Say what was measured, and what was not."""
+    words = [f"from pre-training measured on one {card}, without a network"]
+    if larger := {row.card for row in same if row.micro_batch > max(r.micro_batch for r in own)}:
+        words.append(f"large micro-batches on {', '.join(sorted(larger))}, of the same peak")
+    if work.task != "pretrain":
+        words.append(f"{work.task} was not measured: its operations count as pre-training's")
+    if work.again:
+        words.append("recomputing was not measured: its operations count like others")
+    if work.stage != "zero1":
+        words.append(f"{work.stage} was measured with ViT-B only")
+    return "; ".join(words)

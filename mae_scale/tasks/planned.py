@@ -1,0 +1,251 @@
+"""Plans of configs: the job that a config describes, the cluster, and the command to start it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from mae_scale.config.keys import key_names
+from mae_scale.config.parsing import given_values, parse
+from mae_scale.data.shards import open_shards
+from mae_scale.errors import UserError, did_you_mean, renamed
+from mae_scale.planning.fit import HEADROOM, Cluster, Job, Row, fit, planned_precision
+from mae_scale.planning.flops import count_flops
+from mae_scale.planning.gpus import GPU_MEMORY_GB
+from mae_scale.planning.text import RunPlan
+from mae_scale.tasks.classification import classes_of
+from mae_scale.tasks.task import Task
+
+# Words that stand for paths that every run needs, where the arguments do not give them.
+PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
+# Config keys that are chosen unless they are on the command line.
+CHOSEN = ("deepspeed", "train.micro_batch_size", "train.activation_checkpointing",
+          "train.activation_offload")  # fmt: skip
+# Number of images and mean bytes of an image where no shards are given: ImageNet-1K's training
+# split, and the images that benchmarks/data_loading.py read.
+IMAGENET, IMAGE_BYTES = 1_281_167, 107_600
+CPU_IMAGES = 8  # most images with which a CPU is timed: its rate hardly depends on them
+
+
+def config_arguments(name: str, rest: list[str]) -> list[str]:
+    """Compose the arguments that give a config, with `PLACES` for paths that are not given.
+
+    Args:
+        name: recipe or YAML file.
+        rest: config keys among the arguments of `mae-scale plan`.
+    """
+    argv = ["--config", name, *rest]
+    given = given_values(argv)
+    return argv + [f"--{key}={place}" for key, place in PLACES.items() if key not in given]
+
+
+def clusters_of(options: argparse.Namespace) -> list[Cluster]:
+    """Return a cluster for each number of GPUs.
+
+    Raises:
+        UserError: memory of the GPU is not known, or a number of GPUs does not fill nodes.
+    """
+    here, per_node = torch.cuda.device_count(), options.gpus_per_node
+    known: float | None
+    if options.this_machine or options.measure:
+        name, known = "CPU", psutil.virtual_memory().total / 1e9
+        if here:
+            properties = torch.cuda.get_device_properties(0)
+            name, known = properties.name, properties.total_memory / 1e9
+        if options.this_machine or not here:
+            per_node = here or max(options.gpus or [1])
+        if options.this_machine and max(options.gpus or [1]) > per_node:
+            raise UserError(f"--gpus {max(options.gpus)}: this machine has {here}")
+    else:
+        name, known = gpu_name(options.gpu or "A100-80GB", options.memory_gb)
+    numbers = options.gpus or [here if options.this_machine and here else 1]
+    for number in numbers:
+        if number > per_node and number % per_node:
+            near = number // per_node * per_node
+            raise UserError(
+                f"--gpus {number} are no full nodes of {per_node}; {near} or {near + per_node} "
+                "would be, or another --gpus_per_node"
+            )
+    memory = options.memory_gb or known
+    assert memory is not None
+    return [
+        Cluster(
+            gpus=number,
+            gpus_per_node=min(number, per_node),
+            name=name,
+            memory_gb=memory / number if name == "CPU" else memory,
+            network_gbs=options.network_gbs if number > 1 else None,
+        )
+        for number in numbers
+    ]
+
+
+def gpu_name(name: str, memory_gb: float | None) -> tuple[str, float | None]:
+    """Return the name of a GPU as `planning.gpus` spells it, and its memory in GB, if known there.
+
+    Raises:
+        UserError: the GPU is unknown, and its memory is not given.
+    """
+    name = {key.lower(): key for key in GPU_MEMORY_GB}.get(name.lower(), name)
+    if name not in GPU_MEMORY_GB and memory_gb is None:
+        kinds = [known for known in GPU_MEMORY_GB if known.lower().startswith(name.lower())]
+        hint = (
+            f"did you mean {' or '.join(map(repr, kinds))}?"
+            if kinds
+            else did_you_mean(name, GPU_MEMORY_GB)
+        )
+        raise UserError(
+            f"--gpu {name!r} is not known; {hint} Known are {', '.join(GPU_MEMORY_GB)}; for "
+            "another one give --memory_gb"
+        )
+    return name, GPU_MEMORY_GB.get(name)
+
+
+def job_of(name: str, rest: list[str], task: Task, prog: str) -> Job:
+    """Read the run that a config and further `--section.key value` arguments describe.
+
+    Raises:
+        UserError: the config cannot be used, or an epoch has fewer images than a batch.
+    """
+    config = parse(task.config, config_arguments(name, rest), prog)
+    images, classes, image_bytes = IMAGENET, task.num_classes, float(IMAGE_BYTES)
+    if any(token.split("=")[0] == "--data.train" for token in rest):
+        shards = open_shards(config.data.train, config.data.cache_dir)
+        images, image_bytes = len(shards), float(shards.bytes.sum()) / len(shards)
+        images, image_bytes = images * config.data.repeats, image_bytes / config.data.repeats
+        if task.name == "detect":
+            classes = len(shards.categories)
+        elif task.num_classes:
+            classes = len(classes_of(shards))
+    if images < config.train.global_batch_size:
+        raise UserError(
+            f"train.global_batch_size {config.train.global_batch_size} is more than the {images} "
+            "images of an epoch"
+        )
+    fixed = frozenset(token[2:].split("=")[0] for token in rest if token.startswith("--"))
+    with torch.device("meta"), renamed(key_names(config)):  # no weights
+        model = task.module.build(config, classes)
+    loss = task.module.trial_loss
+    return Job(config, model, loss, count_flops(model, loss), images, image_bytes, fixed)
+
+
+def plan_of(
+    name: str, job: Job, cluster: Cluster, options: argparse.Namespace, rest: list[str]
+) -> RunPlan:
+    """Choose a setting for a run on a cluster.
+
+    Args:
+        name: name of the config.
+        job: the run.
+        cluster: the cluster.
+        options: arguments of `mae-scale plan`.
+        rest: config keys among its arguments.
+
+    Raises:
+        UserError: a setting is not possible, or nothing fits and only this is planned.
+    """
+    found, chosen = fit(job, cluster, options.why)
+    if chosen is None:
+        if len(options.config) * len(options.gpus or [1]) == 1:
+            raise UserError(_nothing_fits(name, cluster, found))
+        return RunPlan(name, job, cluster, found, None, "", "")
+    if options.images_per_second or options.measure:
+        timed = _timed(job, cluster, chosen, options.images_per_second)
+        found = [timed if row == chosen else row for row in found]
+        chosen = timed
+    here = options.this_machine or (options.measure and options.gpus is None)
+    command, places = _command(name, job, cluster, chosen, rest, here)
+    words = "Start it so"
+    if places:
+        words += f", with paths of yours for {', '.join(places)}"
+    if not here:
+        words += " (first `source slurm/site.sh`, which holds account and partition)"
+    return RunPlan(name, job, cluster, found, chosen, f"{words}:", command)
+
+
+def _timed(job: Job, cluster: Cluster, row: Row, rate: float | None) -> Row:
+    """Return a row with a time that was measured: `rate` of the user, or ten steps from here."""
+    if rate:
+        basis = "from --images_per_second"
+    else:
+        from mae_scale.tasks.trial import STEPS, time_steps
+
+        images = row.micro_batch
+        if cluster.is_cpu and "train.micro_batch_size" not in job.fixed:
+            images = min(images, CPU_IMAGES)
+        job.model.to(torch.float32).set_activation_checkpointing(row.checkpointing, row.offload)
+        seconds, gigabytes = time_steps(
+            job.config,
+            job.model,
+            job.trial_loss,
+            stage=row.deepspeed,
+            precision=planned_precision(job.config, cluster),
+            images=images,
+        )
+        rate = images / seconds
+        basis = (
+            f"measured here: {STEPS} steps of {images} images in one process, {seconds:.3g} s each "
+            f"at a peak of {gigabytes:.2f} GB"
+        )
+    if cluster.gpus > 1:
+        basis += "; " + (
+            "several processes share this CPU: the sum was not measured"
+            if cluster.is_cpu
+            else "what a network costs was not measured"
+        )
+    batch = job.config.train.global_batch_size
+    together = rate if cluster.is_cpu else rate * cluster.gpus
+    return replace(row.timed(cluster, batch / together, batch, basis), host_s=None)
+
+
+def _nothing_fits(name: str, cluster: Cluster, found: list[Row]) -> str:
+    least = min(found, key=lambda row: row.needed(cluster))
+    needed = least.needed(cluster) / (1 - HEADROOM) / 1e9
+    return (
+        f"{name} does not fit into {cluster.memory_gb:g} GB on {cluster.gpus} x {cluster.name}: "
+        f"with {least.deepspeed}, activation checkpointing {least.checkpointing} and micro-batch "
+        f"{least.micro_batch} it needs {math.ceil(10 * needed) / 10:g} GB, {HEADROOM:.0%} headroom "
+        "included; take more GPUs or larger ones"
+    )
+
+
+def _command(
+    name: str, job: Job, cluster: Cluster, chosen: Row, rest: list[str], here: bool
+) -> tuple[str, list[str]]:
+    """Compose the command that starts the run: sbatch, or torchrun on this machine.
+
+    Returns:
+        The command, and the words in it that stand for paths that are not given.
+    """
+    task = job.config.task
+    if here:
+        start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"
+    else:
+        start = (
+            f"sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.gpus_per_node} "
+            f"slurm/{task}.sbatch"
+        )
+    arguments = ["--config", name, *rest]
+    given = given_values(arguments)
+    places = dict(PLACES)
+    if task != "pretrain":
+        places["data.val"] = "VAL_SHARDS"
+    weights = job.config.weights
+    if weights is not None and not Path(weights).exists() and "--weights" not in " ".join(rest):
+        places["weights"] = "WEIGHTS"
+    missing = {key: p for key, p in places.items() if key not in given or key == "weights"}
+    for key, place in missing.items():
+        arguments += [f"--{key}", place]
+    values = (chosen.deepspeed, chosen.micro_batch, chosen.checkpointing, chosen.offload)
+    for key, value in zip(CHOSEN, values, strict=True):
+        if key not in job.fixed and (value or key in given):
+            arguments += [f"--{key}", str(value).lower()]
+    if chosen.precision == "fp32" and job.config.train.precision == "auto" and not cluster.is_cpu:
+        arguments += ["--train.precision", "fp32"]
+    return f"{start} {shlex.join(arguments)}", list(missing.values())
