@@ -22,10 +22,6 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
         UserError: the quotient is no whole number; the message names settings that would do.
     """
     batch, micro = train.global_batch_size, train.micro_batch_size
-    if batch < 1 or micro < 1:
-        raise UserError(
-            f"train.global_batch_size {batch} and train.micro_batch_size {micro} must be positive"
-        )
     if batch % (micro * world_size) == 0:
         return batch // (micro * world_size)
     if batch % world_size == 0:

@@ -6,7 +6,6 @@ import inspect
 import io
 import re
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,12 @@ def test_what_is_public() -> None:
 def test_defaults_differ_from_those_of_a_recipe_where_the_docstring_says_so() -> None:
     built = inspect.signature(mae_scale.models.MaskedAutoencoderViT).parameters
     own = {name: value.default for name, value in built.items()}
-    config = {k: v for k, v in asdict(ModelConfig()).items() if v is not None and k in own}
+    config = {k: v for k, v in ModelConfig().model_dump().items() if v is not None and k in own}
     assert {"mask_ratio", "target", "img_size"} < config.keys()
     assert {key for key, value in config.items() if value != own[key]} == {"norm_pix_loss"}
     assert "norm_pix_loss=True" in (mae_scale.build_mae.__doc__ or "")
     built = inspect.signature(mae_scale.models.Classifier).parameters
-    section = asdict(ClassifierConfig())
+    section = ClassifierConfig().model_dump()
     assert all(section[k] in (None, v.default) for k, v in built.items() if k in section)
 
 

@@ -76,7 +76,6 @@ def test_accumulation_makes_up_the_global_batch() -> None:
         (100, 16, 2, "train.micro_batch_size 10 would"),
         (4096, 64, 3, "train.global_batch_size 4032 would"),
         (7, 8, 1, "train.micro_batch_size 7 would"),
-        (0, 8, 1, "must be positive"),
     ],
 )
 def test_a_batch_that_does_not_divide_says_what_would(

