@@ -36,7 +36,7 @@ def test_demo_on_own_photographs_is_stopped_and_goes_on(
         with Image.open(place / picture) as image:
             assert min(image.size) > 300
     events = [event["event"] for event in read_history(place / "run")]
-    assert events == ["started", "stopped", "resumed", "finished"]
+    assert events == ["started", "saved", "stopped", "resumed", "finished"]
     again = demo(own, "--out", out, "--steps", "32")
     assert again.returncode == 0 and "is finished" in again.stderr
 

@@ -266,6 +266,7 @@ def test_spoilt_files_are_read_or_refused_in_a_line(
             commit = json.loads((folder / STEP / "COMMITTED.json").read_text())
             facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             commit["files"][path.name] = facts
+            del commit["sha256"]  # as an older version wrote it
             (folder / STEP / "COMMITTED.json").unlink()
             (folder / STEP / "COMMITTED.json").write_text(json.dumps(commit))
         words = target.command.split()
