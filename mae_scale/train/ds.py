@@ -50,8 +50,8 @@ def _mask_without_waiting(norm: torch.Tensor, device: object = None, val: float 
 
 stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_without_waiting
 
-# At stages 1 and 2 DeepSpeed asks the device whether the norm is finite, and skips the step if it is
-# not. Instead, `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite,
+# At stages 1 and 2 DeepSpeed would ask the device for the norm, and skip a step whose norm is not
+# finite. Instead, `nonfinite.StepGuard` decides on the device: the norm of such a step is infinite,
 # and the optimiser then changes nothing.
 stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
