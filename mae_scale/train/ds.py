@@ -16,6 +16,7 @@ import deepspeed
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import partition_parameters, stage_1_and_2
@@ -66,6 +67,7 @@ __all__ = [
     "DeepSpeedBF16Config",
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
+    "DeepSpeedConfigModel",
     "DeepSpeedEngine",
     "DeepSpeedZeroOptimizer",
     "FP16_UnfusedOptimizer",
