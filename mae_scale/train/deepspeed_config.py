@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, KeysView
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from mae_scale.config.batch import accumulation_steps
 from mae_scale.config.deepspeed import fit_to_model, load_deepspeed_config
 from mae_scale.config.identity import flatten
 from mae_scale.config.sections import TrainConfig
-from mae_scale.errors import UserError
-from mae_scale.train.ds import DeepSpeedBF16Config, DeepSpeedConfig, DeepSpeedConfigError
+from mae_scale.errors import UserError, did_you_mean
+from mae_scale.train.ds import (
+    DeepSpeedBF16Config,
+    DeepSpeedConfig,
+    DeepSpeedConfigError,
+    DeepSpeedConfigModel,
+)
 from mae_scale.world import World
 
 # Sections of a DeepSpeed config that are not taken, and what decides their subject instead.
@@ -28,6 +35,8 @@ DECIDED_ELSEWHERE = {
     "data_efficiency": "data.*",
     "progressive_layer_drop": "model.*",
 }
+# Those that write to other places, send to other machines, or cut samples into pieces.
+REFUSED = ("tensorboard", "wandb", "comet", "csv_monitor", "sequence_parallel_size")
 
 
 _FP32 = " with weights in fp32, which train.autocast or the task asks for"
@@ -62,6 +71,15 @@ def fill_deepspeed_config(
                 f"deepspeed: '{section}' in {name} contradicts the recipe, which decides it by "
                 f"{instead}; remove it"
             )
+    for section in REFUSED:
+        if _is_on(config.pop(section, None)):
+            raise UserError(f"deepspeed: '{section}' in {name} is not supported; remove it")
+    profiler = config.get("flops_profiler")
+    if isinstance(profiler, dict) and profiler.get("output_file") is not None:
+        raise UserError(
+            f"deepspeed: flops_profiler.output_file in {name} would be written outside of the run "
+            "folder; remove it, and the profile is printed"
+        )
     for section in ("zero_optimization", "bf16", "data_types"):
         if not isinstance(config.setdefault(section, {}), dict):
             raise UserError(f"deepspeed: {section} in {name} is not a JSON object")
@@ -129,15 +147,78 @@ def _is_on(section: Any) -> bool:
     return any(_is_on(value) for value in section.values())
 
 
+class _Asked(dict[str, Any]):
+    """A JSON object that notes which keys DeepSpeed asks for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(
+            (key, _Asked(value) if isinstance(value, dict) else value)
+            for key, value in content.items()
+        )
+        self.keys_asked: set[str] = set()
+        self.all_asked = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return KeysView(self)  # asks this object
+
+    def __iter__(self) -> Iterator[str]:
+        self.all_asked = True  # by `**`, for a pydantic model, which refuses unknown keys itself
+        return super().__iter__()
+
+    def __copy__(self) -> _Asked:
+        return self
+
+    def check(self, name: str, prefix: str = "") -> None:
+        """Raise a UserError that names a key that DeepSpeed did not ask for."""
+        for key, value in () if self.all_asked else self.items():
+            if key not in self.keys_asked:
+                hint = did_you_mean(key, self.keys_asked, "remove it")
+                raise UserError(
+                    f"deepspeed: DeepSpeed knows no key '{prefix}{key}', which {name} sets; {hint}"
+                )
+            if isinstance(value, _Asked):
+                value.check(name, f"{prefix}{key}.")
+
+
+def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """List a model and all that derive from it."""
+    return [model, *(found for derived in model.__subclasses__() for found in _models(derived))]
+
+
 def _check_with_deepspeed(config: dict[str, Any], name: str) -> None:
     """Let DeepSpeed read the config, so that an unknown key is found before anything is made."""
     # Without a process group DeepSpeed takes the world size to be 1; this key may not fit that.
-    alone = {key: value for key, value in config.items() if key != "train_batch_size"}
+    alone = _Asked({key: value for key, value in config.items() if key != "train_batch_size"})
     try:
         DeepSpeedConfig(alone)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        text = f"{key}: {first['msg']} ({error.title})"
+        if first["type"] == "extra_forbidden":
+            last = str(first["loc"][-1])
+            known = {
+                field for model in _models(DeepSpeedConfigModel) for field in model.model_fields
+            }
+            hint = did_you_mean(last, known - {last}, "remove it", cutoff=0.7)
+            text = f"it knows no key '{key}' ({error.title}); {hint}"
+        raise UserError(f"deepspeed: DeepSpeed refuses {name}: {text}") from None
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         text = " ".join(str(error).split()).split(" For further information")[0]
         raise UserError(f"deepspeed: DeepSpeed refuses {name}: {text}") from None
+    alone.check(name)
 
 
 def fit_buckets(

@@ -20,13 +20,8 @@ from mae_scale.train.deepspeed_state import (
     step_without_reads,
     wait_before_gathering,
 )
-from mae_scale.train.ds import (
-    DeepSpeedEngine,
-    deepspeed,
-)
+from mae_scale.train.ds import DeepSpeedEngine, deepspeed, restore_linear
 from mae_scale.train.fewer_operators import use_fewer_operators
-from mae_scale.train.fewer_operators_stage3 import use_fewer_operators_at_stage_3
-from mae_scale.train.linear_stage3 import use_linear
 from mae_scale.train.optimizers import keep_moving_average, make_optimizer
 
 
@@ -101,7 +96,7 @@ def build_engine(
     stage = zero_stage(deepspeed_config)
     _join_group()
     if stage < 3:
-        use_linear(stage)
+        restore_linear()
     for module in model.modules() if stage == 3 else ():
         whole = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
         if whole:
@@ -138,7 +133,6 @@ def build_engine(
         use_fewer_operators(engine.optimizer)
     if stage == 3:
         wait_before_gathering(engine)
-        use_fewer_operators_at_stage_3(engine.optimizer)
     if optim.average_decay is not None:
         keep_moving_average(engine, optim.average_decay)
     return engine

@@ -154,6 +154,7 @@ def make(folder: Path, world: World, precision: str) -> None:
             zero_stage=engine.zero_optimization_stage(), config_hash="", data="",
             milestone=False, bad_steps=0, files={},
         )  # fmt: skip
+        run.mkdir(exist_ok=True)
         saver = checkpoint.Saver(engine, run, world, CheckpointConfig())
         saver.start(commit)
         saver.finish()

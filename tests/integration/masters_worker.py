@@ -71,6 +71,7 @@ def check(world: World, scratch: Path, name: str, make: Any, optim: Any, loaded:
                 assert torch.equal(parameter, value.bfloat16()), (name, key)
 
     compare(state)
+    scratch.mkdir(exist_ok=True)
     saver = Saver(engine, scratch, world, CheckpointConfig(background_gb=0 if loaded else None))
     commit = Commit(
         step=1, samples=0, world_size=world.size, zero_stage=engine.zero_optimization_stage(),

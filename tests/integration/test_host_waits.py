@@ -1,4 +1,4 @@
-"""The host reads nothing from the device within a step, and never waits for it."""
+"""At ZeRO 0 to 2 the host reads nothing from the device within a step, and never waits for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_waits_and_reads_of_a_step() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"task"')]
-    assert len(found) == 9
+    assert len(found) == 7
     for case in found:
         assert case["reads"] == 0, case
         assert case["waits"] == {}, case
