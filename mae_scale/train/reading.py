@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import warnings
 import zipfile
@@ -23,7 +22,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST, TRUST_OPTION, require_file
+from mae_scale.files import TRUST_PICKLE, require_file
 from mae_scale.models.weights import UNREADABLE, check_members, is_plain, why_unreadable
 
 log = logging.getLogger("mae_scale")
@@ -44,7 +43,7 @@ def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
         UserError: the file names anything but tensors, plain values and `ALLOWED`, or is damaged.
     """
     zipped = False
-    safe = os.environ.get(TRUST) != "1"
+    safe = not TRUST_PICKLE.given()
     try:
         require_file(path)
         zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
@@ -108,6 +107,6 @@ def _refusal(path: Path, error: Exception, zipped: bool) -> str:
         more = ", ..." if len(names) > 5 else ""
         return (
             f"{path} asks for code that no checkpoint of ours needs: {', '.join(names[:5])}{more}; "
-            f"if you know who made it and why, {TRUST_OPTION} runs it"
+            f"if you know who made it and why, {TRUST_PICKLE.option} runs it"
         )
     return f"{path} cannot be read as a checkpoint's file: {why_unreadable(error)}"

@@ -224,7 +224,7 @@ def test_foreign_shards_are_indexed_and_read_from_a_server(
     local = open_shards(folder)
     spec = f"{server.url}/train-{{000000..{len(local.files) - 1:06d}}}.tar"
     index_shards([spec], tmp_path / "index", workers=2)
-    remote = open_shards(tmp_path / "index")
+    remote = open_shards(f"{tmp_path}/index+{server.url}/{{}}")
     assert all(is_remote(file) for file in remote.files)
     assert remote.index.tolist() == local.index.tolist()
     batches = [
