@@ -12,7 +12,7 @@ from typing import NoReturn
 from mae_scale import __version__
 from mae_scale.commands import COMMANDS
 from mae_scale.errors import CommonError, RunError, UserError, did_you_mean
-from mae_scale.files import TRUST, TRUST_OPTION
+from mae_scale.files import TRUST_INDEX, TRUST_PICKLE
 from mae_scale.launch.outputs import one_line, take_over
 from mae_scale.launch.stopping import catch_signals_early
 from mae_scale.tasks.task import TASKS
@@ -21,6 +21,9 @@ from mae_scale.world import World
 
 # Commands whose product is what they print: where stdout fails, they fail.
 PRINTING = {"plan", "status", "help", "--help", "-h", "--version", "-V"}
+
+
+TRUSTS = (TRUST_PICKLE, TRUST_INDEX)
 
 
 def usage() -> str:
@@ -37,9 +40,8 @@ def usage() -> str:
             *lines,
             "",
             "mae-scale COMMAND --help explains every option and config key.",
-            f"Any command takes {TRUST_OPTION}: it runs the code that pickles in a run folder "
-            "ask for.",
-            "Without it such a folder is refused; give it only where you know who made the folder.",
+            *(f"Any command takes {t.option}: it lets {t.meaning}." for t in TRUSTS),
+            "Without it such files are refused; give it only where you know who made them.",
         ]
     )
 
@@ -49,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher adds --local_rank=N; the rank is read from the environment instead.
     argv = [token for token in argv if not token.startswith(("--local_rank=", "--local-rank="))]
-    if TRUST_OPTION in argv:
-        os.environ[TRUST] = "1"
-        argv = [token for token in argv if token != TRUST_OPTION]
+    for trust in TRUSTS:
+        if trust.option in argv:
+            os.environ[trust.variable] = "1"
+            argv = [token for token in argv if token != trust.option]
     name = argv[0] if argv else "--help"
     if name == "help" and argv[1:]:
         name, argv = argv[1], [argv[1], "--help"]
@@ -62,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mae-scale {__version__}")
         return 0
     try:
+        if "--trust" in argv:
+            raise UserError(
+                "--trust is two options: "
+                + "; ".join(f"{t.option} lets {t.meaning}" for t in TRUSTS)
+            )
         if name in TASKS:
             return train(name, argv[1:], f"mae-scale {name}")
         if name not in COMMANDS:

@@ -10,13 +10,30 @@ import shutil
 import socket
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-# Environment variable that allows pickles, which may run code when they are read, and indexes of
-# tars elsewhere. TRUST_OPTION, which every command takes, sets it, so that child processes see it
-# too.
-TRUST = "MAE_SCALE_TRUST"
-TRUST_OPTION = "--trust"
+
+class Trust(NamedTuple):
+    """Something that the program does for the files of others only if the user allows it.
+
+    Every command takes the option. It sets the environment variable, which child processes see.
+    """
+
+    option: str
+    variable: str
+    meaning: str  # continues "OPTION lets ..."
+
+    def given(self) -> bool:
+        """Return whether the user has allowed it."""
+        return os.environ.get(self.variable) == "1"
+
+
+TRUST_PICKLE = Trust(
+    "--trust-pickle", "MAE_SCALE_TRUST_PICKLE", "checkpoints and weights run the code they ask for"
+)
+TRUST_INDEX = Trust(
+    "--trust-index", "MAE_SCALE_TRUST_INDEX", "a manifest name commands and addresses"
+)
 
 
 def host_label() -> str:

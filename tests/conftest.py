@@ -68,17 +68,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let programs keep their temporary files and their memory of indexes in pytest's folder.
+    """Let programs keep their temporary files in pytest's folder.
 
     So pytest removes what a killed program leaves, and nothing touches the developer's own. What
     torch compiles stays in the folder of all sessions.
     """
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
-    for variable, name in (("XDG_STATE_HOME", "state"), ("TMPDIR", "t")):
-        folder = tmp_path_factory.getbasetemp() / name
-        folder.mkdir()
-        os.environ[variable] = str(folder)
+    folder = tmp_path_factory.getbasetemp() / "t"
+    folder.mkdir()
+    os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None  # read $TMPDIR again
 
 

@@ -70,7 +70,7 @@ def main(argv: list[str], prog: str) -> int:
     )
     if report.reads_with:
         print(
-            "the command is not written down: give data.train as FOLDER+COMMAND, with {} in the "
-            f"place of a tar's name: {report.reads_with}"
+            "commands and addresses are taken from what you type: give data.train as "
+            f"FOLDER+COMMAND, with {{}} in the place of a tar's name: {report.reads_with}"
         )
     return 0

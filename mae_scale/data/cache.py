@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
 from mae_scale.data.remote import open_remote, shown
 from mae_scale.errors import UserError
-from mae_scale.files import Digest
+from mae_scale.files import Digest, create_file, open_descriptor
 
 _TRIES = 5
 _WAIT_S = 1.0  # wait before the second try; it doubles after each
@@ -90,7 +90,7 @@ class ShardCache:
             part = path.with_suffix(".part")
             try:
                 try:
-                    with part.open("wb") as stream:
+                    with create_file(part) as stream:
                         self._make_room(part, size)
                         _with_retries(url, lambda: _download(url, stream, size, sha256))
                 except OSError as error:
@@ -114,7 +114,7 @@ class ShardCache:
             os.utime(descriptor)
 
     def _open_copy(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_descriptor(path)
         self.used(descriptor)
         return descriptor
 
@@ -219,14 +219,18 @@ def _chunks(url: str) -> Iterator[bytes]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file; it is freed when the process ends, in whatever way."""
-    with path.open("ab") as stream:
+    with _lock_file(path) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
+def _lock_file(path: Path) -> BinaryIO:
+    return os.fdopen(open_descriptor(path, os.O_WRONLY | os.O_CREAT), "wb")
+
+
 def _remove_abandoned(part: Path) -> bool:
     """Remove the partial copy of an ended process; return False if its process still works."""
-    with part.with_suffix(".lock").open("ab") as stream:
+    with _lock_file(part.with_suffix(".lock")) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ARRAY_SUFFIX = "npy"  # an image with any bands; beside images of other formats, an annotation
 # Suffixes of images in lower case, the usual ones first. If a sample of a tar has several images,
@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 178_956_970  # PIL's own limit, a square of 13,377; larger images are refused
 # Formats that PIL may open. It knows others that run programs, such as Ghostscript for PostScript.
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
+_UNKNOWN = f"not a {', '.join(PIL_FORMATS[:-1])} or {PIL_FORMATS[-1]} image"
 # Formats whose decoders hold several copies of an image. They may have a quarter of the pixels.
 _HUNGRY = ("WEBP", "AVIF", "GIF", "JPEG2000")
 MAX_FILE = 1 << 30  # largest file of an image or an annotation, in bytes
@@ -64,7 +65,8 @@ def open_image(data: bytes | bytearray | BinaryIO, max_pixels: int = MAX_PIXELS)
 
     Raises:
         TooLarge: the image has too many pixels.
-        Exception: the data are no image; the error is PIL's.
+        UnidentifiedImageError: the data are no image of these formats; the message names them.
+        Exception: the image is damaged; the error is PIL's.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1  # the user allows more than PIL does
@@ -73,6 +75,8 @@ def open_image(data: bytes | bytearray | BinaryIO, max_pixels: int = MAX_PIXELS)
         image = Image.open(file, formats=PIL_FORMATS)
     except Image.DecompressionBombError:
         raise TooLarge(f"has more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(_UNKNOWN) from None
     check_pixels(*image.size, max_pixels // (4 if image.format in _HUNGRY else 1))
     return image
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import logging
-import os
 import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mae_scale.data.remote import ADDRESSES, is_remote, printable, scheme_of, shown
+from mae_scale.data.remote import SCHEMES, is_remote, printable, scheme_of, shown
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST, TRUST_OPTION, open_file, read_file
-
-log = logging.getLogger("mae_scale")
+from mae_scale.files import open_file
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -43,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the manifest is damaged, or of another version.
     """
-    return parse_manifest(manifest_bytes(folder), str(folder), folder)
+    return parse_manifest(manifest_bytes(folder), str(folder))
 
 
 def manifest_bytes(folder: Path) -> bytes:
@@ -55,21 +49,19 @@ def manifest_bytes(folder: Path) -> bytes:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
 
 
-def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dict[str, Any]:
+def parse_manifest(content: bytes, root: str) -> dict[str, Any]:
     """Parse the manifest to a dict; each entry of `shards` has the keys of `Shard` and no others.
 
-    A manifest may come from anybody, so it is treated as data only: a tar is a file below the
-    folder, or in an index of foreign tars an address (never a command), and every count is a whole
-    number. See `_may_lead_outside` for absolute paths and links.
+    A manifest may come from anybody, so it is treated as data only: every count is a whole number,
+    and no name of a tar is opened here. Local tars may lie anywhere, because they are only ever
+    read; for the others see `shards.open_shards`.
 
     Args:
         content: bytes of the manifest.
         root: name of the set for messages.
-        folder: folder of a local manifest; None for a remote one.
 
     Raises:
-        UserError: the manifest is damaged, of another version, or names a file that it may not
-            name.
+        UserError: the manifest is damaged, or of another version.
     """
     try:
         if len(content) > MAX_MANIFEST:
@@ -87,105 +79,7 @@ def parse_manifest(content: bytes, root: str, folder: Path | None = None) -> dic
         raise UserError(
             f"{root}: {MANIFEST} is damaged ({printable(missing)[:200]}); make the shards again"
         ) from None
-    names = [shard["file"] for shard in manifest["shards"]]
-    outside = [name for name in names if _is_outside(name)]
-    if folder is not None:
-        outside += _led_outside(folder, [name for name in names if not _is_outside(name)])
-    if outside and not _may_lead_outside(content, folder, outside):
-        raise UserError(
-            f"{root}: {MANIFEST} names tars outside of the folder, such as "
-            f"{printable(outside[0])}, and you have not made this index here; index the tars "
-            f"yourself (`mae-scale index`), or add {TRUST_OPTION} if you know who made it"
-        )
     return manifest
-
-
-def _may_lead_outside(content: bytes, folder: Path | None, outside: list[str]) -> bool:
-    """Return whether an index may name tars outside of its folder, by absolute paths or by links.
-
-    A folder that came from somebody else must not choose files on this machine, and its own
-    statements (`made_by`) prove nothing. So the program remembers the indexes that it has made, and
-    accepts those. It also accepts an index whose tars belong to the same other user as the index,
-    who could as well have put them into the folder, and any index where `TRUST` is set.
-    """
-    if os.environ.get(TRUST) == "1" or _was_indexed_here(content):
-        return True
-    if folder is None:
-        return False
-    try:
-        owners = {(folder / name).stat().st_uid for name in [MANIFEST, *outside]}
-    except OSError:
-        return False
-    return len(owners) == 1 and owners != {os.geteuid()}
-
-
-def remember_index(content: bytes) -> None:
-    """Remember that this user has made an index, if it names tars outside of its folder.
-
-    Args:
-        content: bytes of the index's manifest.
-    """
-    shards = json.loads(content)["shards"]
-    if not any(_is_outside(shard["file"]) for shard in shards):
-        return
-    path = _known_indexes()
-    try:
-        if path is None:
-            raise OSError(errno.ENOENT, "there is no home folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(hashlib.sha256(content).hexdigest() + "\n")
-    except OSError as error:
-        log.warning(
-            "this index names tars outside of its folder, and it cannot be noted that you made it "
-            "(%s: %s); reading it needs %s", path, error.strerror, TRUST_OPTION,
-        )  # fmt: skip
-
-
-def _was_indexed_here(content: bytes) -> bool:
-    path = _known_indexes()
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        return path is not None and digest in read_file(path).decode().split()
-    except (OSError, ValueError):
-        return False
-
-
-def _known_indexes() -> Path | None:
-    try:
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError:  # there is no home folder
-        return None
-    return Path(state) / "mae-scale" / "indexes"
-
-
-def _is_outside(name: str) -> bool:
-    return not is_remote(name) and PurePosixPath(name).is_absolute()
-
-
-def _led_outside(folder: Path, names: list[str]) -> list[str]:
-    """List the names that lead out of a folder through a link that another user has made.
-
-    This user's own links are their own choice. Tars beside the manifest are inside, too, where the
-    manifest is itself a link to the folder that holds both.
-    """
-    paths = {name: PurePosixPath(name) for name in names if not is_remote(name)}
-    places = {place for path in paths.values() for place in (path, *path.parents)}
-    links = {place for place in places if _is_link_of_others(folder / place)}
-    links.discard(PurePosixPath())  # the folder itself
-    if not links:
-        return []
-    homes = (folder.resolve(), (folder / MANIFEST).resolve().parent)
-    return [
-        name
-        for name, path in paths.items()
-        if links & {path, *path.parents}
-        and not any((folder / path).resolve().is_relative_to(home) for home in homes)
-    ]
-
-
-def _is_link_of_others(path: Path) -> bool:
-    return path.is_symlink() and path.lstat().st_uid != os.geteuid()
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -226,7 +120,7 @@ def _check_manifest(manifest: Any) -> None:
             isinstance(digest, str) and re.fullmatch(r"([0-9a-f]{64})?", digest) is not None,
             f"{where}: sha256 is no SHA-256",
         )
-        _check_name(shard["file"], where, "indexed" in made_by)
+        _check_name(shard["file"], where)
     total = sum(shard["samples"] for shard in shards)
     count = manifest.get("num_samples", total)
     _check(
@@ -235,21 +129,15 @@ def _check_manifest(manifest: Any) -> None:
     )
 
 
-def _check_name(name: Any, where: str, indexed: bool) -> None:
+def _check_name(name: Any, where: str) -> None:
     _check(
         isinstance(name, str) and not _CONTROL.search(name) and 0 < len(name) < 4096,
         f"{where}: file is no name",
     )
     if is_remote(name):
-        _check(
-            indexed and scheme_of(name) in ADDRESSES,
-            f"{where}: file is {shown(name)}, and a manifest may not name a command or "
-            "other places; index the tars again",
-        )
-        return
-    path = PurePosixPath(name)
-    _check(".." not in path.parts, f"{where}: file leads out of the folder")
-    _check(indexed or not path.is_absolute(), f"{where}: file is an absolute path")
+        _check(scheme_of(name) in SCHEMES, f"{where}: {shown(name)} has an unknown scheme")
+    else:
+        _check(".." not in PurePosixPath(name).parts, f"{where}: file leads upwards")
 
 
 def _check(good: bool, what: str) -> None:

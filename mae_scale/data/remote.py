@@ -9,10 +9,8 @@ from typing import Any
 
 from mae_scale.errors import UserError
 
-# Schemes that webdataset opens. A manifest may name only those in ADDRESSES; a command (pipe:) runs
-# only if the user has typed it.
-ADDRESSES = ("https", "http", "s3", "gs", "hf")
-SCHEMES = (*ADDRESSES, "pipe", "sftp", "ftps", "scp", "ais", "htgs")
+# Schemes that webdataset opens.
+SCHEMES = ("https", "http", "s3", "gs", "hf", "pipe", "sftp", "ftps", "scp", "ais", "htgs")
 
 
 def is_remote(spec: str) -> bool:
@@ -36,6 +34,12 @@ def join(root: str, name: str) -> str:
     if "{}" in root:
         return root.replace("{}", name)
     return f"{root.rstrip('/')}/{name}"
+
+
+def address_of(url: str) -> str:
+    """Return the address of a tar as it is typed, with ``{}`` for the tar's name, see `shown`."""
+    folder, slash, _ = shown(url).rpartition("/")
+    return f"{folder}{slash}{{}}"
 
 
 def has_secrets(spec: str) -> bool:

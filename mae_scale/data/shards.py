@@ -41,10 +41,10 @@ from mae_scale.data.manifest import (
     manifest_bytes,
     parse_manifest,
     read_manifest,
-    remember_index,
 )
 from mae_scale.data.remote import (
     SCHEMES,
+    address_of,
     is_remote,
     join,
     printable,
@@ -52,7 +52,7 @@ from mae_scale.data.remote import (
     shown,
 )
 from mae_scale.errors import UserError
-from mae_scale.files import read_file, require_file, write_atomically
+from mae_scale.files import TRUST_INDEX, read_file, require_file, write_atomically
 
 INDEX = "index.npy"
 CHECKSUMS = "checksums.npy"
@@ -175,7 +175,8 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         cache_dir: folder in which the index of remote shards is kept.
 
     Raises:
-        UserError: `spec` does not exist, is not a finished shard folder, or holds no samples.
+        UserError: `spec` does not exist, is not a finished shard folder, holds no samples, or its
+            manifest names commands or addresses that are not in `spec`, see `TRUST_INDEX`.
     """
     root, tars = split_spec(str(spec))
     if is_remote(root):
@@ -196,9 +197,10 @@ def open_shards(spec: str | Path, cache_dir: str | Path | None = None) -> ShardS
         content = manifest_bytes(folder)
 
     title = shown(root)
-    manifest = parse_manifest(content, title, None if is_remote(root) else Path(root))
+    manifest = parse_manifest(content, title)
     shards = manifest["shards"]
     tars = tars or root
+    _check_addresses([shard["file"] for shard in shards], tars, title)
     if scheme_of(tars) == "pipe":
         _check_for_commands(shards, title)
     samples = np.array([shard["samples"] for shard in shards], np.int64)
@@ -290,6 +292,25 @@ def _check_labels(index: np.ndarray, classes: int, root: str) -> None:
             )
 
 
+def _check_addresses(names: Sequence[str], typed: str, root: str) -> None:
+    """Raise a UserError if a manifest names a command or address that the user has not typed.
+
+    Args:
+        names: names of the tars in the manifest.
+        typed: place of the tars, as the user gave it.
+        root: name of the set for messages.
+    """
+    for name in names:
+        file = name.rpartition("/")[2]
+        typed_it = not is_remote(file) and join(typed, file) == name
+        if is_remote(name) and not typed_it and not TRUST_INDEX.given():
+            own = "" if is_remote(root) else f"type it ('{root}+{address_of(name)}'), or "
+            raise UserError(
+                f"{root}: {MANIFEST} names {shown(name)}, a command or address that you have not "
+                f"typed; {own}add {TRUST_INDEX.option} if you know who made this index"
+            )
+
+
 def _check_for_commands(shards: Sequence[dict[str, Any]], root: str) -> None:
     """Raise a UserError if a tar's name has characters with a meaning in a shell command."""
     for shard in shards:
@@ -355,9 +376,7 @@ def write_shard_set(
         "shards": [vars(shard) for shard in shards],
         "made_by": made_by,
     }
-    content = dump(manifest)
-    remember_index(content)
-    write_atomically(folder / MANIFEST, content)
+    write_atomically(folder / MANIFEST, dump(manifest))
 
 
 def _old_shards(folder: Path) -> list[Shard]:

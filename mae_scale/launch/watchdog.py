@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from mae_scale.errors import RunError
+from mae_scale.files import create_file
 from mae_scale.launch.outputs import one_line
 from mae_scale.launch.stopping import LAUNCHER_ENDED, StopRequest
 from mae_scale.world import World, host
@@ -276,11 +277,12 @@ class Watchdog:
         """Write where each thread of this rank is, and what NCCL has recorded, if it has."""
         folder = run_dir / "stacks"
         folder.mkdir(exist_ok=True)
-        with (folder / f"rank-{self._world.rank}.txt").open("w") as file:
+        with create_file(folder / f"rank-{self._world.rank}.txt") as file:
             faulthandler.dump_traceback(file)
         if "nccl" in dist.get_backend_config():
             record = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
-            (folder / f"rank-{self._world.rank}-nccl.json").write_bytes(record)
+            with create_file(folder / f"rank-{self._world.rank}-nccl.json") as file:
+                file.write(record)
 
     def _end(self, verdict: str, tell: bool = False) -> NoReturn:
         if self.run_dir is not None:

@@ -6,11 +6,7 @@ import argparse
 import json
 import logging
 import math
-import pickle
 import re
-import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.serialization import safe_globals
 
 from mae_scale.errors import UserError
 from mae_scale.files import read_file, require_file
@@ -26,6 +21,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.encoder import Encoder
 from mae_scale.models.hugging_face import StateDict, from_hugging_face
 from mae_scale.models.mae import MaskedAutoencoderViT
+from mae_scale.models.pickles import UNREADABLE, is_plain, load_pickle, why_unreadable
 from mae_scale.models.pos_embed import grid_of_table, interpolate_pos_embed, is_sincos
 
 log = logging.getLogger("mae_scale")
@@ -188,14 +184,12 @@ def _read_file(path: Path) -> StateDict:
         require_file(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        zipped = zipfile.is_zipfile(path)  # the older format cannot be memory-mapped
-        if zipped:
-            check_members(path)
         # The authors' own checkpoints also hold the arguments of their program.
-        with safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickles of an unusual protocol
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (SafetensorError, *UNREADABLE) as error:
+        content = load_pickle(path, [argparse.Namespace])
+    except SafetensorError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"weights: {path} cannot be read as weights: {why}") from None
+    except UNREADABLE as error:
         raise UserError(
             f"weights: {path} cannot be read as weights: {why_unreadable(error)}"
         ) from None
@@ -217,56 +211,6 @@ def _read_file(path: Path) -> StateDict:
         if not is_plain(value):
             raise UserError(f"weights: {path} holds {key} in a form that is no plain tensor")
     return state
-
-
-# Errors of PyTorch on a file that is no checkpoint, and on a pickle whose opcodes do not fit.
-UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError,
-    AttributeError, ImportError, LookupError, TypeError, OverflowError, MemoryError, AssertionError,
-    struct.error,
-)  # fmt: skip
-
-
-def why_unreadable(error: Exception) -> str:
-    """Say in one line why a file could not be read.
-
-    PyTorch's own texts are about its options and opcodes, and do not help with a damaged file.
-    """
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, UnicodeEncodeError):
-        return "its path is not UTF-8, which PyTorch needs; rename it or link to it"
-    if isinstance(error, SafetensorError):
-        return str(error).strip().partition("\n")[0]
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    if name is not None:
-        return f"it asks for {name[1]}, and only tensors and plain values are read"
-    return "it is damaged, or torch.save has not written it"
-
-
-def check_members(path: Path) -> None:
-    """Check that no part of a file of `torch.save` is compressed.
-
-    `torch.save` never compresses; a compressed part could fill the memory from a small file.
-
-    Raises:
-        UserError: parts are compressed.
-        zipfile.BadZipFile: it is damaged.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise UserError(f"{path} holds compressed parts, which torch.save never writes")
-
-
-def is_plain(value: torch.Tensor) -> bool:
-    """Return whether a tensor is dense and each of its elements has its own place in memory.
-
-    With strides of 0 a few bytes can pose as a tensor of any size, which would fill the memory when
-    it is copied.
-    """
-    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def fit_to_classifier(

@@ -28,6 +28,7 @@ from mae_scale.data.formats import (
 )
 from mae_scale.data.formats import check_pixels as check_size
 from mae_scale.data.remote import (
+    address_of,
     is_remote,
     open_remote,
     printable,
@@ -164,7 +165,9 @@ def index_shards(
     except OSError as error:
         raise _cannot_write(folder, error) from error
     unlabelled = int((labels == NO_LABEL).sum())
-    reads_with = f"{folder}+{shown(command)}" if command else None
+    remote = next((name for name in names if is_remote(name)), None)
+    given = shown(command) if command else address_of(remote) if remote else None
+    reads_with = f"{folder}+{given}" if given else None
     return Report(folder, len(shards), len(index), unlabelled, left_out, reads_with)
 
 

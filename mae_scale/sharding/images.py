@@ -56,8 +56,8 @@ def decode_error(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
                 return None
             with open_image(data, max_pixels) as image:
                 to_rgb(image)
-    except UnidentifiedImageError:
-        return _tiff_error(data, max_pixels) if is_tiff(data) else "not an image"
+    except UnidentifiedImageError as error:
+        return _tiff_error(data, max_pixels) if is_tiff(data) else str(error)
     except Exception as error:  # PIL's readers raise SyntaxError, struct.error and others
         return str(error) or type(error).__name__
     return None

@@ -21,7 +21,15 @@ from isal.isal_zlib import crc32
 
 from mae_scale.data.tar import make_header
 from mae_scale.errors import RunError
-from mae_scale.files import Digest, host_label, owner, read_file, sha256_of, write_atomically
+from mae_scale.files import (
+    Digest,
+    create_file,
+    host_label,
+    owner,
+    read_file,
+    sha256_of,
+    write_atomically,
+)
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.baseline import is_progressive, make_baseline
@@ -57,7 +65,7 @@ def write_shard(shard: int) -> dict[str, Any]:
     name = job.plan.file(shard)
     temporary = job.out / WORK / f"{name}.{owner()}.tmp"
     try:
-        with temporary.open("wb", buffering=0) as stream:
+        with create_file(temporary) as stream:
             record = _fill(job, shard, stream)
         if record["samples"]:
             # Waiting until the tar is on the disk would take as long as writing it; after a

@@ -7,11 +7,6 @@ COMMITTED.json do not help against that, since whoever writes the file can write
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import re
-import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +15,10 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST, TRUST_OPTION, require_file
-from mae_scale.models.weights import UNREADABLE, check_members, is_plain, why_unreadable
-
-log = logging.getLogger("mae_scale")
+from mae_scale.files import TRUST_PICKLE
+from mae_scale.models.pickles import UNREADABLE, is_plain, load_pickle, why_unreadable
 
 # Classes whose objects DeepSpeed saves beside tensors and plain values under ZeRO 1 to 3. They hold
 # numbers only.
@@ -43,23 +35,15 @@ def load_tensors(path: Path, mapped: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the file names anything but tensors, plain values and `ALLOWED`, or is damaged.
     """
-    zipped = False
-    safe = os.environ.get(TRUST) != "1"
     try:
-        require_file(path)
-        zipped = zipfile.is_zipfile(path)  # the older form cannot be mapped
-        if zipped:
-            check_members(path)
-        with safe_globals(ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickles of an unusual protocol
-            content = torch.load(
-                path, map_location="cpu", weights_only=safe, mmap=mapped and zipped
-            )
+        content = load_pickle(path, ALLOWED, mapped)
     except UNREADABLE as error:
-        raise UserError(_refusal(path, error, zipped)) from None
+        raise UserError(
+            f"{path} cannot be read as a checkpoint's file: {why_unreadable(error)}"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, no state of a run")
-    if safe:
+    if not TRUST_PICKLE.given():
         _check_tensors(content, path)
     return content
 
@@ -94,20 +78,3 @@ def refuse_code(folder: Path) -> None:
     """
     for path in sorted(folder.glob("*_states.pt")):
         load_tensors(path)
-
-
-def _refusal(path: Path, error: Exception, zipped: bool) -> str:
-    names = re.findall(r"GLOBAL (\S+)", str(error))[:1]  # the first one that the reader has met
-    if zipped:
-        try:
-            with safe_globals(ALLOWED):
-                names = sorted(get_unsafe_globals_in_checkpoint(path)) or names
-        except Exception as other:  # the same damage once more; the first error is reported
-            log.debug("%s: %s", path, other)
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        return (
-            f"{path} asks for code that no checkpoint of ours needs: {', '.join(names[:5])}{more}; "
-            f"if you know who made it and why, {TRUST_OPTION} runs it"
-        )
-    return f"{path} cannot be read as a checkpoint's file: {why_unreadable(error)}"

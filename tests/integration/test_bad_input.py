@@ -129,3 +129,10 @@ def test_installed_without_the_checkout(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert str(site) in shown.stdout and "pretrain_vit_huge" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("words", [["--trust", "status"], ["pretrain", "--trust"]])
+def test_the_two_meanings_of_trust(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capfd.readouterr().err
+    assert "--trust-pickle" in error and "--trust-index" in error

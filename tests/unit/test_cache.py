@@ -224,7 +224,7 @@ def test_foreign_shards_are_indexed_and_read_from_a_server(
     local = open_shards(folder)
     spec = f"{server.url}/train-{{000000..{len(local.files) - 1:06d}}}.tar"
     index_shards([spec], tmp_path / "index", workers=2)
-    remote = open_shards(tmp_path / "index")
+    remote = open_shards(f"{tmp_path}/index+{server.url}/{{}}")
     assert all(is_remote(file) for file in remote.files)
     assert remote.index.tolist() == local.index.tolist()
     batches = [
@@ -250,6 +250,24 @@ def test_pipes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "98765"]
     ]
     assert read_remote("pipe:printf abc") == b"abc"
+
+
+def test_nothing_is_written_through_a_link(server: Server, folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    cache, size = ShardCache(tmp_path / "cache"), (folder / NAME).stat().st_size
+    url = f"{server.url}/{NAME}"
+    os.close(cache.open(url, size))
+    copy = files_in(tmp_path / "cache", ".tar")[0]
+    copy.unlink()
+    copy.with_suffix(".part").symlink_to(precious)
+    with pytest.raises(OSError, match="it is a link"):
+        cache.open(url, size)
+    (tmp_path / "cache" / "room.lock").unlink()
+    (tmp_path / "cache" / "room.lock").symlink_to(precious)
+    with pytest.raises(UserError, match="it is a link"):
+        ShardCache(tmp_path / "cache")
+    assert precious.read_text() == "x"
 
 
 def test_s3_goes_through_the_aws_command_line(

@@ -83,7 +83,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 def test_commands_refuse_it(tmp_path: Path, name: str) -> None:
     task, read = READERS[name]
     run = poisoned(tmp_path, task, 1, MODEL)
-    with pytest.raises(UserError, match=r"posix\.system.*--trust") as refusal:
+    with pytest.raises(UserError, match=r"posix\.system.*--trust-pickle") as refusal:
         read(run)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "mark").exists()

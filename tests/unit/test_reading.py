@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST
+from mae_scale.files import TRUST_PICKLE
 from mae_scale.models.weights import read_weights
 from mae_scale.train.checkpoint import Commit, checkpoint_damage
 from mae_scale.train.loading import load_weights
@@ -68,9 +68,9 @@ def test_no_code_runs(tmp_path: Path, place: str, zipped: bool) -> None:
 
 def test_who_trusts_a_folder_can_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = committed(tmp_path, {"module": {"w": torch.ones(2)}, "x": Bomb(tmp_path / "mark")})
-    with pytest.raises(UserError, match=r"posix.system.*--trust"):
+    with pytest.raises(UserError, match=r"posix.system.*--trust-pickle"):
         load_weights(step)
-    monkeypatch.setenv(TRUST, "1")
+    monkeypatch.setenv(TRUST_PICKLE.variable, "1")
     assert list(load_weights(step)) == ["w"]
     assert (tmp_path / "mark").exists()
 

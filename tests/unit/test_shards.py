@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from make_shards import make_shards
 
-from mae_scale.data.manifest import remember_index
+from mae_scale.data.reader import ShardReader
 from mae_scale.data.remote import is_remote, join, shown
 from mae_scale.data.shards import INDEX_DTYPE, open_shards, shared_images
 from mae_scale.errors import UserError
-from mae_scale.files import TRUST
+from mae_scale.files import TRUST_INDEX, TRUST_PICKLE
 
 
 @pytest.fixture(scope="module")
@@ -118,85 +118,67 @@ def spoil(folder: Path, copy: Path, change: dict, entry: dict) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    ["../x.tar", "a/../../x.tar", "wss://host/x", "a\nb.tar", "\x1b[2J.tar", "", None, 7, ["x"]],
+)
+def test_names_that_no_writer_gives_are_damage(
+    folder: Path, tmp_path: Path, file: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST_INDEX.variable, "1")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged") as caught:
+        open_shards(spoil(folder, tmp_path / "train", {}, {"file": file}))
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "file",
     [
-        "pipe:touch X; cat y", "PIPE:touch X", "sftp://host/x.tar", "../x.tar", "a/../../x.tar",
-        "file:/etc/passwd", "a\nb.tar", "\x1b[2J.tar", "", None, 7, ["x"],
+        "pipe:touch X; cat y",
+        "PIPE:touch X",
+        "sftp://host/x.tar",
+        "https://host/x.tar",
+        "s3://b/x.tar",
     ],
-)  # fmt: skip
-def test_a_manifest_names_files_of_its_folder_and_no_commands(
-    folder: Path, tmp_path: Path, file: object, indexed: bool
-) -> None:
-    made_by = {"made_by": {"indexed": ["x"]} if indexed else {}}
-    copy = spoil(folder, tmp_path / "train", made_by, {"file": file})
-    if file == "file:/etc/passwd":  # not a URL for us: a strange name below the folder
-        assert open_shards(copy).files[0] == f"{copy}/{file}"
-        return
-    with pytest.raises(UserError, match=r"manifest\.json is damaged") as caught:
-        open_shards(copy)
-    assert str(caught.value).isprintable() and "touch X" not in str(caught.value)
-
-
-@pytest.mark.parametrize("file", ["/etc/passwd", "https://host/x.tar", "s3://b/x.tar"])
-def test_absolute_names_and_addresses_come_from_indexing_only(
+)
+def test_commands_and_addresses_are_the_users(
     folder: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        open_shards(spoil(folder, tmp_path / "own", {}, {"file": file}))
-    made_by = {"made_by": {"indexed": ["x"]}}
-    foreign = spoil(folder, tmp_path / "foreign", made_by, {"file": file})
-    if file.startswith("/"):  # a folder of somebody else must not choose files on this machine
-        with pytest.raises(UserError, match=r"names tars outside of the folder.*--trust"):
-            open_shards(foreign)
-        monkeypatch.setenv(TRUST, "1")
-        assert open_shards(foreign).files[0] == file
-        monkeypatch.delenv(TRUST)
-        remember_index((foreign / "manifest.json").read_bytes())
-    assert open_shards(foreign).files[0] == file
-
-
-def test_an_index_of_another_user_may_name_that_users_tars(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tar = tmp_path / "x.tar"
-    tar.touch()
-    made_by = {"made_by": {"indexed": ["x"]}}
-    foreign = spoil(folder, tmp_path / "foreign", made_by, {"file": str(tar)})
-    with pytest.raises(UserError, match="names tars outside"):
-        open_shards(foreign)
-    monkeypatch.setattr("os.geteuid", lambda: tar.stat().st_uid + 1)
-    assert open_shards(foreign).files[0] == str(tar)
-    tar.unlink()  # nobody's
-    with pytest.raises(UserError, match="names tars outside"):
-        open_shards(foreign)
-
-
-def test_links_of_others_do_not_lead_out_of_the_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "train"
-    shutil.copytree(folder, copy)
-    name = next(path.name for path in copy.glob("*.tar"))
-    elsewhere, inside = tmp_path / "elsewhere.tar", copy / "inside.tar"
-    (copy / name).rename(elsewhere)
-    (copy / name).symlink_to(elsewhere)
-    user = os.geteuid()
-    assert open_shards(copy)  # one's own links
-    monkeypatch.setattr("os.geteuid", lambda: user + 1)
-    assert open_shards(copy)  # links to tars of the user whose folder it is
-    elsewhere.rename(inside)  # now the link leads to nobody's file
-    with pytest.raises(UserError, match=r"names tars outside of the folder.*--trust"):
+    copy = spoil(folder, tmp_path / "train", {}, {"file": file})
+    for spec in (copy, f"{copy}+https://other/{{}}", f"{copy}+https://host.evil/{{}}"):
+        with pytest.raises(UserError, match=r"not typed; type it .*--trust-index") as caught:
+            open_shards(spec)
+        assert "touch X" not in str(caught.value)
+    with pytest.raises(UserError, match=r"not typed; add --trust-index"):
+        open_shards(f"pipe:cat {copy}/{{}}", tmp_path / "cache")
+    if file.startswith("https:"):
+        assert open_shards(f"{copy}+https://host/{{}}").files[0] == file
+    monkeypatch.setenv(TRUST_PICKLE.variable, "1")
+    with pytest.raises(UserError, match="--trust-index"):
         open_shards(copy)
-    (copy / name).unlink()
-    (copy / name).symlink_to("inside.tar")
-    assert open_shards(copy)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for path in copy.iterdir():
-        (whole / path.name).symlink_to(path)
-    assert open_shards(whole)  # the manifest is a link into the folder that the tars lie in
+    monkeypatch.setenv(TRUST_INDEX.variable, "1")
+    assert open_shards(copy).files[0] == file
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_local_tars_may_lie_anywhere(folder: Path, tmp_path: Path, absolute: bool) -> None:
+    elsewhere = tmp_path / "elsewhere.tar"
+    copy = spoil(folder, tmp_path / "train", {}, {"file": str(elsewhere)} if absolute else {})
+    tar = copy / "train-000000.tar"
+    tar.rename(elsewhere)
+    if not absolute:
+        tar.symlink_to(elsewhere)
+    reader = ShardReader(open_shards(copy))
+    assert reader.read(0).data == ShardReader(open_shards(folder)).read(0).data
+    elsewhere.unlink()
+    os.mkfifo(elsewhere)  # opening it would wait
+    with pytest.raises(UserError, match="a named pipe, not a file"):
+        ShardReader(open_shards(copy)).read(0)
+
+
+def test_a_name_like_a_local_address_is_a_file_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    copy = spoil(folder, tmp_path / "train", {}, {"file": "file:/etc/passwd"})
+    assert open_shards(copy).files[0] == f"{copy}/file:/etc/passwd"
 
 
 @pytest.mark.parametrize("name", ["x; touch X", "$(touch X).tar", "-x.tar", "a b.tar", "`x`.tar"])
