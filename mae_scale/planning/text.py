@@ -60,7 +60,10 @@ def page(plan: RunPlan, why: bool) -> str:
     if rate and step and plan.seconds:
         hours = plan.seconds / 3600
         bound = "at most " * (cluster.gpus > 1 and not cluster.network_gbs)
-        times = f"{bound}{rate:,.0f} images/s, steps of {step:.3g} s, {hours / 24:,.1f} days, "
+        times = (
+            f"{bound}{rate:,.0f} images/s, steps of {step:.3g} s, epochs of "
+            f"{job.images / rate / 60:,.1f} minutes, {hours / 24:,.1f} days, "
+        )
         about.append(("time", f"{times}{hours * cluster.gpus:,.0f} {unit}-hours: {row.basis}"))
         if row.host_s and row.host_s >= step - row.network_s:
             about.append(("host", "it is the limit: a GPU would be faster"))
