@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import psutil
+from matplotlib.figure import Figure
 from photographs import write_own_photographs, write_sample_photographs
 
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError
 from mae_scale.launch.stopping import STOPPED
-from mae_scale.tasks.figures import save_loss_curve
 from mae_scale.train.records import read_metrics
 from mae_scale.train.run_dir import read_history
 
@@ -72,7 +72,7 @@ def demo(own: Path | None, steps: int, out: Path) -> None:
     command([BIN / "mae-scale", "reconstruct", run, *seen, *unseen, "--out", reconstructions])
     rows = read_metrics(run / "metrics.jsonl")
     stops = [event["step"] for event in read_history(run) if event["event"] == "resumed"]
-    save_loss_curve(loss, [r["step"] for r in rows], [r["loss"] for r in rows], stops)
+    draw_loss(loss, rows, stops)
     print(f"""
 Done. Loss {rows[0]["loss"]:.3f} -> {rows[-1]["loss"]:.3f} in {rows[-1]["step"]} steps.
 
@@ -91,6 +91,19 @@ Try next:
   .venv/bin/mae-scale report {shown(run)} --out report.html
   docs/guide.md                             from here to a fine-tuned model, step by step
 """)
+
+
+def draw_loss(path: Path, rows: list[dict], stops: list[int]) -> None:  # type: ignore[type-arg]
+    """Draw the loss against the step, with a dashed line at each stop."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel="optimiser step", ylabel="loss (removed patches)")
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+    for number, step in enumerate(stops):
+        label = None if number else "stopped, resumed"
+        axes.axvline(step, color="tab:red", linestyle="--", label=label)
+    if stops:
+        axes.legend()
+    figure.savefig(path)
 
 
 def middle(folder: Path) -> Path:

@@ -31,24 +31,20 @@ def parser(prog: str) -> Parser:
         usage="%(prog)s --config RECIPE_OR_FILE [--section.key value ...] --gpus N [options]",
     )
     add = parser.add_argument
+    known = ", ".join(GPU_MEMORY_GB)
     add("--config", nargs="+", default=["pretrain_vit_base"], help="recipes or YAML files")
     add("--task", choices=list(TASKS), help="task of the config; default: found by its keys")
     add("--gpus", type=int, nargs="+", help="number of GPUs, or several numbers to compare")
     add("--gpus_per_node", type=int, default=8, help="(default: %(default)s)")
-    add("--gpu", help=f"one of {', '.join(GPU_MEMORY_GB)}, or any name with --memory_gb "
-        "(default: A100-80GB)")  # fmt: skip
+    add("--gpu", help=f"{known}; or any name with --memory_gb (default: A100-80GB)")
     add("--this_machine", action="store_true", help="plan for the GPUs, or the CPU, of this one")
     add("--memory_gb", type=float, help="memory of a GPU in 1e9 bytes; default: by its name")
-    add("--network_gbs", type=float, help="GB/s of all links of a node together, nccl-tests' bus "
-        "bandwidth; default: times leave out waiting for the network")  # fmt: skip
-    add(
-        "--images_per_second",
-        type=float,
-        help="images/s of one GPU that you have measured with "
-        "this config (images_per_second of metrics.jsonl); default: what the project has measured",
-    )
-    add("--measure", action="store_true", help="time ten steps of the config on the GPU of this "
-        "machine, or on its CPU where there is none, and plan from them")  # fmt: skip
+    network = "bus bandwidth of a node by nccl-tests in GB/s; default: times leave the network out"
+    add("--network_gbs", type=float, help=network)
+    rate = "what you measured of one GPU with this config; default: what the project measured"
+    add("--images_per_second", type=float, help=rate)
+    measure = "time ten steps on the GPU, or the CPU, of this machine, and plan from them"
+    add("--measure", action="store_true", help=measure)
     add("--why", action="store_true", help="also show what was compared, and the rule")
     add("--json", type=Path, help="file to write all numbers to")
     return parser

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -27,13 +27,9 @@ from mae_scale.planning.flops import TrialLoss, blank_images
 class Activations:
     """Most bytes that a micro-batch takes beside the weights and their gradients."""
 
-    few: tuple[int, int]
-    """Number of images of a small micro-batch, and its bytes."""
-    many: tuple[int, int]
-    """Number of images of a large micro-batch, and its bytes."""
-    inputs: float
-    """Bytes for each image of the inputs of recomputed blocks, which `train.activation_offload`
-    keeps in host memory until the backward pass."""
+    constant: float  # bytes of every micro-batch, such as weights in bf16 under autocast
+    each: float  # further bytes for each image
+    inputs: float  # bytes for each image that `train.activation_offload` keeps in host memory
 
     def peak(self, images: int, offload: bool = False) -> float:
         """Compute the bytes of a micro-batch of `images` images.
@@ -41,9 +37,12 @@ class Activations:
         Between the two that were counted the truth lies slightly below the straight line: the peak
         is the largest of several sums, each of which is a part for each image and a constant.
         """
-        (few, low), (many, high) = self.few, self.many
-        peak = low + (high - low) * (images - few) / (many - few)
-        return max(0.0, peak - images * self.inputs * offload)
+        return max(0.0, self.constant + images * (self.each - self.inputs * offload))
+
+    def towards(self, other: Activations, share: float) -> Activations:
+        """Return what lies at `share` of the way to the activations of another checkpointing."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Activations(*(low + share * (high - low) for low, high in pairs))
 
 
 class _Alive(TorchDispatchMode):
@@ -159,19 +158,21 @@ def activations(
         if parameter.requires_grad:
             hooks.append(parameter.register_post_accumulate_grad_hook(free))
 
-    def count(images: int) -> tuple[int, int]:
+    def count(images: int) -> int:
         with torch.device("meta"), _operators_of_a_gpu(autocast), _Alive(model) as alive:
             torch.autograd.backward([trial_loss(model, blank_images(model, images))])
-        return images, alive.peak
+        return alive.peak
 
     def note(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs[block] = args[0].nbytes / len(args[0])
 
     hooks += [block.register_forward_pre_hook(note) for block in _recomputed(model)]
-    few, many = count(2), count(max(4, most))
+    many = max(4, most)
+    low, high = count(2), count(many)
     for hook in hooks:
         hook.remove()
-    return Activations(few, many, sum(inputs.values()))
+    each = (high - low) / (many - 2)
+    return Activations(low - 2 * each, each, sum(inputs.values()))
 
 
 def _recomputed(model: Any) -> list[nn.Module]:

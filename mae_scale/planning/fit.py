@@ -37,26 +37,18 @@ BACKWARD = 2 / 3  # share of a step's time in which gradients can be sent
 class Cluster:
     """GPUs, or processes on a CPU."""
 
-    gpus: int
-    """Number of GPUs, or of processes on a CPU."""
-    gpus_per_node: int
-    """Number of GPUs in a node."""
-    name: str
-    """Name of the GPU, or "CPU"."""
-    memory_gb: float
-    """Memory of a GPU, or of a process on a CPU, in 1e9 bytes."""
-    network_gbs: float | None = None
-    """GB/s at which collectives pass all links of a node together; None: waiting for the network
-    is left out."""
+    gpus: int  # number of GPUs, or of processes on a CPU
+    gpus_per_node: int  # number of GPUs in a node
+    name: str  # name of the GPU, or "CPU"
+    memory_gb: float  # memory of a GPU, or of a process on a CPU, in 1e9 bytes
+    network_gbs: float | None = None  # GB/s of all links of a node together; None: left out
 
     @property
     def nodes(self) -> int:
-        """Number of nodes."""
         return max(1, self.gpus // self.gpus_per_node)
 
     @property
     def is_cpu(self) -> bool:
-        """Whether there is no GPU."""
         return self.name == "CPU"
 
 
@@ -64,22 +56,16 @@ class Cluster:
 class Job:
     """A run to be planned."""
 
-    config: RunConfig
-    """Config of the run."""
-    model: Any
-    """Model on the meta device, with the same frozen parameters as in the run."""
-    trial_loss: TrialLoss
-    """Function of the task that computes a loss with made-up targets."""
-    flops: Flops
-    """Floating-point operations for an image."""
-    images: int
-    """Number of images in an epoch."""
-    image_bytes: float
-    """Bytes of an image on disk."""
-    fixed: frozenset[str]
-    """Config keys whose values are given and not to be chosen."""
-    counted: dict[Any, Activations] = field(default_factory=dict)
-    """Activations that have been counted, by precision, checkpointing and largest micro-batch."""
+    config: RunConfig  # config of the run
+    model: Any  # model on the meta device, with the same frozen parameters as in the run
+    trial_loss: TrialLoss  # function of the task that computes a loss with made-up targets
+    flops: Flops  # floating-point operations for an image
+    images: int  # number of images in an epoch
+    image_bytes: float  # bytes of an image on disk
+    fixed: frozenset[str]  # config keys whose values are given and not to be chosen
+    counted: dict[Any, Activations] = field(
+        default_factory=dict
+    )  # by checkpointing and micro-batch
 
     @property
     def encoder(self) -> Any:
@@ -109,44 +95,26 @@ class Job:
 class Row:
     """A setting and what follows from it; bytes are those of one rank unless stated otherwise."""
 
-    deepspeed: str
-    """Name of a file in ds_configs/, or a path."""
-    checkpointing: str | int
-    """Value of `train.activation_checkpointing`."""
-    offload: bool
-    """Value of `train.activation_offload`."""
-    precision: str
-    """Precision of the computation, "bf16" or "fp32"."""
-    micro_batch: int
-    """Number of images in a micro-batch of a rank."""
-    accumulation: int
-    """Number of micro-batches in a step."""
-    states: float
-    """Bytes of weights, gradients, the optimiser's masters and moments."""
-    activations: float
-    """Bytes of activations at the worst moment of the forward and backward pass."""
-    buffers: float
-    """Bytes of all else at the worst moment: gradients being sent, gathered weights."""
-    host: float
-    """Bytes in host memory."""
-    fits: bool
-    """Whether the setting fits into the memory."""
-    busy: bool
-    """Whether the micro-batch is as large as it can be, or has tokens enough for a GPU."""
-    traffic: Traffic
-    """What a rank sends in a step."""
-    checkpoint: float
-    """Bytes of a checkpoint, all ranks together."""
-    step_s: float | None
-    """Seconds of a step; None: not predicted."""
+    deepspeed: str  # name of a file in ds_configs/, or a path
+    checkpointing: str | int  # value of `train.activation_checkpointing`
+    offload: bool  # value of `train.activation_offload`
+    precision: str  # precision of the computation, "bf16" or "fp32"
+    micro_batch: int  # number of images in a micro-batch of a rank
+    accumulation: int  # number of micro-batches in a step
+    states: float  # bytes of weights, gradients, the optimiser's masters and moments
+    activations: float  # bytes of activations at the worst moment of the forward and backward pass
+    buffers: float  # bytes of all else at the worst moment: gradients being sent, gathered weights
+    host: float  # bytes in host memory
+    fits: bool  # whether the setting fits into the memory
+    busy: bool  # whether the micro-batch is as large as it can be, or has tokens enough for a GPU
+    traffic: Traffic  # what a rank sends in a step
+    checkpoint: float  # bytes of a checkpoint, all ranks together
+    step_s: float | None  # seconds of a step; None: not predicted
+    # Seconds of a step in which the host hands it to the device; a step takes no less.
     host_s: float | None
-    """Seconds of a step in which the host hands it to the device; a step takes no less."""
-    network_s: float
-    """Seconds of a step in which a GPU waits for the network."""
-    images_per_second: float | None
-    """Images per second of all ranks together; None: not predicted."""
-    basis: str
-    """What was measured and what was not, or why no time is predicted."""
+    network_s: float  # seconds of a step in which a GPU waits for the network
+    images_per_second: float | None  # images per second of all ranks together; None: not predicted
+    basis: str  # what was measured and what was not, or why no time is predicted
 
     @property
     def memory(self) -> float:
@@ -154,13 +122,9 @@ class Row:
         return self.states + self.activations + self.buffers
 
     def timed(self, cluster: Cluster, computing: float, images: int, basis: str) -> Row:
-        """Return the row with the time of a step, of `images` images on all ranks together.
+        """Return the row with the time of a step of `images` images on all ranks together.
 
-        Args:
-            cluster: the cluster, whose network may be known.
-            computing: seconds of a step without waiting for the network.
-            images: images of a step.
-            basis: what was measured.
+        It takes `computing` seconds, and what waiting for the network adds.
         """
         waiting = 0.0
         if cluster.network_gbs:
@@ -182,15 +146,7 @@ class Row:
 
 
 def fit(job: Job, cluster: Cluster, every_way: bool) -> tuple[list[Row], Row | None]:
-    """Compute the settings of a run, and choose one; settings in `job.fixed` are kept.
-
-    Args:
-        job: the run.
-        cluster: the cluster.
-        every_way: whether to compute all settings; otherwise those are enough that decide.
-
-    Returns:
-        The settings, and the chosen one; None: nothing fits.
+    """Compute all settings of a run, or only as many as decide, and choose one (None: none fits).
 
     Raises:
         UserError: the batch does not divide among the GPUs, or a fixed setting is not possible.
@@ -206,10 +162,9 @@ def fit(job: Job, cluster: Cluster, every_way: bool) -> tuple[list[Row], Row | N
     found: list[Row] = []
     for checkpointing, offload in _ways(job):
         found += _rows(job, cluster, sections, checkpointing, offload)
-        chosen = choose(found)
+        best = choose(found)
         # Whatever follows recomputes more.
-        best = chosen and chosen.deepspeed in FIRST and chosen.busy and not chosen.host
-        if best and not every_way:
+        if best and best.deepspeed in FIRST and best.busy and not best.host and not every_way:
             break
     return found, choose(found)
 
@@ -226,14 +181,10 @@ def choose(found: list[Row]) -> Row | None:
 
     def order(row: Row) -> tuple[Any, ...]:
         way = (row.checkpointing, row.offload)
-        return (
-            row.host > 0,
-            not row.busy,
-            row.deepspeed not in FIRST,
-            WAYS.index(way) if way in WAYS else 0,
-            STAGES.index(row.deepspeed) if row.deepspeed in STAGES else 0,
-            -row.micro_batch,
-        )
+        way_at = WAYS.index(way) if way in WAYS else 0
+        stage_at = STAGES.index(row.deepspeed) if row.deepspeed in STAGES else 0
+        late = row.deepspeed not in FIRST
+        return row.host > 0, not row.busy, late, way_at, stage_at, -row.micro_batch
 
     return min(fitting, key=order, default=None)
 
@@ -297,6 +248,22 @@ def _ways(job: Job) -> Iterator[tuple[str | int, bool]]:
         yield from WAYS
 
 
+def _count(job: Job, way: str | int, most: int, autocast: bool) -> Activations:
+    """Count the activations with checkpointing `way`, once for each way; the model is set to it.
+
+    Every 4th block lies between none and every 2nd, as the recomputed operations do.
+    """
+    if way == 4 and ("none", most) in job.counted:
+        none, second = (_count(job, other, most, autocast) for other in ("none", 2))
+        half = job.flops.again(job.model)
+        job.model.set_activation_checkpointing(way)
+        return none.towards(second, job.flops.again(job.model) / half)
+    job.model.set_activation_checkpointing(way)  # copies to the host need values
+    if (way, most) not in job.counted:
+        job.counted[way, most] = activations(job.model, job.trial_loss, most, autocast=autocast)
+    return job.counted[way, most]
+
+
 def _rows(
     job: Job,
     cluster: Cluster,
@@ -304,30 +271,18 @@ def _rows(
     checkpointing: str | int,
     offload: bool,
 ) -> Iterator[Row]:
-    config, model, gpus = job.config, job.model, cluster.gpus
-    train = config.train
+    config, model, gpus, train = job.config, job.model, cluster.gpus, job.config.train
     precision = planned_precision(config, cluster)
     in_bf16 = precision == "bf16" and not job.autocast
     model.to(torch.bfloat16 if in_bf16 else torch.float32)
     keep_statistics_in_fp32(model)
-    model.set_activation_checkpointing(checkpointing)  # copies to the host need values
-    again = job.flops.again(model) / job.flops.training
     micros = micro_batches(job, gpus)
-    key = (precision, checkpointing, max(micros))
-    if key not in job.counted:
-        job.counted[key] = activations(
-            model,
-            job.trial_loss,
-            max(micros),
-            autocast=precision == "bf16" and job.autocast,
-        )
-    kept = job.counted[key]
+    kept = _count(job, checkpointing, max(micros), precision == "bf16" and job.autocast)
+    again = job.flops.again(model) / job.flops.training
     run = trained_by(config.optim, model, "bf16" if in_bf16 else "fp32", train.grad_reduce)
-    tokens = job.encoder.encoder_tokens
+    busy = min(max(micros), -(-BUSY_TOKENS // job.encoder.encoder_tokens))
     for name, section in sections.items():
-        zero = section
-        if not cluster.is_cpu:
-            zero = fit_to_model(name, section, run.trained, gpus)
+        zero = section if cluster.is_cpu else fit_to_model(name, section, run.trained, gpus)
         work = Work(
             config.task, job.blocks, job.flops.training, again, precision, name, train.compile
         )
@@ -338,7 +293,7 @@ def _rows(
             memory, host = states.peak(peak), states.host + micro * kept.inputs * offload
             held = states.weights + states.gradients + states.optimizer
             time = predict(cluster.name, work, micro)
-            needed = memory + (host if cluster.is_cpu else 0)
+            words = "copies to host memory were not measured: time is not predicted"
             row = Row(
                 deepspeed=name,
                 checkpointing=checkpointing,
@@ -350,21 +305,17 @@ def _rows(
                 activations=peak,
                 buffers=memory - held - peak,
                 host=host,
-                fits=needed <= cluster.memory_gb * 1e9 * (1 - HEADROOM),
-                busy=micro >= min(max(micros), -(-BUSY_TOKENS // tokens)),
+                fits=memory + host * cluster.is_cpu <= cluster.memory_gb * 1e9 * (1 - HEADROOM),
+                busy=micro >= busy,
                 traffic=traffic(run, zero, gpus, accumulation),
                 checkpoint=run.checkpoint_bytes(zero.get("stage", 0)),
                 step_s=None,
                 host_s=time.host and time.host * accumulation,
                 network_s=0.0,
                 images_per_second=None,
-                basis=time.words,
+                basis=words if time.seconds and host else time.words,
             )
-            if time.seconds is None:
-                yield row
-            elif host:
-                words = "copies to host memory were not measured: time is not predicted"
-                yield replace(row, basis=words)
-            else:
+            if time.seconds and not host:
                 computing = accumulation * time.seconds
-                yield row.timed(cluster, computing, train.global_batch_size, time.words)
+                row = row.timed(cluster, computing, train.global_batch_size, time.words)
+            yield row

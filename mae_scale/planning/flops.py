@@ -25,8 +25,7 @@ training step with targets that are made up."""
 class Flops:
     """Operations for an image."""
 
-    training: int
-    """Operations of the forward and the backward pass."""
+    training: int  # operations of the forward and the backward pass
     blocks: tuple[tuple[int, int], ...]
     """Number of each trained block within encoder or decoder, and operations of its forward
     pass."""
@@ -50,7 +49,8 @@ def count_flops(model: Any, trial_loss: TrialLoss) -> Flops:
 
     A backward pass takes twice as many as the forward pass: one product for the gradient of the
     weights, and one for that of the input. The images need no gradient, which saves the patch
-    embedding one product. Frozen blocks have a forward pass only.
+    embedding one product. Frozen blocks, and frozen attention below a trained MLP, have a forward
+    pass only.
 
     Args:
         model: model on the meta device, with its frozen parameters set.
@@ -63,13 +63,15 @@ def count_flops(model: Any, trial_loss: TrialLoss) -> Flops:
     encoder = getattr(model, "backbone", model)
     total, blocks = 3 * counts["Global"], []
     for name, flops in counts.items():
-        found = re.search(r"\.(blocks|decoder_blocks)\.(\d+)$", name)
+        found = re.search(r"\.(blocks|decoder_blocks)\.(\d+)(?:\.(attn|mlp))?$", name)
         if name.endswith(".patch_embed.proj"):
             total -= flops if encoder.patch_embed.proj.weight.requires_grad else 2 * flops
         elif found:
             block = getattr(encoder, found[1])[int(found[2])]
-            if any(p.requires_grad for p in block.parameters()):
+            part = getattr(block, found[3]) if found[3] else block
+            trained = any(p.requires_grad for p in part.parameters())
+            if found[3]:
+                total -= 0 if trained else 2 * flops
+            elif trained:
                 blocks.append((int(found[2]), flops))
-            else:
-                total -= 2 * flops
     return Flops(total, tuple(blocks))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,20 +20,13 @@ from mae_scale.planning.gpus import peak_flops
 class Measured:
     """A row of benchmarks/results/."""
 
-    card: str
-    """Name of the GPU."""
-    model: str
-    """Name of the masked autoencoder."""
-    micro_batch: int
-    """Images of a step."""
-    images_per_second: float
-    """Images of a second on one GPU."""
-    mfu: float
-    """Model FLOPs utilisation."""
-    stage: str = "zero1"
-    """DeepSpeed config."""
-    compiled: bool = False
-    """Whether the blocks were compiled."""
+    card: str  # name of the GPU
+    model: str  # name of the masked autoencoder
+    micro_batch: int  # images of a step
+    images_per_second: float  # images of a second on one GPU
+    mfu: float  # model FLOPs utilisation
+    stage: str = "zero1"  # DeepSpeed config
+    compiled: bool = False  # whether the blocks were compiled
 
 
 _B, _L, _H = "mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14"
@@ -67,69 +59,51 @@ CARDS = {r"(NVIDIA )?H100( 80GB HBM3)?": "H100", r"(NVIDIA )?H200": "H200"}
 class Work:
     """What a setting computes."""
 
-    task: str
-    """Name of the task."""
+    task: str  # name of the task
+    # Blocks of encoder and decoder; a frozen one counts a third, as it has no backward pass.
     blocks: float
-    """Blocks of encoder and decoder; a frozen one counts a third, as it has no backward pass."""
-    flops: float
-    """Operations for an image, forward and backward."""
-    again: float
-    """Share of `flops` that is computed again."""
-    precision: str
-    """"bf16" or "fp32"."""
-    stage: str
-    """DeepSpeed config."""
-    compiled: bool
-    """Whether the blocks are compiled."""
+    flops: float  # operations for an image, forward and backward
+    again: float  # share of `flops` that is computed again
+    precision: str  # "bf16" or "fp32"
+    stage: str  # DeepSpeed config
+    compiled: bool  # whether the blocks are compiled
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Time of a micro-batch on one GPU, or why it is not predicted."""
 
-    seconds: float | None
-    """Seconds; None: it is not predicted."""
-    host: float | None
-    """Seconds that the host takes of it at least."""
-    words: str
-    """What was measured and what was not, or why there is no prediction."""
+    seconds: float | None  # seconds; None: it is not predicted
+    host: float | None  # seconds that the host takes of it at least
+    words: str  # what was measured and what was not, or why there is no prediction
 
 
-def predict(card: str, work: Work, images: int, rows: Iterable[Measured] = ROWS) -> Prediction:
-    """Predict the time of a micro-batch.
-
-    Args:
-        card: name of the GPU.
-        work: what is computed.
-        images: images of the micro-batch.
-        rows: measured rows.
-    """
+def predict(card: str, work: Work, images: int) -> Prediction:
+    """Predict the time of a micro-batch of `images` images on a GPU with the name `card`."""
     name = next((own for pattern, own in CARDS.items() if re.fullmatch(pattern, card)), card)
-    alike = [row for row in rows if row.compiled == work.compiled]
+    alike = [row for row in ROWS if row.compiled == work.compiled]
     own = [row for row in alike if row.card == name]
     # Kernels of cards with the same peak reach the same share of it.
     peak = peak_flops(name)
     same = [row for row in alike if peak and peak_flops(row.card) == peak]
-    unknown = ""
-    if not own:
-        unknown = f"no measurement on {card}"
-    elif work.task in ("detect", "segment"):
-        unknown = f"no measurement of {work.task}"
-    elif work.precision != "bf16":
-        unknown = f"no measurement in {work.precision}"
-    elif work.stage not in HOST_MS:
-        unknown = f"no measurement of {work.stage}"
-    if unknown or peak is None:
-        return Prediction(
-            None, None, f"{unknown}: time is not predicted; --measure times ten steps on a device"
-        )
+    unknown = {
+        f"on {card}": not own,
+        f"of {work.task}": work.task in ("detect", "segment"),
+        f"in {work.precision}": work.precision != "bf16",
+        f"of {work.stage}": work.stage not in HOST_MS,
+    }
+    missing = next((what for what, is_missing in unknown.items() if is_missing), None)
+    if missing or peak is None:
+        words = f"no measurement {missing}: time is not predicted; --measure times ten steps here"
+        return Prediction(None, None, words)
     least = min(row.micro_batch for row in own)
     hosts = [
-        (MODELS[row.model][0], least / row.images_per_second)
+        (float(blocks), least / row.images_per_second / blocks)
         for row in own
         if row.micro_batch == least
+        for blocks in [MODELS[row.model][0]]
     ]
-    host = _between([(n, seconds / n) for n, seconds in hosts], work.blocks) * work.blocks
+    host = _between(hosts, work.blocks) * work.blocks
     host *= (1 + work.again) * HOST_MS[work.stage] / HOST_MS["zero1"]
     most = {row.model: max(r.micro_batch for r in same if r.model == row.model) for row in same}
     utilised = [
@@ -153,13 +127,13 @@ def _between(points: list[tuple[float, float]], x: float) -> float:
 
 def _words(card: str, work: Work, own: list[Measured], same: list[Measured]) -> str:
     """Say what was measured, and what was not."""
-    words = [f"from pre-training measured on one {card}, without a network"]
-    if larger := {row.card for row in same if row.micro_batch > max(r.micro_batch for r in own)}:
-        words.append(f"large micro-batches on {', '.join(sorted(larger))}, of the same peak")
-    if work.task != "pretrain":
-        words.append(f"{work.task} was not measured: its operations count as pre-training's")
-    if work.again:
-        words.append("recomputing was not measured: its operations count like others")
-    if work.stage != "zero1":
-        words.append(f"{work.stage} was measured with ViT-B only")
-    return "; ".join(words)
+    larger = {row.card for row in same if row.micro_batch > max(r.micro_batch for r in own)}
+    words = {
+        f"from pre-training measured on one {card}, without a network": True,
+        f"large micro-batches on {', '.join(sorted(larger))}, of the same peak": bool(larger),
+        f"{work.task} was not measured: its operations count as pre-training's": work.task
+        != "pretrain",
+        "recomputing was not measured: its operations count like others": work.again > 0,
+        f"{work.stage} was measured with ViT-B only": work.stage != "zero1",
+    }
+    return "; ".join(text for text, is_said in words.items() if is_said)

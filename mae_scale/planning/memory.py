@@ -22,26 +22,15 @@ ALL_REDUCE_AT_ONCE = 500_000_000  # number of values that stage 0 sends at once
 
 @dataclass(frozen=True)
 class ParameterStates:
-    """Numbers of parameters of a run, and what it keeps for each of them.
+    """Numbers of parameters of a run, and what it keeps for each of them."""
 
-    Args:
-        parameters: number of the model's parameters, including those that are not trained.
-        trained: number of trained parameters.
-        precision: precision of weights and activations, "bf16" or "fp32".
-        moments: number of fp32 states of the optimiser for each trained parameter: 2 for AdamW, 1
-            for LARS.
-        ema: whether there is a moving average of the weights.
-        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
-        by_layer: whether the optimiser has groups for each layer (layer-wise decay).
-    """
-
-    parameters: int
-    trained: int
-    precision: str
-    moments: int = 2
-    ema: bool = False
-    grad_reduce: str = "fp32"
-    by_layer: bool = False
+    parameters: int  # number of the model's parameters, including those that are not trained
+    trained: int  # number of trained parameters
+    precision: str  # precision of weights and activations, "bf16" or "fp32"
+    moments: int = 2  # fp32 states of the optimiser for each trained parameter; 1 for LARS
+    ema: bool = False  # whether there is a moving average of the weights
+    grad_reduce: str = "fp32"  # precision in which gradients are summed over the ranks
+    by_layer: bool = False  # whether the optimiser has groups for each layer (layer-wise decay)
 
     @property
     def itemsize(self) -> int:
@@ -69,14 +58,7 @@ class ParameterStates:
 def trained_by(
     optim: OptimizerConfig, model: nn.Module, precision: str, grad_reduce: str = "fp32"
 ) -> ParameterStates:
-    """Return what a run with this optimiser keeps for a model.
-
-    Args:
-        optim: section `optim` of the recipe.
-        model: model with its frozen parameters set; it may be on the meta device.
-        precision: precision of the weights, "bf16" or "fp32".
-        grad_reduce: precision in which gradients are summed over the ranks, "bf16" or "fp32".
-    """
+    """Return what a run with this optimiser keeps for a model, which may be on the meta device."""
     # ZeRO-3 empties a parameter that it has sharded, and keeps its size in ds_numel.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return ParameterStates(
@@ -94,24 +76,16 @@ def trained_by(
 class ModelStates:
     """Bytes of a rank's model states and buffers, on its device unless stated otherwise."""
 
-    weights: float
-    """Bytes of the weights."""
-    gradients: float
-    """Bytes of the gradients."""
-    optimizer: float
-    """Bytes of the master weights and the optimiser's states."""
-    bucket: float
-    """Bytes of a bucket for gradients that exists all the time."""
-    backward: float
-    """Bytes of further buffers during the backward pass."""
-    sending: float
-    """Bytes of copies of the gradients that are being sent."""
+    weights: float  # bytes of the weights
+    gradients: float  # bytes of the gradients
+    optimizer: float  # bytes of the master weights and the optimiser's states
+    bucket: float  # bytes of a bucket for gradients that exists all the time
+    backward: float  # bytes of further buffers during the backward pass
+    sending: float  # bytes of copies of the gradients that are being sent
+    # Whether gradients are sent during the backward pass, when activations exist, too.
     sends_early: bool
-    """Whether gradients are sent during the backward pass, when activations exist, too."""
-    step: float
-    """Bytes of copies that the optimiser's step makes, after the backward pass."""
-    host: float
-    """Bytes in host memory."""
+    step: float  # bytes of copies that the optimiser's step makes, after the backward pass
+    host: float  # bytes in host memory
 
     @property
     def held(self) -> float:
@@ -119,11 +93,7 @@ class ModelStates:
         return self.weights + self.gradients + self.optimizer + self.bucket
 
     def peak(self, activations: float) -> float:
-        """Compute the bytes that are held at the worst moment of a step.
-
-        Args:
-            activations: most bytes that the activations of a micro-batch take.
-        """
+        """Compute the bytes at the worst moment of a step, with those of a micro-batch."""
         during = self.backward + activations + (self.sending if self.sends_early else 0)
         after = max(self.backward + self.sending, self.step)
         return self.held + max(during, after)
@@ -206,31 +176,19 @@ def model_states(
         host = optimizer + 2 * FP32 * trained / ranks  # gradients as they arrive, and for the step
         optimizer = gradients = step = 0
     early = stage == 3 or (trained > size and (stage == 2 or (stage == 1 and overlaps(zero))))
-    return ModelStates(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        bucket=bucket,
-        backward=backward,
-        sending=max(0.0, sending),
-        sends_early=early,
-        step=step,
-        host=host,
-    )
+    sending = max(0.0, sending)
+    return ModelStates(weights, gradients, optimizer, bucket, backward, sending, early, step, host)
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a rank sends for one optimiser step, by ring algorithms."""
 
-    gradients: float
-    """Bytes of gradients."""
-    weights: float
-    """Bytes of weights."""
-    overlapped: float
-    """Bytes of both that can be sent while the backward pass computes."""
+    gradients: float  # bytes of gradients
+    weights: float  # bytes of weights
+    overlapped: float  # bytes of both that can be sent while the backward pass computes
+    # Share of a step's backward passes during which they can be sent; at stage 1, the last one.
     window: float
-    """Share of a step's backward passes during which they can be sent; at stage 1, the last one."""
 
     @property
     def sent(self) -> float:
@@ -239,20 +197,14 @@ class Traffic:
 
 
 def traffic(run: ParameterStates, zero: dict[str, Any], ranks: int, accumulation: int) -> Traffic:
-    """Compute what a rank sends in a step.
+    """Compute what each of `ranks` ranks sends in a step of `accumulation` micro-batches.
 
     Gradients are sent once a step at stages 0 and 1, and for each micro-batch at stages 2 and 3. In
     a ring of N ranks each sends (N - 1) / N of a tensor to gather or reduce-scatter it, and twice
     that to all-reduce it. Stages 1 and 2 all-reduce the gradients, as stage 0 does (DeepSpeed's
     `use_multi_rank_bucket_allreduce`), and gather the new weights. Stage 3 gathers the weights for
     the forward pass; for the backward pass it gathers again those beyond
-    `stage3_max_live_parameters`.
-
-    Args:
-        run: parameters of the run.
-        zero: section `zero_optimization` of a DeepSpeed config.
-        ranks: number of ranks N.
-        accumulation: number of micro-batches in a step.
+    `stage3_max_live_parameters`. `zero` is section `zero_optimization` of a DeepSpeed config.
     """
     stage, share = zero.get("stage", 0), (ranks - 1) / ranks
     times = accumulation if stage > 1 else 1

@@ -11,7 +11,6 @@ from mae_scale.config.sizes import size_text as pixels_text
 from mae_scale.launch.console import size_text
 from mae_scale.planning.fit import BUSY_TOKENS, HEADROOM, Cluster, Job, Row
 
-WIDTH = 80
 IMAGES_PER_CORE = 674  # decoded and cropped in a second: benchmarks/results/data_loading.txt
 
 
@@ -19,20 +18,13 @@ IMAGES_PER_CORE = 674  # decoded and cropped in a second: benchmarks/results/dat
 class RunPlan:
     """Plan of a config on a cluster."""
 
-    name: str
-    """Name of the config."""
+    name: str  # name of the config
     job: Job
-    """The run that is planned."""
     cluster: Cluster
-    """The cluster that it is planned for."""
-    rows: list[Row]
-    """All settings that were considered."""
-    chosen: Row | None
-    """The setting that was chosen; None if none fits."""
-    hint: str
-    """Advice to read before the run is started."""
-    command: str
-    """The command that starts the run."""
+    rows: list[Row]  # all settings that were considered
+    chosen: Row | None  # None: nothing fits
+    hint: str  # advice to read before the run is started
+    command: str  # command that starts the run
 
     @property
     def seconds(self) -> float | None:
@@ -57,28 +49,48 @@ class RunPlan:
 
 def page(plan: RunPlan, why: bool) -> str:
     """Return the text of the plan of one config on one cluster, with reasons if `why`."""
-    cluster, chosen = plan.cluster, plan.chosen
-    assert chosen is not None
+    cluster, row, job = plan.cluster, plan.chosen, plan.job
+    assert row is not None
     unit = "process" if cluster.is_cpu else "GPU"
     nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" * (cluster.nodes > 1)
+    blocks = "no block recomputed" if row.checkpointing == "none" else f"recomputed: {_way(row)}"
+    host = f", and {size_text(row.host)} of host memory" * (row.host > 0)
+    about = [("memory", f"{size_text(row.memory)} of {cluster.memory_gb:.4g} GB a {unit}{host}")]
+    rate, step = row.images_per_second, row.step_s
+    if rate and step and plan.seconds:
+        hours = plan.seconds / 3600
+        bound = "at most " * (cluster.gpus > 1 and not cluster.network_gbs)
+        times = (
+            f"{bound}{rate:,.0f} images/s, steps of {step:.3g} s, epochs of "
+            f"{job.images / rate / 60:,.1f} minutes, {hours / 24:,.1f} days, "
+        )
+        about.append(("time", f"{times}{hours * cluster.gpus:,.0f} {unit}-hours: {row.basis}"))
+        if row.host_s and row.host_s >= step - row.network_s:
+            about.append(("host", "it is the limit: a GPU would be faster"))
+        node = rate / cluster.gpus * cluster.gpus_per_node
+        cores = f"{rate / cluster.gpus / IMAGES_PER_CORE:.1f} cores a {unit}"
+        data = f"{node:,.0f} images/s and {size_text(node * job.image_bytes)}/s a node; {cores}"
+        about.append(("data", data))
+    else:
+        about.append(("time", row.basis))
+    if row.traffic.sent:
+        waits = f"; waiting takes {row.network_s / step:.1%} of the time" if step else ""
+        sent = f"{size_text(row.traffic.sent)} sent by each {unit} for a step"
+        about.append(("network", sent + waits * bool(cluster.network_gbs)))
+    number = job.config.checkpoint.keep + 1
+    total = size_text(number * row.checkpoint)
+    about.append(("checkpoints", f"{size_text(row.checkpoint)}, room for {number}: {total}"))
+    setting = f"{row.deepspeed}, {row.precision}, {blocks}, micro-batch {row.micro_batch}"
     lines = [
-        *_filled(f"{plan.name} on {cluster.gpus} x {cluster.name}{nodes}: {_setting(chosen)}"),
         *_filled(
-            f"memory       {size_text(chosen.memory)} of {cluster.memory_gb:.4g} GB on each {unit}"
-            + (f", and {size_text(chosen.host)} of host memory" if chosen.host else ""),
-            13,
+            f"{plan.name} on {cluster.gpus} x {cluster.name}{nodes}: {setting}, "
+            f"{row.accumulation} of them a step"
         ),
-        *(line for text in _consequences(plan) for line in _filled(text, 13)),
+        *(line for name, text in about for line in _filled(f"{name:13}{text}", 13)),
         *_filled(plan.hint),
         plan.command,
     ]
-    return "\n".join(lines + (_reasons(plan) if why else ["(--why shows what was compared)"]))
-
-
-def _setting(row: Row) -> str:
-    blocks = "no block recomputed" if row.checkpointing == "none" else f"recomputed: {_way(row)}"
-    times = f"{row.accumulation} of them a step" if row.accumulation > 1 else "one a step"
-    return f"{row.deepspeed}, {row.precision}, {blocks}, micro-batch {row.micro_batch}, {times}"
+    return "\n".join(lines + (_reasons(plan, row) if why else ["(--why shows the alternatives)"]))
 
 
 def _way(row: Row) -> str:
@@ -86,50 +98,22 @@ def _way(row: Row) -> str:
     return f"{text}, offload" if row.offload else text
 
 
-def _consequences(plan: RunPlan) -> list[str]:
-    """Describe what the chosen setting means, a line for each subject."""
-    job, cluster, chosen = plan.job, plan.cluster, plan.chosen
-    assert chosen is not None
-    rate, step, lines = chosen.images_per_second, chosen.step_s, []
-    if rate and step and plan.seconds:
-        hours = plan.seconds / 3600
-        bound = "at most " * (cluster.gpus > 1 and not cluster.network_gbs)
-        lines = [
-            f"time         {bound}{rate:,.0f} images/s, steps of {step:.3g} s, epochs of "
-            f"{job.images / rate / 60:,.1f} minutes, {hours / 24:,.1f} days, "
-            f"{hours * cluster.gpus:,.0f} {'process' if cluster.is_cpu else 'GPU'}-hours: "
-            f"{chosen.basis}"
-        ]
-        if chosen.host_s and chosen.host_s >= step - chosen.network_s:
-            lines.append("host         it is the limit: a GPU would be faster")
-        a_node = rate / cluster.gpus * cluster.gpus_per_node
-        lines.append(
-            f"data         {a_node:,.0f} images/s and {size_text(a_node * job.image_bytes)}/s to "
-            f"each node; {rate / cluster.gpus / IMAGES_PER_CORE:.1f} cores for each GPU"
-        )
-    else:
-        lines = [f"time         {chosen.basis}"]
-    if chosen.traffic.sent:
-        waits = f"; {chosen.network_s / step:.1%} of the time waits for it" if step else ""
-        waits = waits if cluster.network_gbs else ""
-        lines.append(
-            f"network      {size_text(chosen.traffic.sent)} sent by each GPU for a step{waits}"
-        )
-    number = job.config.checkpoint.keep + 1
-    lines.append(
-        f"checkpoints  {size_text(chosen.checkpoint)} each, room for {number}: "
-        f"{size_text(number * chosen.checkpoint)}"
-    )
-    return lines
-
-
-def _reasons(plan: RunPlan) -> list[str]:
+def _reasons(plan: RunPlan, chosen: Row) -> list[str]:
     """Show what was compared, and by what rule the setting was chosen."""
-    job, chosen = plan.job, plan.chosen
-    assert chosen is not None
-    size, name = (1e9, "GB") if chosen.memory > 1e9 else (1e6, "MB")
+    job = plan.job
     parameters = list(job.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row.deepspeed, row.checkpointing, row.offload
+
+    # For each stage and checkpointing the largest micro-batch that fits, or the smallest.
+    best: dict[Any, Row] = {}
+    for row in plan.rows:
+        if key(row) not in best or row.fits:
+            best[key(row)] = row
+    best[key(chosen)] = chosen
+    alike = [row for row in plan.rows if key(row) == key(chosen)]
     return [
         "",
         *_filled(
@@ -142,83 +126,69 @@ def _reasons(plan: RunPlan) -> list[str]:
             "Rule: what needs no host memory and keeps a GPU busy "
             f"({BUSY_TOKENS} tokens, or all images of a GPU); zero1 and zero2 before zero3, whose "
             "host time grows with ranks and parameters; then the fewest recomputed blocks, zero1 "
-            "before zero2, the largest micro-batch. zero0 is shown to compare with."
+            "before zero2, the largest micro-batch. zero0 is shown to compare with. "
+            f"{HEADROOM:.0%} of the memory stays free. *: chosen. x: does not fit. First the "
+            "largest micro-batch that fits, then all of the chosen setting:"
         ),
-        *_filled(
-            f"Memory in {name}, of which {HEADROOM:.0%} stays free for the CUDA context, NCCL and "
-            "the allocator. states: weights, gradients, optimiser; activ: activations at the worst "
-            "moment; buffers: what is being sent or gathered. x: does not fit. *: chosen. "
-            "First the largest micro-batch that fits, then all of the chosen setting:"
-        ),
-        *_table(_largest(plan.rows, chosen), chosen, size),
-        *_table([row for row in plan.rows if _key(row) == _key(chosen)], chosen, size),
+        *_table(list(best.values()), chosen),
+        *_table(alike, chosen),
     ]
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return row.deepspeed, row.checkpointing, row.offload
-
-
-def _largest(found: list[Row], chosen: Row) -> list[Row]:
-    """Pick for each stage and checkpointing the largest micro-batch that fits, or the smallest."""
-    best: dict[Any, Row] = {}
-    for row in found:
-        if _key(row) not in best or row.fits:
-            best[_key(row)] = row
-    return list({**best, _key(chosen): chosen}.values())
-
-
-def _table(found: list[Row], chosen: Row, unit: float) -> list[str]:
-    """Make a table with a line for each setting; bytes are given in multiples of `unit`."""
-    lines = [
-        f"  {'':14}{'recomputed':14}{'micro':>6}{'accum':>6}{'states':>8}{'activ':>8}{'buffers':>8}"
-        f"{'all':>8}{'img/s':>8}"
-    ]
-    for row in found:
-        mark = "*" if row == chosen else " " if row.fits else "x"
-        rate = f"{row.images_per_second:,.0f}" if row.images_per_second else "-"
-        lines.append(
-            f"{mark} {Path(row.deepspeed).stem:14.13}{_way(row):14}{row.micro_batch:6}"
-            f"{row.accumulation:6}{row.states / unit:8.1f}{row.activations / unit:8.1f}"
-            f"{row.buffers / unit:8.1f}{row.memory / unit:8.1f}{rate:>8}"
-        )
-    return lines
+def _table(rows: list[Row], chosen: Row) -> list[str]:
+    unit, name = (1e9, "GB") if chosen.memory > 1e9 else (1e6, "MB")
+    heads = ("", "recomputed", "micro", "accum", "states", "activ", "buffers", name, "img/s")
+    lines: list[tuple[str, ...]] = [heads]
+    for row in rows:
+        sizes = (row.states, row.activations, row.buffers, row.memory)
+        lines.append((
+            f"{'*' if row == chosen else ' ' if row.fits else 'x'} {Path(row.deepspeed).stem:.13}",
+            *(_way(row), str(row.micro_batch), str(row.accumulation)),
+            *(f"{size / unit:.1f}" for size in sizes),
+            f"{row.images_per_second:,.0f}" if row.images_per_second else "-",
+        ))  # fmt: skip
+    return _aligned(lines, 2)
 
 
 def comparison(plans: list[RunPlan]) -> str:
     """Return a table for each config, with a line for each number of GPUs."""
-    first = plans[0].cluster
-    lines = [f"{first.name} of {first.memory_gb:g} GB, {HEADROOM:.0%} of it left free"]
-    name, notes = None, []
-    for plan in plans:
-        row, gpus = plan.chosen, plan.cluster.gpus
-        if plan.name != name:
-            name = plan.name
-            lines += [
-                "",
-                name,
-                f"{'GPUs':>6}  {'stage':14}{'recomputed':14}{'micro':>6}{'accum':>6}{'GB':>6}"
-                f"{'img/s':>9}{'days':>7}{'GPU-h':>9}",
-            ]
-        if row is None:
-            lines.append(f"{gpus:6}  nothing fits into {plan.cluster.memory_gb:g} GB")
-            continue
-        times = "-".rjust(9) + "-".rjust(7) + "-".rjust(9)
-        if plan.seconds and row.images_per_second:
-            hours = plan.seconds / 3600
-            times = f"{row.images_per_second:9,.0f}{hours / 24:7,.1f}{hours * gpus:9,.0f}"
-        lines.append(
-            f"{gpus:6}  {Path(row.deepspeed).stem:14.13}{_way(row):14}{row.micro_batch:6}"
-            f"{row.accumulation:6}{row.memory / 1e9:6.1f}{times}"
-        )
-        notes.append(row.basis)
-    if notes:
-        lines += ["", *(line for text in dict.fromkeys(notes) for line in _filled(f"- {text}", 2))]
-    return "\n".join(lines)
+    first, lines = plans[0].cluster, []
+    for name in dict.fromkeys(plan.name for plan in plans):
+        heads = ("stage", "recomputed", "micro", "accum", "GB", "img/s", "days", "GPU-h")
+        table: list[tuple[str, ...]] = [("  GPUs", *heads)]
+        for plan in plans:
+            row, gpus = plan.chosen, f"{plan.cluster.gpus:6}  "
+            if plan.name != name:
+                continue
+            if row is None:
+                table.append((gpus, "-", f"nothing fits into {plan.cluster.memory_gb:g} GB"))
+                continue
+            hours = (plan.seconds or 0) / 3600
+            times = ("-", "-", "-")
+            if row.images_per_second:
+                gpu_hours = hours * plan.cluster.gpus
+                times = (f"{row.images_per_second:,.0f}", f"{hours / 24:,.1f}", f"{gpu_hours:,.0f}")
+            table.append((
+                *(gpus, Path(row.deepspeed).stem[:13], _way(row), str(row.micro_batch)),
+                *(str(row.accumulation), f"{row.memory / 1e9:.1f}"),
+                *times,
+            ))  # fmt: skip
+        lines += ["", name, *_aligned(table, 3)]
+    notes = dict.fromkeys(plan.chosen.basis for plan in plans if plan.chosen)
+    head = f"{first.name} of {first.memory_gb:g} GB, {HEADROOM:.0%} of it left free"
+    return "\n".join([head, *lines, "", *(x for text in notes for x in _filled(f"- {text}", 2))])
+
+
+def _aligned(table: list[tuple[str, ...]], left: int) -> list[str]:
+    """Align the first `left` columns on the left, and the others on the right."""
+    return [
+        "".join(f"{x:17}" if n < left else f"{x:>8}" for n, x in enumerate(row)).rstrip()
+        for row in table
+    ]
 
 
 def _filled(text: str, indent: int = 0) -> list[str]:
     """Break a text into lines of the page's width."""
     return textwrap.wrap(
-        text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+        text, 80, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )

@@ -1,4 +1,4 @@
-"""The pictures of a run, as PNG: reconstructions (in the manner of paper Figure 2), loss curve.
+"""Reconstructions as PNG, in the manner of paper Figure 2.
 
 Files appear whole or not at all. matplotlib is used through its objects, so that no display is
 needed and no state is shared with the caller's own figures.
@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mae_scale.data.bands import for_display
 from mae_scale.files import as_utf8, write_atomically
@@ -33,8 +31,6 @@ _DPI = 100
 _MIN_TILE = 160  # pixels; smaller images are enlarged by a whole factor, so that pixels stay square
 _GREY = 0.5
 _TEXT = "#222222"
-_BLUE = "#1f5fa8"
-_RED = "#b3261e"
 
 
 def save_reconstruction_grid(
@@ -109,79 +105,6 @@ def save_reconstruction_grid(
             write(left, top + height + 14, text, 8, ha="left", va="baseline")
     figure.figimage(canvas)
     _save(figure, path)
-
-
-def save_loss_curve(
-    path: str | Path,
-    steps: Sequence[int],
-    losses: Sequence[float],
-    interruptions: Sequence[int] = (),
-    *,
-    title: str = "Pre-training loss",
-    interruption_label: str = "stopped, resumed",
-) -> None:
-    """Write a PNG with the loss against the optimiser step as one curve.
-
-    The loss axis is logarithmic when the finite losses are positive and span a factor over 5.
-    Losses that are not finite leave a gap.
-
-    Args:
-        path: PNG to write or replace.
-        steps, losses: steps and their losses, of equal length, in order of step.
-        interruptions: last step that was done before each stop; a vertical line marks each.
-        title: one line above the plot.
-        interruption_label: meaning of these lines. At most four lines are each labelled with it
-            and their step; if there are more, one entry of a legend explains them all.
-    """
-    x, y = np.asarray(steps, float), np.asarray(losses, float)
-    finite = y[np.isfinite(y)]
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(x, y, color=_BLUE, linewidth=1.4, marker="o" if len(x) == 1 else None)
-    if finite.size and finite.min() > 0 and finite.max() > 5 * finite.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    _mark_interruptions(axes, interruptions, interruption_label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (mean squared error on removed patches)")
-    title = as_utf8(title).decode()
-    axes.set_title(title, loc="left", fontweight="bold", color=_TEXT, parse_math=False)
-    axes.margins(x=0.02)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _mark_interruptions(axes: Axes, interruptions: Sequence[int], label: str) -> None:
-    for i, step in enumerate(interruptions):
-        few = len(interruptions) <= 4
-        axes.axvline(
-            step,
-            color=_RED,
-            linestyle="--",
-            linewidth=1.1,
-            label=f"{label} ({len(interruptions)} times)" if not few and i == 0 else None,
-        )
-        if few:
-            axes.annotate(
-                f"{label} (step {step:,})",
-                (step, 0.97),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                rotation=90,
-                ha="left",
-                va="top",
-                fontsize=8,
-                color=_RED,
-                parse_math=False,
-            )
-    if len(interruptions) > 4:
-        axes.legend(loc="upper right", frameon=False)
 
 
 def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -52,18 +53,19 @@ def clusters_of(options: argparse.Namespace) -> list[Cluster]:
         UserError: memory of the GPU is not known, or a number of GPUs does not fill nodes.
     """
     here, per_node = torch.cuda.device_count(), options.gpus_per_node
-    known: float | None
+    most = max(options.gpus or [1])
     if options.this_machine or options.measure:
-        name, known = "CPU", psutil.virtual_memory().total / 1e9
+        name, memory = "CPU", psutil.virtual_memory().total / 1e9
         if here:
             properties = torch.cuda.get_device_properties(0)
-            name, known = properties.name, properties.total_memory / 1e9
+            name, memory = properties.name, properties.total_memory / 1e9
         if options.this_machine or not here:
-            per_node = here or max(options.gpus or [1])
-        if options.this_machine and max(options.gpus or [1]) > per_node:
-            raise UserError(f"--gpus {max(options.gpus)}: this machine has {here}")
+            per_node = here or most
+        if options.this_machine and most > per_node:
+            raise UserError(f"--gpus {most}: this machine has {here}")
+        memory = options.memory_gb or memory
     else:
-        name, known = gpu_name(options.gpu or "A100-80GB", options.memory_gb)
+        name, memory = _named_gpu(options.gpu or "A100-80GB", options.memory_gb)
     numbers = options.gpus or [here if options.this_machine and here else 1]
     for number in numbers:
         if number > per_node and number % per_node:
@@ -72,8 +74,6 @@ def clusters_of(options: argparse.Namespace) -> list[Cluster]:
                 f"--gpus {number} are no full nodes of {per_node}; {near} or {near + per_node} "
                 "would be, or another --gpus_per_node"
             )
-    memory = options.memory_gb or known
-    assert memory is not None
     return [
         Cluster(
             gpus=number,
@@ -86,25 +86,18 @@ def clusters_of(options: argparse.Namespace) -> list[Cluster]:
     ]
 
 
-def gpu_name(name: str, memory_gb: float | None) -> tuple[str, float | None]:
-    """Return the name of a GPU as `planning.gpus` spells it, and its memory in GB, if known there.
-
-    Raises:
-        UserError: the GPU is unknown, and its memory is not given.
-    """
+def _named_gpu(name: str, memory_gb: float | None) -> tuple[str, float]:
+    """Return the name of a GPU as `planning.gpus` spells it, and its memory in GB."""
     name = {key.lower(): key for key in GPU_MEMORY_GB}.get(name.lower(), name)
-    if name not in GPU_MEMORY_GB and memory_gb is None:
+    memory = memory_gb or GPU_MEMORY_GB.get(name)
+    if memory is None:
         kinds = [known for known in GPU_MEMORY_GB if known.lower().startswith(name.lower())]
-        hint = (
-            f"did you mean {' or '.join(map(repr, kinds))}?"
-            if kinds
-            else did_you_mean(name, GPU_MEMORY_GB)
-        )
+        hint = f"did you mean {' or '.join(map(repr, kinds))}?"
         raise UserError(
-            f"--gpu {name!r} is not known; {hint} Known are {', '.join(GPU_MEMORY_GB)}; for "
-            "another one give --memory_gb"
+            f"--gpu {name!r} is not known; {hint if kinds else did_you_mean(name, GPU_MEMORY_GB)} "
+            f"Known are {', '.join(GPU_MEMORY_GB)}; for another one give --memory_gb"
         )
-    return name, GPU_MEMORY_GB.get(name)
+    return name, memory
 
 
 def job_of(name: str, rest: list[str], task: Task, prog: str) -> Job:
@@ -161,12 +154,9 @@ def plan_of(
         chosen = timed
     here = options.this_machine or (options.measure and options.gpus is None)
     command, places = _command(name, job, cluster, chosen, rest, here)
-    words = "Start it so"
-    if places:
-        words += f", with paths of yours for {', '.join(places)}"
-    if not here:
-        words += " (first `source slurm/site.sh`, which holds account and partition)"
-    return RunPlan(name, job, cluster, found, chosen, f"{words}:", command)
+    paths = f", with paths of yours for {', '.join(places)}" if places else ""
+    site = "" if here else " (first `source slurm/site.sh`, which holds account and partition)"
+    return RunPlan(name, job, cluster, found, chosen, f"Start it so{paths}{site}:", command)
 
 
 def _timed(job: Job, cluster: Cluster, row: Row, rate: float | None) -> Row:
@@ -180,25 +170,18 @@ def _timed(job: Job, cluster: Cluster, row: Row, rate: float | None) -> Row:
         if cluster.is_cpu and "train.micro_batch_size" not in job.fixed:
             images = min(images, CPU_IMAGES)
         job.model.to(torch.float32).set_activation_checkpointing(row.checkpointing, row.offload)
-        seconds, gigabytes = time_steps(
-            job.config,
-            job.model,
-            job.trial_loss,
-            stage=row.deepspeed,
-            precision=planned_precision(job.config, cluster),
-            images=images,
-        )
+        precision = planned_precision(job.config, cluster)
+        what: dict[str, Any] = {"stage": row.deepspeed, "precision": precision, "images": images}
+        seconds, gigabytes = time_steps(job.config, job.model, job.trial_loss, **what)
         rate = images / seconds
         basis = (
             f"measured here: {STEPS} steps of {images} images in one process, {seconds:.3g} s each "
             f"at a peak of {gigabytes:.2f} GB"
         )
-    if cluster.gpus > 1:
-        basis += "; " + (
-            "several processes share this CPU: the sum was not measured"
-            if cluster.is_cpu
-            else "what a network costs was not measured"
-        )
+    if cluster.gpus > 1 and cluster.is_cpu:
+        basis += "; several processes share this CPU: the sum was not measured"
+    elif cluster.gpus > 1:
+        basis += "; what a network costs was not measured"
     batch = job.config.train.global_batch_size
     together = rate if cluster.is_cpu else rate * cluster.gpus
     return replace(row.timed(cluster, batch / together, batch, basis), host_s=None)
@@ -223,29 +206,22 @@ def _command(
     Returns:
         The command, and the words in it that stand for paths that are not given.
     """
-    task = job.config.task
-    if here:
-        start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"
-    else:
-        start = (
-            f"sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.gpus_per_node} "
-            f"slurm/{task}.sbatch"
-        )
-    arguments = ["--config", name, *rest]
-    given = given_values(arguments)
-    places = dict(PLACES)
-    if task != "pretrain":
-        places["data.val"] = "VAL_SHARDS"
+    task, given = job.config.task, given_values(["--config", name, *rest])
+    start = f"torchrun --standalone --nproc_per_node {cluster.gpus} -m mae_scale {task}"
+    if not here:
+        node = f"--nodes={cluster.nodes} --gpus-per-node={cluster.gpus_per_node}"
+        start = f"sbatch {node} slurm/{task}.sbatch"
+    places = PLACES | ({} if task == "pretrain" else {"data.val": "VAL_SHARDS"})
+    missing = {key: place for key, place in places.items() if key not in given}
     weights = job.config.weights
     if weights is not None and not Path(weights).exists() and "--weights" not in " ".join(rest):
-        places["weights"] = "WEIGHTS"
-    missing = {key: p for key, p in places.items() if key not in given or key == "weights"}
-    for key, place in missing.items():
-        arguments += [f"--{key}", place]
+        missing["weights"] = "WEIGHTS"
+    added: dict[str, Any] = dict(missing)
     values = (chosen.deepspeed, chosen.micro_batch, chosen.checkpointing, chosen.offload)
     for key, value in zip(CHOSEN, values, strict=True):
         if key not in job.fixed and (value or key in given):
-            arguments += [f"--{key}", str(value).lower()]
+            added[key] = str(value).lower()
     if chosen.precision == "fp32" and job.config.train.precision == "auto" and not cluster.is_cpu:
-        arguments += ["--train.precision", "fp32"]
-    return f"{start} {shlex.join(arguments)}", list(missing.values())
+        added["train.precision"] = "fp32"
+    words = [word for key, value in added.items() for word in (f"--{key}", value)]
+    return f"{start} {shlex.join(['--config', name, *rest, *words])}", list(missing.values())

@@ -40,8 +40,7 @@ def time_steps(
     Raises:
         UserError: the micro-batch does not fit into the GPU.
     """
-    world = World()
-    train: Any = copy.copy(config.train)
+    world, train = World(), copy.copy(config.train)
     train.global_batch_size = train.micro_batch_size = images
     fp32_weights = config.fp32_weights or train.autocast
     filled = fill_deepspeed_config(stage, train, world, precision, fp32_weights=fp32_weights)
@@ -49,31 +48,23 @@ def time_steps(
     if train.compile:
         compile_blocks(model)
     with process_group(world, train.hang_timeout) as watchdog:
-        watchdog.doing("building the engine")
+        watchdog.doing("timing steps of the plan")
         fill_in(model, config.seed, filled)
         engine = build_engine(model, config.optim, filled)
         batch = blank_images(engine.module, images).to(engine.device).random_(256)
-        watchdog.doing("timing steps")
-
-        def step() -> None:
-            engine.backward(trial_loss(engine, batch))
-            engine.step()
-
+        seconds = 0.0
         try:
-            for number in range(WARM_UP + STEPS):
-                if number == WARM_UP:
-                    _wait(world.device)
-                    began = time.perf_counter()
-                step()
-            _wait(world.device)
+            for steps in (WARM_UP, STEPS):
+                began = time.perf_counter()
+                for _ in range(steps):
+                    engine.backward(trial_loss(engine, batch))
+                    engine.step()
+                if world.device.type == "cuda":
+                    torch.cuda.synchronize(world.device)
+                seconds = time.perf_counter() - began
         except torch.OutOfMemoryError:
             raise UserError(
                 f"--measure: {images} images do not fit into this GPU; give a smaller "
                 "--train.micro_batch_size"
             ) from None
-        return (time.perf_counter() - began) / STEPS, memory_gb()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return seconds / STEPS, memory_gb()

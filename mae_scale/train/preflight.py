@@ -33,7 +33,6 @@ from mae_scale.world import World, host
 
 log = logging.getLogger("mae_scale")
 
-CLOCKS_S = 5.0  # largest difference of clocks without a warning
 VISIBLE_S = 10.0  # longest time until every node must see a new file
 BESIDE = ("torch", "deepspeed", "timm", "numpy")  # other packages of the same version on all ranks
 MAY_DIFFER = ("data.workers",)  # config keys whose value may depend on the node
@@ -113,16 +112,12 @@ class _Facts:
     data: str
     gpu: str  # name of the GPU's kind; empty: there is none
     gpu_id: str
-    clock: float = 0.0  # seconds since the epoch
 
 
 def _compare(config: Any, world: World, data: str, watchdog: Watchdog) -> None:
     """Raise a `UserError` on all ranks if the facts of one of them differ from those of rank 0."""
     flat = {k: v for k, v in flatten(config.model_dump()).items() if k not in MAY_DIFFER}
-    own = _Facts(host(), _code(), flat, data, *_gpu(world))
-    dist.barrier()
-    own.clock = time.time()
-    facts = gather_to_all(own)
+    facts = gather_to_all(_Facts(host(), _code(), flat, data, *_gpu(world)))
     first = facts[0]
     for rank, other in enumerate(facts):
         who = f"rank {rank} ({other.host})"
@@ -143,16 +138,31 @@ def _compare(config: Any, world: World, data: str, watchdog: Watchdog) -> None:
             raise UserError(f"{ranks} ranks on {place} share the GPU {gpu}; one task per GPU")
     if first.gpu and world.size > 1:
         watchdog.doing("trying NCCL")
-        dist.all_reduce(torch.ones(1, device=world.device))
-    apart = max(f.clock for f in facts) - min(f.clock for f in facts)
+        one = torch.ones(1, device=world.device)
+        dist.all_reduce(one)
+        _check_sums(
+            [(f.host, total) for f, total in zip(facts, gather_to_all(one.item()), strict=True)]
+        )
     hosts = Counter(f.host for f in facts)
     log.info(
-        "preflight: %d ranks on %s; %s; %s; clocks within %.1f s",
-        *(world.size, _in_words(hosts), first.gpu or "CPU", first.code, apart),
+        "preflight: %d ranks on %s; %s; %s",
+        *(world.size, _in_words(hosts), first.gpu or "CPU", first.code),
     )
-    if apart > CLOCKS_S:
-        slow = min(facts, key=lambda f: f.clock).host
-        log.warning("the clocks of the nodes differ by %.0f s; that of %s is behind", apart, slow)
+
+
+def _check_sums(sums: list[tuple[str, float]]) -> None:
+    """Raise a `CommonError` unless each rank has summed a one of every rank.
+
+    Args:
+        sums: host and sum of each rank, in rank order.
+    """
+    wrong = [(rank, *found) for rank, found in enumerate(sums) if found[1] != len(sums)]
+    if wrong:
+        rank, _, total = wrong[0]
+        raise CommonError(
+            f"NCCL sums wrongly on {_in_words(Counter(place for _, place, _ in wrong))}: rank "
+            f"{rank} has {total:g} instead of {len(sums)}; leave these hosts out (--exclude)"
+        )
 
 
 def _in_words(hosts: Counter[str]) -> str:

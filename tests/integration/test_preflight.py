@@ -68,6 +68,12 @@ def test_ranks_that_differ(run: Run, tmp_path: Path, what: str) -> None:
     assert not (run.shards.parent / "run").exists()
 
 
+def test_wrong_sums_name_the_hosts() -> None:
+    preflight._check_sums([("n1", 2.0), ("n2", 2.0)])
+    with pytest.raises(CommonError, match=r"on n2 \(2\): rank 1 has 3 instead of 4; leave"):
+        preflight._check_sums([("n1", 4.0), ("n2", 3.0), ("n2", 3.0), ("n1", 4.0)])
+
+
 def test_no_room(tmp_path: Path) -> None:
     config = CheckpointConfig(keep=3)
     preflight._check_room(tmp_path, config, 100_000)
