@@ -16,7 +16,7 @@ from pathlib import Path
 from mae_scale.commands.arguments import Parser
 from mae_scale.config.hints import hint_for
 from mae_scale.config.keys import config_keys
-from mae_scale.config.parsing import parse
+from mae_scale.config.parsing import config_arguments, parse
 from mae_scale.errors import UserError, did_you_mean
 from mae_scale.planning.gpus import GPU_MEMORY_GB
 from mae_scale.tasks.task import TASKS, Task, task_of_arguments
@@ -96,8 +96,6 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _check_config(name: str, rest: list[str], task_name: str | None, prog: str) -> Task:
     """Find the task of a config, and raise a UserError where the config cannot be used."""
-    from mae_scale.tasks.planned import config_arguments
-
     argv = ["--config", name, *rest]
     task = TASKS[task_name] if task_name else task_of_arguments(argv)
     own = [action.option_strings[-1] for action in parser("")._actions]

@@ -283,3 +283,18 @@ def shown(value: Any) -> str:
         return "null"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
+
+
+def config_arguments(name: str, rest: list[str]) -> list[str]:
+    """Compose the arguments that give a config, with `PLACES` for paths that are not given.
+
+    Args:
+        name: recipe or YAML file.
+        rest: config keys among the arguments of `mae-scale plan`.
+    """
+    argv = ["--config", name, *rest]
+    given = given_values(argv)
+    return argv + [f"--{key}={place}" for key, place in PLACES.items() if key not in given]

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from mae_scale.config.keys import key_names
-from mae_scale.config.parsing import given_values, parse
+from mae_scale.config.parsing import PLACES, config_arguments, given_values, parse
 from mae_scale.data.shards import open_shards
 from mae_scale.errors import UserError, did_you_mean, renamed
 from mae_scale.planning.fit import HEADROOM, Cluster, Job, Row, fit, planned_precision
@@ -24,7 +24,6 @@ from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.task import Task
 
 # Words that stand for paths that every run needs, where the arguments do not give them.
-PLACES = {"run_dir": "RUN", "data.train": "SHARDS"}
 # Config keys that are chosen unless they are on the command line.
 CHOSEN = ("deepspeed", "train.micro_batch_size", "train.activation_checkpointing",
           "train.activation_offload")  # fmt: skip
@@ -32,18 +31,6 @@ CHOSEN = ("deepspeed", "train.micro_batch_size", "train.activation_checkpointing
 # split, and the images that benchmarks/data_loading.py read.
 IMAGENET, IMAGE_BYTES = 1_281_167, 107_600
 CPU_IMAGES = 8  # most images with which a CPU is timed: its rate hardly depends on them
-
-
-def config_arguments(name: str, rest: list[str]) -> list[str]:
-    """Compose the arguments that give a config, with `PLACES` for paths that are not given.
-
-    Args:
-        name: recipe or YAML file.
-        rest: config keys among the arguments of `mae-scale plan`.
-    """
-    argv = ["--config", name, *rest]
-    given = given_values(argv)
-    return argv + [f"--{key}={place}" for key, place in PLACES.items() if key not in given]
 
 
 def clusters_of(options: argparse.Namespace) -> list[Cluster]:
