@@ -24,6 +24,7 @@ def parser(prog: str) -> Parser:
     )
     add("--out", help="folder for the index (default: the folder of the tars)")
     add("--split", default="train", help="name of the split (default: %(default)s)")
+    add("--pattern", help="take only the tars of this name, such as 'imagenet1k-train-*.tar'")
     add("--label-key", help="key of the label in .json (default: label, cls, class or target)")
     add("--image-key", help="which image of a sample, where it has several: input.jpg")
     add(
@@ -57,6 +58,7 @@ def main(argv: list[str], prog: str) -> int:
         args.tars,
         args.out,
         split=args.split,
+        pattern=args.pattern,
         label_key=args.label_key,
         image_key=args.image_key,
         classes=read_classes(args.classes) if args.classes else None,

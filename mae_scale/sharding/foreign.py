@@ -43,7 +43,13 @@ from mae_scale.errors import RunError, UserError
 from mae_scale.files import Digest, open_file
 from mae_scale.launch.console import warn
 from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_in_text, number_labels
-from mae_scale.sharding.places import check_old_index, expand, hide_commands, index_folder
+from mae_scale.sharding.places import (
+    check_old_index,
+    expand,
+    hide_commands,
+    index_folder,
+    one_family,
+)
 from mae_scale.sharding.processes import run_all, shared
 from mae_scale.sharding.tars import Tail, problem_of, stream_tar
 
@@ -98,6 +104,7 @@ def index_shards(
     out: str | Path | None = None,
     *,
     split: str = "train",
+    pattern: str | None = None,
     label_key: str | None = None,
     image_key: str | None = None,
     classes: Sequence[str] | None = None,
@@ -114,6 +121,7 @@ def index_shards(
         specs: folders, tars, URLs or ``pipe:`` commands; braces (``{000..127}``) are expanded.
         out: folder for the index; by default the folder that holds all tars.
         split: name of the split that the tars hold.
+        pattern: take only tars whose name matches this shell pattern; see `one_family`.
         label_key: key of the label in ``.json``; by default one of LABEL_KEYS.
         image_key: image to take from samples with several images, such as ``input.jpg``.
         classes: names of the classes in the order of their numbers; by default the names found.
@@ -121,10 +129,12 @@ def index_shards(
         workers: number of processes that read tars.
 
     Raises:
-        UserError: there are no images, a tar is damaged or compressed, or labels make no sense.
+        UserError: there are no images, the names of the tars are of several families, a tar is
+            damaged or compressed, or labels make no sense.
         RunError: the disk is full.
     """
     files = [file for spec in specs for file in expand(spec)]
+    files = one_family(files, pattern, specs)
     folder = index_folder(files, out)
     command, names = hide_commands(files, folder)
     check_old_index(folder, split, names)
