@@ -53,6 +53,7 @@ def main(argv: list[str], prog: str) -> int:
 
     from mae_scale.sharding.foreign import index_shards
     from mae_scale.sharding.lists import read_classes
+    from mae_scale.sharding.look import look
 
     report = index_shards(
         args.tars,
@@ -75,4 +76,5 @@ def main(argv: list[str], prog: str) -> int:
             "the command is not written down: give data.train as FOLDER+COMMAND, with {} in the "
             f"place of a tar's name: {report.reads_with}"
         )
+    look(report.folder, report.reasons, report.open_with)
     return 0

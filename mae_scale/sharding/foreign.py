@@ -7,7 +7,7 @@ import multiprocessing
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -89,6 +89,8 @@ class Report:
     unlabelled: int
     left_out: int
     reads_with: str | None = None  # value for data.train, if it is not the folder
+    open_with: str | None = None  # the same with its secrets, which are never printed
+    reasons: Counter[str] = field(default_factory=Counter)  # of what was left out
 
 
 @dataclass
@@ -175,7 +177,11 @@ def index_shards(
         raise _cannot_write(folder, error) from error
     unlabelled = int((labels == NO_LABEL).sum())
     reads_with = f"{folder}+{shown(command)}" if command else None
-    return Report(folder, len(shards), len(index), unlabelled, left_out, reads_with)
+    open_with = f"{folder}+{command}" if command else None
+    reasons = Counter(reason for tar in found.values() for _, reason in tar.left_out)
+    return Report(
+        folder, len(shards), len(index), unlabelled, left_out, reads_with, open_with, reasons
+    )
 
 
 def _cannot_write(folder: Path, error: OSError) -> Exception:

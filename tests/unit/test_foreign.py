@@ -371,6 +371,41 @@ def test_numbers_and_hashes_are_one_family(tmp_path: Path, names: list[str]) -> 
     assert index_shards([str(tmp_path)]).shards == len(names)
 
 
+def test_the_end_shows_what_was_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*samples(4), ("4.jpg", jpg(4)), ("4.cls", b"3"), ("5.txt", b"?")]
+    write(tmp_path / "tars" / "0.tar", files)
+    tree(tmp_path / "src", "cat/1.jpg", "cat/2.jpg", "dog/3.jpg")
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    said = capsys.readouterr()
+    both = said.out + said.err
+    lines = [
+        "images     5",
+        "smallest class 0, 0 (1 images); largest class 3, 3 (2 images)",
+        "1: there is no image, only .txt",
+        "000.jpg: class 0",
+        "4.jpg: class 3",
+    ]
+    for line in lines:
+        assert line in both, both
+    out = tmp_path / "out"
+    command = ["shard", str(tmp_path / "src"), str(out), "--split", "train"]
+    assert main(command) == 0
+    drawn = (out / "preview.png").read_bytes()
+    said = capsys.readouterr()
+    assert "largest class 0, cat (2 images)" in said.out + said.err
+    assert main(command) == 0 and (out / "preview.png").read_bytes() == drawn
+    assert "sample" not in capsys.readouterr().out
+    for folder in (out, tmp_path / "tars"):
+        assert (folder / "preview.png").exists() and main(["verify", str(folder)]) == 0
+    write(tmp_path / "tars" / "1.tar", samples(2))
+    before = (tmp_path / "tars" / "preview.png").read_bytes()
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    assert (tmp_path / "tars" / "preview.png").read_bytes() != before
+    (tmp_path / "tars" / "preview.png").write_bytes(jpg(0))  # a picture of somebody else
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    assert (tmp_path / "tars" / "preview.png").read_bytes() == jpg(0)
+
+
 # Secrets
 
 
