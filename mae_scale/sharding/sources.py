@@ -217,16 +217,22 @@ def _part(source: Source, split: str, share: float, seed: int) -> Source:
 
 def _with_classes(source: Source, classes: Sequence[str]) -> Source:
     """Keep the images of the given classes, and number these in their order."""
-    there = {source.classes[label] for label in np.unique(source.labels).tolist()}
-    known = there & set(classes)
+    there = {source.classes[label].strip() for label in np.unique(source.labels).tolist()}
+    known = there & {name.strip() for name in classes}
     if not known:
         # Labels that are numbers, as in lists, are places among the classes.
         number = number_by(classes, there)
     else:
-        number = {name: i for i, name in enumerate(classes) if name in there}
-    place = np.array([number.get(name, -1) for name in source.classes], np.int32)
+        number = {name.strip(): i for i, name in enumerate(classes)}
+    place = np.array([number.get(name.strip(), -1) for name in source.classes], np.int32)
     labels = place[source.labels]
     which = np.flatnonzero(labels >= 0)
+    dropped = {source.classes[label] for label in source.labels[labels < 0].tolist()}
+    if len(which) < len(source):
+        source.warnings.append(
+            f"{len(source) - len(which):,} of {len(source):,} images are left out: their classes "
+            f"are not in the list of classes (such as {min(dropped)})"
+        )
     missing = [name for i, name in enumerate(classes) if i not in set(labels[which].tolist())]
     if missing:
         source.warnings.append(
