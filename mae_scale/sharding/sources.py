@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_scale.data.formats import IMAGE_SUFFIXES
+from mae_scale.data.formats import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
 from mae_scale.files import owner
@@ -81,6 +81,7 @@ def find_source(
             f"{source.root} holds no images (looked for .{', .'.join(sorted(IMAGE_SUFFIXES))})"
             f"{packed}"
         )
+    _refuse_stacks(source)
     if choice.val_share is not None:
         if has_splits:
             raise UserError(
@@ -104,6 +105,22 @@ def find_source(
             f"all images are of one class, {source.classes[0]}: nothing can be classified"
         )
     return source
+
+
+def _refuse_stacks(source: Source) -> None:
+    """Raise a UserError for arrays that hold many images, or the labels of many, in one file."""
+    arrays = [name for name in source.names if name.lower().endswith(ARRAY_SUFFIX)][:20]
+    for name in arrays if source.offsets is None else ():
+        try:
+            shape = np.load(source.root / name, mmap_mode="r").shape
+        except (OSError, ValueError):
+            continue  # damage is reported when the array is read
+        many = len(shape) == 3 and shape[0] > 1000 and shape[1] == shape[2]
+        if len(shape) in (1, 4) or many:
+            raise UserError(
+                f"{source.root / name} holds an array of shape {list(shape)}, which is not one "
+                "image; write each image of it as a file below a folder of its class"
+            )
 
 
 def _readable(name: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from make_trees import counts, tree
 from scipy.io import savemat
@@ -411,3 +412,13 @@ def test_images_of_other_classes_are_counted_and_links_to_themselves_left_out(
     source = find_source(tmp_path, "train", choice=Choice(classes=["Cat", "emu", "fox"]))
     assert counts(source) == {"Cat": 0, "emu": 2, "fox": 1}
     assert any("1 of 4 images are left out" in line and "cat" in line for line in source.warnings)
+
+
+@pytest.mark.parametrize("shape", [(2000, 8, 8), (5, 8, 8, 3), (7,)])
+def test_arrays_of_many_images_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for name in ("train_images.npy", "val_images.npy"):
+        np.save(tmp_path / name, np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="not one image; write each image of it as a file"):
+        find_source(tmp_path, "train", choice=Choice(class_depth=1))
+    with pytest.raises(UserError, match="not one image"):
+        find_source(tmp_path, "train")
