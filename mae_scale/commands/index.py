@@ -24,6 +24,7 @@ def parser(prog: str) -> Parser:
     )
     add("--out", help="folder for the index (default: the folder of the tars)")
     add("--split", default="train", help="name of the split (default: %(default)s)")
+    add("--pattern", help="take only the tars of this name, such as 'imagenet1k-train-*.tar'")
     add("--label-key", help="key of the label in .json (default: label, cls, class or target)")
     add("--image-key", help="which image of a sample, where it has several: input.jpg")
     add(
@@ -52,11 +53,13 @@ def main(argv: list[str], prog: str) -> int:
 
     from mae_scale.sharding.foreign import index_shards
     from mae_scale.sharding.lists import read_classes
+    from mae_scale.sharding.look import look
 
     report = index_shards(
         args.tars,
         args.out,
         split=args.split,
+        pattern=args.pattern,
         label_key=args.label_key,
         image_key=args.image_key,
         classes=read_classes(args.classes) if args.classes else None,
@@ -73,4 +76,5 @@ def main(argv: list[str], prog: str) -> int:
             "commands and addresses are taken from what you type: give data.train as "
             f"FOLDER+COMMAND, with {{}} in the place of a tar's name: {report.reads_with}"
         )
+    look(report.folder, report.reasons, report.open_with)
     return 0

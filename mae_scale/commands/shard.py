@@ -11,6 +11,8 @@ import argparse
 import os
 import re
 import signal
+from collections import Counter
+from pathlib import Path
 
 from mae_scale.commands.arguments import Parser
 from mae_scale.errors import RunError, UserError
@@ -148,7 +150,10 @@ def main(argv: list[str], prog: str) -> int:
     try:
         args = parse(argv, prog)
         from mae_scale.data.formats import MAX_PIXELS
+        from mae_scale.data.preview import PREVIEW
+        from mae_scale.data.shards import MANIFEST, read_manifest
         from mae_scale.sharding.lists import read_classes
+        from mae_scale.sharding.look import look
         from mae_scale.sharding.plan import Options
         from mae_scale.sharding.run import shard
         from mae_scale.sharding.sources import Choice
@@ -170,7 +175,7 @@ def main(argv: list[str], prog: str) -> int:
             val_share=args.val_share,
             seed=args.seed,
         )
-        return shard(
+        code = shard(
             args.src,
             args.out,
             options,
@@ -180,6 +185,10 @@ def main(argv: list[str], prog: str) -> int:
             task_index=args.task_index,
             dry_run=args.dry_run,
         )
+        out = Path(args.out)
+        if not (code or args.dry_run or (out / PREVIEW).exists()) and (out / MANIFEST).exists():
+            look(out, Counter(why for _, why in read_manifest(out)["made_by"]["damaged"]))
+        return code
     except RunError as error:
         raise RunError(f"{error}; the same command goes on from here") from error
     finally:

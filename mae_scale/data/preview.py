@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from mae_scale.data.bands import picture
 from mae_scale.data.reader import ShardReader, shard_cache
@@ -24,6 +25,7 @@ from mae_scale.files import write_atomically
 PREVIEW = "preview.png"  # name of the picture beside the shards
 CLASSES = 24  # largest number of classes in a picture
 PER_CLASS = 4  # largest number of samples of a class
+_SOFTWARE = "mae-scale"  # note in the picture, by which it is known again
 _TILE = 112  # side of the square in which an image is shown, in pixels
 _GAP = 8  # pixels
 _LINE = 13  # height of a line of text, in pixels
@@ -60,7 +62,16 @@ def _spread(values: npt.NDArray, most: int) -> npt.NDArray:
     return values[np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
 
 
-def preview(folder: Path, out: Path) -> None:
+def is_preview(path: Path) -> bool:
+    """Return whether a file is a picture that `sheet` has written."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except OSError:
+        return False
+
+
+def preview(folder: Path, out: Path) -> list[tuple[str, int | None]]:
     """Draw a few samples of a finished folder of shards, read as training reads them.
 
     Of tars that lie elsewhere only the first one is fetched.
@@ -68,6 +79,9 @@ def preview(folder: Path, out: Path) -> None:
     Args:
         folder: folder with a manifest.
         out: PNG to write or replace.
+
+    Returns:
+        Name of the file and label (None: it has none) of each sample in the picture.
 
     Raises:
         UserError: the folder is no finished folder of shards.
@@ -78,6 +92,7 @@ def preview(folder: Path, out: Path) -> None:
         count = int(shards.samples[0]) if is_remote(shards.files[0]) else len(shards)
         labels = shards.index["label"][:count]
         samples: list[Sample] = []
+        found: list[tuple[str, int | None]] = []
         with closing(ShardReader(shards, shard_cache(shards, cache_dir, None))) as reader:
             for place in chosen(labels):
                 member, label = reader.read(place), int(labels[place])
@@ -88,7 +103,9 @@ def preview(folder: Path, out: Path) -> None:
                 except ValueError as error:
                     pixels, name = torch.full((3, 1, 1), _GREY, dtype=torch.uint8), str(error)
                 samples.append((pixels, label if has_class else None, name))
+                found.append((member.name, label if has_class else None))
     draw(samples, out)
+    return found
 
 
 def draw(samples: Iterable[Sample], out: Path) -> None:
@@ -149,7 +166,9 @@ def sheet(rows: Sequence[Sequence[tuple[torch.Tensor, Sequence[str]]]], out: Pat
             for i, line in enumerate(text):
                 pen.text((x, y + _TILE + i * _LINE), _fitting(line, font), "#222222", font)
     stream = io.BytesIO()
-    canvas.save(stream, "PNG")
+    info = PngInfo()
+    info.add_text("Software", _SOFTWARE)
+    canvas.save(stream, "PNG", pnginfo=info)
     write_atomically(out, stream.getvalue())
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -44,7 +44,13 @@ from mae_scale.errors import RunError, UserError
 from mae_scale.files import Digest, open_file
 from mae_scale.launch.console import warn
 from mae_scale.sharding.labels import LABEL_KEYS, label_in_json, label_in_text, number_labels
-from mae_scale.sharding.places import check_old_index, expand, hide_commands, index_folder
+from mae_scale.sharding.places import (
+    check_old_index,
+    expand,
+    hide_commands,
+    index_folder,
+    one_family,
+)
 from mae_scale.sharding.processes import run_all, shared
 from mae_scale.sharding.tars import Tail, problem_of, stream_tar
 
@@ -84,6 +90,8 @@ class Report:
     unlabelled: int
     left_out: int
     reads_with: str | None = None  # value for data.train, if it is not the folder
+    open_with: str | None = None  # the same with its secrets, which are never printed
+    reasons: Counter[str] = field(default_factory=Counter)  # of what was left out
 
 
 @dataclass
@@ -99,6 +107,7 @@ def index_shards(
     out: str | Path | None = None,
     *,
     split: str = "train",
+    pattern: str | None = None,
     label_key: str | None = None,
     image_key: str | None = None,
     classes: Sequence[str] | None = None,
@@ -115,6 +124,7 @@ def index_shards(
         specs: folders, tars, URLs or ``pipe:`` commands; braces (``{000..127}``) are expanded.
         out: folder for the index; by default the folder that holds all tars.
         split: name of the split that the tars hold.
+        pattern: take only tars whose name matches this shell pattern; see `one_family`.
         label_key: key of the label in ``.json``; by default one of LABEL_KEYS.
         image_key: image to take from samples with several images, such as ``input.jpg``.
         classes: names of the classes in the order of their numbers; by default the names found.
@@ -122,10 +132,12 @@ def index_shards(
         workers: number of processes that read tars.
 
     Raises:
-        UserError: there are no images, a tar is damaged or compressed, or labels make no sense.
+        UserError: there are no images, the names of the tars are of several families, a tar is
+            damaged or compressed, or labels make no sense.
         RunError: the disk is full.
     """
     files = [file for spec in specs for file in expand(spec)]
+    files = one_family(files, pattern, specs)
     folder = index_folder(files, out)
     command, names = hide_commands(files, folder)
     check_old_index(folder, split, names)
@@ -168,7 +180,12 @@ def index_shards(
     remote = next((name for name in names if is_remote(name)), None)
     given = shown(command) if command else address_of(remote) if remote else None
     reads_with = f"{folder}+{given}" if given else None
-    return Report(folder, len(shards), len(index), unlabelled, left_out, reads_with)
+    secret = command or (address_of(remote) if remote else None)
+    open_with = f"{folder}+{secret}" if secret else None
+    reasons = Counter(reason for tar in found.values() for _, reason in tar.left_out)
+    return Report(
+        folder, len(shards), len(index), unlabelled, left_out, reads_with, open_with, reasons
+    )
 
 
 def _cannot_write(folder: Path, error: OSError) -> Exception:

@@ -176,10 +176,15 @@ def list_images(root: Path) -> Listing:
     with os.scandir(root) as top:
         tops = sorted((i for i in top if not i.name.startswith(".")), key=lambda i: i.name)
     tops = [item for item in tops if item.name.lower() not in SYSTEM_FOLDERS]
+    here = os.path.realpath(root)
+    folders = []
     for item in tops:
-        if not item.is_dir():
+        if not _is_folder(item):
             _take(item, item.name, listing)
-    folders = [item.name for item in tops if item.is_dir()]
+        elif item.is_symlink() and f"{here}/".startswith(f"{os.path.realpath(item.path)}/"):
+            listing.left_out.append((item.name, "a link to a folder that it lies in"))
+        else:
+            folders.append(item.name)
     todo: SimpleQueue[str] = SimpleQueue()
     answers: SimpleQueue[tuple[str, Listing | OSError]] = SimpleQueue()
     for name in folders:
@@ -219,7 +224,7 @@ def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> N
             name = f"{prefix}/{item.name}"
             if item.name.startswith("."):
                 continue
-            if item.is_dir():
+            if _is_folder(item):
                 if item.name.lower() in SYSTEM_FOLDERS:
                     found.left_out.append((name, "a folder of the system"))
                     continue
@@ -238,10 +243,22 @@ def _walk(folder: Path, prefix: str, found: Listing, links: frozenset[str]) -> N
         found.empty[empty:] = [prefix]
 
 
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link to itself
+        return item.is_dir()
+    return False
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return item.is_file()
+    return False
+
+
 def _take(item: os.DirEntry[str], name: str, found: Listing) -> None:
     suffix = item.name.rpartition(".")[2].lower()
     if is_image_name(item.name):
-        if item.is_file():
+        if _is_file(item):
             found.images.append(Entry("", name, item.stat().st_size))
         else:
             broken = item.is_symlink()

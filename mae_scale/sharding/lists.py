@@ -144,6 +144,13 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
             label_at = labels[0] if labels else _label_column(head, name_at, path)
             fields = fields[1:]
             _refuse_splits(head, fields, path)
+        elif len(fields) > 1 and any(is_image_name(field) for field in fields[1]):
+            raise UserError(
+                f"{path} begins with {printable(', '.join(fields[0][:4]))}, which is no image and "
+                "no known header; name the two columns 'image' and 'label'"
+            )
+    labels_there = [row[label_at] for row in fields if label_at < len(row)]
+    _refuse_labels(labels_there, path)
     rows = [
         (row[name_at], label_text(row[label_at]) if label_at < len(row) else None)
         for row in fields
@@ -152,6 +159,29 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
     if not rows:
         raise UserError(f"{path} names no images")
     return rows
+
+
+def _refuse_labels(labels: list[str], path: Path) -> None:
+    """Raise a UserError for a column that holds splits, measures or several labels each."""
+    found = set(labels)
+    words = {"train", "training", "val", "valid", "validation", "dev", "test"}
+    if len(found) > 1 and {label.lower() for label in found} <= words:
+        raise UserError(
+            f"{path} has the names of splits where labels should stand "
+            f"({', '.join(sorted(found)[:4])}); give a list of each split"
+        )
+    measures = [label for label in found if re.fullmatch(r"-?\d*\.\d*[1-9]\d*(e-?\d+)?", label)]
+    if measures:
+        raise UserError(
+            f"{path} has numbers such as {min(measures)} where labels should stand; name the "
+            "column of the label 'label'"
+        )
+    several = [label for label in found if "|" in label and {*label.split("|")} & found]
+    if several:
+        raise UserError(
+            f"{path} gives an image several labels ({printable(min(several))}); an image has one "
+            "class here: leave such lines out, or choose one label for each"
+        )
 
 
 def _label_column(head: list[str], name_at: int, path: Path) -> int:

@@ -50,9 +50,20 @@ def find_parquet(src: Path, split: str) -> tuple[list[Path], bool]:
         stem = name.partition(".")[0].partition("-0")[0]
         found = [split_word(part)[0] for part in (stem, *reversed(folders))]
         words[path] = next((word for word in found if word), None)
-    if not any(words.values()):
+    named = any(words.values())
+    mine = [path for path in files if not named or words[path] == split]
+    folders_of: dict[str, str] = {}  # without splits, numbers and label=3: configurations
+    for path in mine:
+        parts = path.relative_to(src).parts[:-1]
+        kept = [p for p in parts if not (split_word(p)[0] or "=" in p or p.isdecimal())]
+        folders_of["/".join(kept)] = str(path.parent)
+    if len(folders_of) > 1:
+        raise UserError(
+            f"{src} has parquet files of several configurations; give the folder of one as SRC: "
+            f"{' or '.join(sorted(folders_of.values())[:4])}"
+        )
+    if not named:
         return files, False
-    mine = [path for path in files if words[path] == split]
     if not mine:
         there = sorted({word for word in words.values() if word})
         raise UserError(f"{src} has no {split} split; it has: {', '.join(there)}")
@@ -73,13 +84,21 @@ def read_parquet(files: Sequence[Path], spool: IO[bytes]) -> tuple[Listing, list
     listing, classes = Listing(), None
     unlabelled: list[Entry] = []
     left_out: Counter[str] = Counter()
+    with_names, labelled = 0, set()
     for file in files:
         entries, names = _from_parquet(file, spool, left_out, unlabelled)
         if names is not None:
             if classes is not None and classes != names:
                 raise UserError(f"{file} lists other classes than {files[0]}")
             classes = names
+        with_names += names is not None
         listing.images += entries
+        labelled |= {any(entry.class_name != "images" for entry in entries)} if entries else set()
+    if 0 < with_names < len(files) or len(labelled) > 1:
+        raise UserError(
+            f"some parquet files in {files[0].parent} have labels or names of classes and others "
+            "have none; give a folder with files of one kind as SRC"
+        )
     if unlabelled and not listing.images:
         listing.images, classes = unlabelled, ["images"]
         listing.notes.append("no row has a label: all images get the class 'images'")
@@ -148,12 +167,24 @@ def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
     features = _features(schema)
     kind = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict) and n in names}
     images = [n for n in names if kind.get(n) == "Image"]
-    images = images[:1] or [lower[n] for n in _IMAGES if n in lower]
+    if len(images) > 1:
+        raise UserError(
+            f"{file} has several columns of images ({', '.join(map(printable, images))}); keep the "
+            "one to train on in a copy: Dataset.remove_columns([...]).to_parquet(...)"
+        )
+    images = images or [lower[n] for n in _IMAGES if n in lower]
     images = images or _binary(schema)
     if not images:
         raise UserError(f"{file} has no column image; it has: {', '.join(map(printable, names))}")
     labels = [lower[n] for n in _LABELS if n in lower and lower[n] != images[0]]
-    labels += [n for n in names if kind.get(n) == "ClassLabel"]
+    features_of_class = [n for n in names if kind.get(n) == "ClassLabel"]
+    if not labels and len(features_of_class) > 1:
+        raise UserError(
+            f"{file} has several columns of labels ({', '.join(map(printable, features_of_class))})"
+            "; call the one to train on 'label' in a copy: "
+            "Dataset.rename_column(..., 'label').to_parquet(...)"
+        )
+    labels += features_of_class
     return images[0], next(iter(labels), None)
 
 

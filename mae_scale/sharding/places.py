@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import shlex
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,77 @@ def expand(spec: str) -> list[str]:
         if not is_remote(file) and not Path(file).is_file():
             raise UserError(f"{file} does not exist" + (f" ({spec})" if file != spec else ""))
     return files
+
+
+# A UUID, a hash or a number in the name of a tar; names that differ only in these are one family.
+_COUNTER = re.compile(
+    r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    r"|(?<![a-z0-9])(?:[0-9a-f]{8,}|(?=[a-f]*[0-9])[0-9a-f]{6,7})(?![a-z0-9])|[0-9]+",
+    re.IGNORECASE,
+)
+_SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
+
+
+def one_family(files: Sequence[str], pattern: str | None, typed: Sequence[str]) -> list[str]:
+    """Return the tars that match a pattern, or all if their names are one family.
+
+    Args:
+        files: tars, URLs or commands.
+        pattern: shell pattern for the name or the whole path; what matches is taken.
+        typed: what the user gave in the place of the tars, for the message.
+
+    Raises:
+        UserError: nothing matches, or without a pattern the tars are of several families: their
+            names differ in more than numbers or hashes.
+    """
+    if pattern is not None:
+        found = [f for f in files if any(fnmatchcase(n, pattern) for n in (f, _base(f)))]
+        if not found:
+            some = ", ".join(shown(_base(file)) for file in files[:3])
+            raise UserError(f"no tar matches --pattern {pattern}; there are {some}, ...")
+        return found
+    families: dict[str, list[str]] = {}
+    for file in files:
+        families.setdefault(_COUNTER.sub("\0", file), []).append(file)
+    if len(families) <= 1:
+        return list(files)
+    same_folder = len({file.removesuffix(_base(file)) for file in files}) == 1
+    names = [_base(file) if same_folder else file for file in files]
+    lines = []
+    for family in sorted(families)[:6]:
+        wanted = {_base(f) if same_folder else f for f in families[family]}
+        option = _pattern_of(wanted, names)
+        words = {w.lower() for w in _SPLIT.findall(_base(family) if same_folder else family)}
+        split = words.pop() if len(words) == 1 else ""
+        split = "val" if split in ("valid", "validation", "dev") else split
+        into = Path(typed[0]) / split
+        out = f" --out {shlex.quote(str(into))}" if split and Path(typed[0]).is_dir() else ""
+        lines.append(
+            f"--pattern {shlex.quote(shown(option))}" + (f" --split {split}{out}" if split else "")
+        )
+    source = " ".join(shlex.quote(shown(spec)) for spec in typed[:2]) + " ..." * (len(typed) > 2)
+    more = f"; and {len(families) - 6:,} more" if len(families) > 6 else ""
+    raise UserError(
+        f"the names of the tars are of {len(families):,} families, which may be several splits; "
+        f"choose one: mae-scale index {source} {' | '.join(lines)}{more}; "
+        "--pattern '*' takes all as one split"
+    )
+
+
+def _base(file: str) -> str:
+    return file if file.startswith("pipe:") else file.rpartition("/")[2]
+
+
+def _pattern_of(wanted: set[str], names: Sequence[str]) -> str:
+    """Return a shell pattern that matches the wanted names and, where one exists, no others."""
+    name = min(wanted)
+    patterns = []
+    for counter in ("*", "*[0-9]", "[0-9]*", "[0-9]*[0-9]"):
+        parts = [glob.escape(part) for part in _COUNTER.split(name)]
+        patterns.append(counter.join(parts))
+    patterns.append("".join("[0-9]" if c.isdigit() else glob.escape(c) for c in name))
+    exact = (p for p in patterns if {n for n in names if fnmatchcase(n, p)} == wanted)
+    return next(exact, patterns[0])
 
 
 def _parent(file: str) -> Path:
@@ -84,7 +158,8 @@ def check_old_index(folder: Path, split: str, names: Sequence[str]) -> None:
     if old["split"] != split or not {shard["file"] for shard in old["shards"]} <= set(names):
         raise UserError(
             f"{folder} has the index of the split {old['split']}, of {len(old['shards'])} tars, "
-            "already; give another folder with --out"
+            "already, and a folder holds the index of one split; give another folder, such as "
+            f"--out {folder / split}"
         )
 
 

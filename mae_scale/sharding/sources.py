@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_scale.data.formats import IMAGE_SUFFIXES
+from mae_scale.data.formats import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mae_scale.data.remote import printable
 from mae_scale.errors import UserError
 from mae_scale.files import owner
@@ -81,6 +81,7 @@ def find_source(
             f"{source.root} holds no images (looked for .{', .'.join(sorted(IMAGE_SUFFIXES))})"
             f"{packed}"
         )
+    _refuse_stacks(source)
     if choice.val_share is not None:
         if has_splits:
             raise UserError(
@@ -104,6 +105,22 @@ def find_source(
             f"all images are of one class, {source.classes[0]}: nothing can be classified"
         )
     return source
+
+
+def _refuse_stacks(source: Source) -> None:
+    """Raise a UserError for arrays that hold many images, or the labels of many, in one file."""
+    arrays = [name for name in source.names if name.lower().endswith(ARRAY_SUFFIX)][:20]
+    for name in arrays if source.offsets is None else ():
+        try:
+            shape = np.load(source.root / name, mmap_mode="r").shape
+        except (OSError, ValueError):
+            continue  # damage is reported when the array is read
+        many = len(shape) == 3 and shape[0] > 1000 and shape[1] == shape[2]
+        if len(shape) in (1, 4) or many:
+            raise UserError(
+                f"{source.root / name} holds an array of shape {list(shape)}, which is not one "
+                "image; write each image of it as a file below a folder of its class"
+            )
 
 
 def _readable(name: str) -> bool:
@@ -217,16 +234,22 @@ def _part(source: Source, split: str, share: float, seed: int) -> Source:
 
 def _with_classes(source: Source, classes: Sequence[str]) -> Source:
     """Keep the images of the given classes, and number these in their order."""
-    there = {source.classes[label] for label in np.unique(source.labels).tolist()}
-    known = there & set(classes)
+    there = {source.classes[label].strip() for label in np.unique(source.labels).tolist()}
+    known = there & {name.strip() for name in classes}
     if not known:
         # Labels that are numbers, as in lists, are places among the classes.
         number = number_by(classes, there)
     else:
-        number = {name: i for i, name in enumerate(classes) if name in there}
-    place = np.array([number.get(name, -1) for name in source.classes], np.int32)
+        number = {name.strip(): i for i, name in enumerate(classes)}
+    place = np.array([number.get(name.strip(), -1) for name in source.classes], np.int32)
     labels = place[source.labels]
     which = np.flatnonzero(labels >= 0)
+    dropped = {source.classes[label] for label in source.labels[labels < 0].tolist()}
+    if len(which) < len(source):
+        source.warnings.append(
+            f"{len(source) - len(which):,} of {len(source):,} images are left out: their classes "
+            f"are not in the list of classes (such as {min(dropped)})"
+        )
     missing = [name for i, name in enumerate(classes) if i not in set(labels[which].tolist())]
     if missing:
         source.warnings.append(

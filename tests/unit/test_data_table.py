@@ -52,6 +52,12 @@ def kaggle(src: Path) -> None:
     kaggle_tables(src, VAL)
 
 
+def both_splits(src: Path, **images: int) -> None:
+    for split, n in images.items():
+        names = [f"{i}.{s}" for i in range(n) for s in ("jpg", "cls")]
+        tar(src / f"imagenet1k-{split}-00.tar", names)
+
+
 def hugging_face_tars(src: Path) -> None:
     tar(src / "data/train_images_0.tar.gz", [f"{w}_{i}_{w}.JPEG" for w in WNIDS for i in "123"],
         "w:gz")  # fmt: skip
@@ -139,6 +145,8 @@ MAKE: dict[str, Callable[[Path], object]] = {
     ),
     "WebDataset tars on": lambda src: tar(
         src / "0.tar", [f"{i}.{s}" for i in range(6) for s in ("jpg", "cls")]),
+    "the Hub's ImageNet": lambda src: both_splits(src, train=6, validation=2),
+    "and its validation": lambda src: both_splits(src, train=2, validation=6),
     "WebDataset tars whose": lambda src: tar(
         src / "0.tar", [f"{i}.{s}.jpg" for i in range(6) for s in ("input", "target")]),
 }  # fmt: skip
@@ -157,7 +165,7 @@ def test_each_row_lands_right(
         tree(tmp_path / "TRAIN", "airfield/1.jpg", "zoo/2.jpg")
         assert main(["shard", "TRAIN", "TRAIN_OUT", "--split", "train"]) == 0
     assert main(shlex.split(command)[1:]) == 0
-    out = tmp_path / ("OUT" if "shard" in command else "SRC")
+    out = tmp_path / ("OUT" if "OUT" in command.split() else "SRC")
     shards = open_shards(out)
     assert len(shards) == 6  # a tenth of three images, for validation, is none
     if "index" not in command:

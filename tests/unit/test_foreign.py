@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -263,12 +264,13 @@ def test_an_index_replaces_only_its_own(tmp_path: Path) -> None:
     theirs = b'{"splits": {"theirs": 1}}'
     (tmp_path / "_info.json").write_bytes(theirs)
     index_shards([str(tmp_path / "tr.tar")])
+    both = [str(tmp_path / "va.tar"), str(tmp_path / "tr.tar")]
     before = (tmp_path / "manifest.json").read_bytes()
     for split in ("train", "val"):
         with pytest.raises(UserError, match="has the index of the split train, of 1 tars, already"):
             index_shards([str(tmp_path / "va.tar")], split=split)
     assert (tmp_path / "manifest.json").read_bytes() == before
-    index_shards([str(tmp_path / "va.tar"), str(tmp_path / "tr.tar")])  # more of the same split
+    index_shards(both, pattern="*")  # more of the same split
     assert (tmp_path / "_info.json").read_bytes() == theirs
     assert "va.tar" in json.loads((tmp_path / "sizes.json").read_bytes())
 
@@ -307,6 +309,101 @@ def test_hidden_tars_and_unknown_schemes(tmp_path: Path) -> None:
     assert index_shards([str(tmp_path)]).shards == 1
     with pytest.raises(UserError, match="unknown scheme"):
         index_shards(["wss://host/{000..003}.tar"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        (
+            ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"],
+            ["imagenet1k-validation-00.tar"],
+        ),
+        (["train-shard-0.tar", "train-shard-1.tar"], ["val-shard-0.tar"]),
+        (["train-00-of-64.tar", "train-1-of-64.tar"], ["val-00-of-64.tar"]),
+        (["x-0.tar", "x-1.tar"], ["x-0-val.tar"]),
+        (["train/0.tar", "train/1.tar"], ["val/0.tar"]),
+        (["train[1].tar"], ["dev[1].tar"]),
+    ],
+)
+def test_families_of_names_are_refused_with_what_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: list[str], val: list[str]
+) -> None:
+    for name in train + val:
+        write(tmp_path / name, samples(3 if name in train else 2))
+    flat = "/" not in train[0]
+    typed = [str(tmp_path)] if flat else [str(tmp_path / name) for name in train + val]
+    for options in ([], ["--split", "train"]):
+        assert main(["index", *typed, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("manifest.json"))
+    offers = error.split(f"mae-scale index {tmp_path}")[-1].partition(";")[0] if flat else error
+    offers = "--pattern" + offers.partition("--pattern")[2].partition(";")[0]
+    counts = []
+    for number, offer in enumerate(shlex.split(o) for o in offers.split(" | ")):
+        if "--out" not in offer:
+            offer += ["--out", str(tmp_path / f"out{number}")]
+        assert main(["index", *typed, *offer]) == 0
+        shards = open_shards(offer[offer.index("--out") + 1])
+        split = offer[offer.index("--split") + 1] if "--split" in offer else "train"
+        assert shards.split == split
+        counts.append(len(shards))
+    assert sorted(counts) == [2 * len(val), 3 * len(train)]
+    assert main(["index", *typed, "--pattern", "*", "--out", str(tmp_path / "all")]) == 0
+    assert len(open_shards(tmp_path / "all")) == sum(counts)
+    assert main(["index", *typed, "--pattern", "y-*"]) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x-8.tar", "x-09.tar", "x-100.tar"],
+        ["0a1f93bc.tar", "deadbeef.tar", "12345678.tar"],
+        [
+            "p-3f2b6f9e-1c2d-4abc-9def-0123456789ab.tar",
+            "p-aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee.tar",
+        ],
+        ["train-000000.tar", "train-000001.tar"],
+    ],
+)
+def test_numbers_and_hashes_are_one_family(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / name, samples(2))
+    assert index_shards([str(tmp_path)]).shards == len(names)
+
+
+def test_the_end_shows_what_was_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*samples(4), ("4.jpg", jpg(4)), ("4.cls", b"3"), ("5.txt", b"?")]
+    write(tmp_path / "tars" / "0.tar", files)
+    tree(tmp_path / "src", "cat/1.jpg", "cat/2.jpg", "dog/3.jpg")
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    said = capsys.readouterr()
+    both = said.out + said.err
+    lines = [
+        "images     5",
+        "smallest class 0, 0 (1 images); largest class 3, 3 (2 images)",
+        "1: there is no image, only .txt",
+        "000.jpg: class 0",
+        "4.jpg: class 3",
+    ]
+    for line in lines:
+        assert line in both, both
+    out = tmp_path / "out"
+    command = ["shard", str(tmp_path / "src"), str(out), "--split", "train"]
+    assert main(command) == 0
+    drawn = (out / "preview.png").read_bytes()
+    said = capsys.readouterr()
+    assert "largest class 0, cat (2 images)" in said.out + said.err
+    assert main(command) == 0 and (out / "preview.png").read_bytes() == drawn
+    assert "sample" not in capsys.readouterr().out
+    for folder in (out, tmp_path / "tars"):
+        assert (folder / "preview.png").exists() and main(["verify", str(folder)]) == 0
+    write(tmp_path / "tars" / "1.tar", samples(2))
+    before = (tmp_path / "tars" / "preview.png").read_bytes()
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    assert (tmp_path / "tars" / "preview.png").read_bytes() != before
+    (tmp_path / "tars" / "preview.png").write_bytes(jpg(0))  # a picture of somebody else
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    assert (tmp_path / "tars" / "preview.png").read_bytes() == jpg(0)
 
 
 # Secrets

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from make_trees import counts, tree
 from scipy.io import savemat
@@ -382,3 +383,42 @@ def test_splits_stay_splits(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("train/x/a/train.jpg\n")
     listed = find_source(src, "train", choice=Choice(tmp_path / "list", class_depth=1))
     assert counts(listed) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("GalaxyID,Class1.1,Class1.2\n{}.jpg,0.38,0.61\n", "no image and no known header"),
+        ("Image Index,Finding Labels\n{}.jpg,A\n", "no image and no known header"),
+        ("image,label\n{}.jpg,0.25\n", r"numbers such as 0\.25"),
+        ("1.jpg train\n2.jpg val\n", "names of splits"),
+        ("image,label\n1.jpg,A|B\n2.jpg,A\n", "several labels"),
+    ],
+)
+def test_lists_whose_columns_hold_something_else(tmp_path: Path, rows: str, says: str) -> None:
+    tree(tmp_path / "src", "1.jpg", "2.jpg")
+    (tmp_path / "list.csv").write_text(rows.format(1))
+    with pytest.raises(UserError, match=says):
+        find_source(tmp_path / "src", "train", choice=Choice(tmp_path / "list.csv"))
+
+
+def test_images_of_other_classes_are_counted_and_links_to_themselves_left_out(
+    tmp_path: Path,
+) -> None:
+    tree(tmp_path, "cat/1.jpg", "emu /2.jpg", "emu /3.jpg", "fox/4.jpg")
+    for name in ("self", "cat/self", "cat/self.jpg"):
+        (tmp_path / name).symlink_to(Path(name).name)
+    (tmp_path / "back").symlink_to(tmp_path)
+    source = find_source(tmp_path, "train", choice=Choice(classes=["Cat", "emu", "fox"]))
+    assert counts(source) == {"Cat": 0, "emu": 2, "fox": 1}
+    assert any("1 of 4 images are left out" in line and "cat" in line for line in source.warnings)
+
+
+@pytest.mark.parametrize("shape", [(2000, 8, 8), (5, 8, 8, 3), (7,)])
+def test_arrays_of_many_images_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for name in ("train_images.npy", "val_images.npy"):
+        np.save(tmp_path / name, np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="not one image; write each image of it as a file"):
+        find_source(tmp_path, "train", choice=Choice(class_depth=1))
+    with pytest.raises(UserError, match="not one image"):
+        find_source(tmp_path, "train")

@@ -252,3 +252,29 @@ def test_parquet_as_others_write_it(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.table({"image": column}), tmp_path / "0/train.parquet")
         with pytest.raises(UserError, match=r"row 0 of .*train\.parquet has"):
             find_source(tmp_path / "0", "train", work=tmp_path / "work")
+
+
+def test_parquet_files_with_several_candidates_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    def write(path: Path, columns: dict[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {n: [jpg(0), jpg(1)] if k == "Image" else [0, 1] for n, k in columns.items()}
+        kinds = {n: {"_type": k, "names": ["a", "b"]} for n, k in columns.items()}
+        metadata = {"huggingface": json.dumps({"info": {"features": kinds}})}
+        table = pyarrow.table(values).replace_schema_metadata(metadata)
+        parquet.write_table(table, path)
+
+    write(tmp_path / "images" / "0.parquet", {"mask": "Image", "image": "Image", "label": "Value"})
+    write(tmp_path / "labels" / "0.parquet",
+          {"image": "Image", "genus": "ClassLabel", "species": "ClassLabel"})  # fmt: skip
+    write(tmp_path / "some" / "0.parquet", {"image": "Image", "label": "ClassLabel"})
+    write(tmp_path / "some" / "1.parquet", {"image": "Image"})
+    for name in ("data", "tiny"):
+        write(tmp_path / "hub" / name / "train-00000-of-00001.parquet", {"image": "Image"})
+    for folder, says in (("images", "columns of images"), ("hub", "data or .*tiny"),
+                         ("labels", "columns of labels"),
+                         ("some", "others have none")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            find_source(tmp_path / folder, "train", work=tmp_path / "w")
