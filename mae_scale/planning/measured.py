@@ -49,7 +49,8 @@ ROWS = (
 # Blocks of encoder and decoder, and operations for an image, of the models of the rows.
 MODELS = {_B: (20, 58.46e9), _L: (32, 124.23e9), _H: (40, 290.99e9)}
 # Host's time of a step under each stage in milliseconds: ViT-B, 64 images, one H100, one process
-# (the second table of benchmarks/results/gpu_h100.txt).
+# (the second table of benchmarks/results/gpu_h100.txt). zero3 was a step of this project's;
+# DeepSpeed's, which trains now, takes the host about a quarter longer.
 HOST_MS = {"zero0": 43.1, "zero1": 37.0, "zero2": 41.7, "zero3": 112.7}
 # Cards by a pattern of the names that PyTorch and people use.
 CARDS = {r"(NVIDIA )?H100( 80GB HBM3)?": "H100", r"(NVIDIA )?H200": "H200"}
