@@ -149,7 +149,7 @@ def test_all_that_weights_hold_is_read(tmp_path: Path, legacy: bool) -> None:
             "u": torch.ones(2).to(torch.uint16),
         }
     state["with"] = torch.ones(2)
-    state["with"].attribute = [1, 2]  # type: ignore[attr-defined]  # as DeepSpeed gives to those of an offloaded optimiser
+    state["with"].attribute = [1, 2]  # as DeepSpeed gives to those of an offloaded optimiser
     state["shared"], state["parameter"] = state["0.weight"].T, torch.nn.Parameter(torch.ones(2))
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     for read in (read_weights, load_tensors):
