@@ -13,7 +13,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,12 +29,13 @@ UNREADABLE = (
     struct.error,
 )  # fmt: skip
 
+_WITH_STATE = "torch._tensor._rebuild_from_type_v2"  # makes a tensor that has attributes
 # Functions and classes that tensors and plain values need. None takes more memory than its
 # arguments do, once `_Scan` has compared tensors with their storages.
 _NEEDED = {
     "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_tensor_v3", _WITH_STATE,
 }  # fmt: skip
 _ZIP = b"PK\3\4"  # first bytes of the form that PyTorch writes since version 1.6
 _PICKLES = 5  # number of pickles at the beginning of the older form
@@ -140,6 +141,10 @@ class _Made:
         made.items = cls.scan.count(args)
         if "_rebuild_tensor" in cls.name:
             _check_tensor(*args)
+        elif cls.name == _WITH_STATE:
+            function, _, arguments, state = args
+            function(*arguments)
+            made.__setstate__(state)
         return made
 
     def __len__(self) -> int:
@@ -211,7 +216,7 @@ class _Scan(pickle._Unpickler):
 
     def count(self, values: tuple[Any, ...]) -> int:
         """Count the items that a call copies, and return their number."""
-        items = sum(len(value) for value in values if hasattr(value, "__len__"))
+        items = sum(len(value) for value in values if isinstance(value, Sized))
         self._copied += items
         return items
 
@@ -219,6 +224,8 @@ class _Scan(pickle._Unpickler):
         """Return what stands for a function, class or type that the pickle names."""
         whole = f"{module}.{name}"
         found = getattr(torch, name, None) if module.split(".")[0] == "torch" else None
+        if whole == "torch.Tensor":
+            return _Kind(0)
         if isinstance(found, torch.dtype):
             return _Kind(found.itemsize)
         if module in ("torch", "torch.storage", "torch.cuda") and name.endswith("Storage"):

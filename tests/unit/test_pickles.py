@@ -78,6 +78,8 @@ BOMBS: dict[str, Callable[[bool], bytes]] = {
     "bytearray": lambda legacy: name("__builtin__ bytearray") + number(GB) + b"\x85R",
     "encode": lambda legacy: name("_codecs encode") + text("a") + text("hex") + b"\x86R",
     "tensor class": lambda legacy: name("torch FloatTensor") + number(GB // 4) + b"\x85R",
+    "tensor class with state": lambda legacy: name("torch._tensor _rebuild_from_type_v2")
+    + b"(" + name("torch Tensor") * 2 + number(GB // 4) + b"\x85}tR",
     "untyped": lambda legacy: name("torch.storage UntypedStorage") + number(GB) + b"\x85R",
     "new": lambda legacy: name("torch.storage UntypedStorage") + number(GB) + b"\x85\x81",
     "storage": lambda legacy: tensor(GB // 4, 1, 1, legacy),
@@ -146,6 +148,8 @@ def test_all_that_weights_hold_is_read(tmp_path: Path, legacy: bool) -> None:
             "new": torch.ones(3, dtype=torch.float8_e4m3fn),
             "u": torch.ones(2).to(torch.uint16),
         }
+    state["with"] = torch.ones(2)
+    state["with"].attribute = [1, 2]  # as DeepSpeed gives to those of an offloaded optimiser
     state["shared"], state["parameter"] = state["0.weight"].T, torch.nn.Parameter(torch.ones(2))
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     for read in (read_weights, load_tensors):
