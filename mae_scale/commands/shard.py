@@ -81,11 +81,6 @@ def parser(prog: str) -> Parser:
         metavar="PIXELS",
         help="shrink images whose short side is longer, and encode them as JPEG",
     )
-    add(
-        "--baseline",
-        action="store_true",
-        help="make progressive JPEGs baseline, with the same pixels; they decode faster",
-    )
     add("--quality", type=positive, help="of resized JPEGs, 1 to 95 (default: 90)")
     add(
         "--max-pixels",
@@ -166,7 +161,6 @@ def main(argv: list[str], prog: str) -> int:
             resize_short=args.resize_short,
             quality=args.quality or 90,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            baseline=args.baseline,
         )
         choice = Choice(
             list_file=args.list,

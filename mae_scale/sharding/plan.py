@@ -23,7 +23,8 @@ from mae_scale.sharding.annotated import AnnotatedSource
 from mae_scale.sharding.images import shrink
 from mae_scale.sharding.sources import Source
 
-OPTIONAL = ("max_pixels", "baseline")  # keys that the record leaves out at their defaults
+# Keys that the record leaves out at their defaults. Folders of older versions may have the second.
+OPTIONAL = ("max_pixels", "baseline")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Options:
     resize_short: int | None = None  # pixels of the short side; None: not resized
     quality: int = 90  # quality of resized JPEGs
     max_pixels: int = MAX_PIXELS  # a larger image counts as damaged
-    baseline: bool = False  # whether progressive JPEGs are made baseline, without loss
 
 
 class Plan:
@@ -110,7 +110,6 @@ class Plan:
             "source_sha256": self.source.fingerprint(),
             # Older folders have no such key, so it is written only if its value is not the default.
             **({"max_pixels": options.max_pixels} if options.max_pixels != MAX_PIXELS else {}),
-            **({"baseline": True} if options.baseline else {}),
         }
 
 

@@ -38,7 +38,6 @@ from mae_scale.files import host_label, owner, read_file, sha256_of, write_atomi
 from mae_scale.launch.console import say, size_text, warn
 from mae_scale.sharding.ade import find_ade
 from mae_scale.sharding.annotated import AnnotatedSource
-from mae_scale.sharding.baseline import check_jpeglib
 from mae_scale.sharding.coco import find_coco
 from mae_scale.sharding.plan import OPTIONAL, Options, Plan
 from mae_scale.sharding.processes import run_all
@@ -84,8 +83,6 @@ def shard(
         ShardingError: the disk is full, or a file could not be read or written.
     """
     src, out = Path(src), Path(out)
-    if options.baseline:
-        check_jpeglib()
     try:
         with _signals_interrupt():
             _check_places(src, out)
@@ -330,13 +327,6 @@ def _finish(plan: Plan, out: Path, records: list[dict[str, Any]]) -> None:
     shards = [Shard(r["file"], r["samples"], r["bytes"], r["sha256"]) for r in full]
     classes, split = plan.source.classes, plan.options.split
     made_by: dict[str, Any] = {"plan": plan.record, "damaged": damaged}
-    if plan.options.baseline:
-        made_by["baseline"] = sum(record["baseline"] for record in full)
-        left = sum(record["progressive"] for record in full)
-        say(
-            f"{made_by['baseline']:,} progressive JPEGs were made baseline"
-            + (f"; {left:,} could not be and stay as they are" if left else "")
-        )
     annotations = plan.source.manifest if isinstance(plan.source, AnnotatedSource) else None
     write_shard_set(out, split, classes, shards, index, checksums, made_by, annotations)
     _clean(out)
@@ -384,7 +374,7 @@ def _describe(plan: Plan, out: Path) -> None:
     source = plan.source
     need = sum(plan.bytes(i) for i in range(len(plan)))
     per_shard = np.diff(plan.bounds)
-    about = "about " if plan.options.resize_short or plan.options.baseline else ""
+    about = "about " if plan.options.resize_short else ""
     say(f"source: {source.kind} {source.root}")
     say(
         f"images: {len(source):,} in {len(source.classes):,} classes, "

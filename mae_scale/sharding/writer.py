@@ -32,7 +32,6 @@ from mae_scale.files import (
 )
 from mae_scale.launch.console import size_text
 from mae_scale.sharding.annotated import AnnotatedSource
-from mae_scale.sharding.baseline import is_progressive, make_baseline
 from mae_scale.sharding.images import image_damage, shrink
 from mae_scale.sharding.plan import Plan
 from mae_scale.sharding.processes import shared
@@ -100,14 +99,11 @@ class _Piece:
     index: list[tuple[int, ...]]  # fields of INDEX_DTYPE or ANNOTATED_DTYPE, offsets in the piece
     checksums: list[int]
     damaged: list[tuple[str, str]]  # name and reason
-    baseline: int = 0  # number of progressive JPEGs that were made baseline
-    progressive: int = 0  # number of those that could not be made baseline
 
 
 def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
     digest = Digest()
     index, checksums, damaged = [], [], []
-    baseline = progressive = 0
     at = 0
     for piece in _read_ahead(job.plan, job.plan.images(shard)):
         for part in piece.parts:
@@ -117,8 +113,6 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         at += piece.size
         checksums += piece.checksums
         damaged += piece.damaged
-        baseline += piece.baseline
-        progressive += piece.progressive
         job.written[shard] = len(index) + len(damaged)
     end = bytes(2 * tarfile.BLOCKSIZE)
     end += bytes(-(at + len(end)) % tarfile.RECORDSIZE)
@@ -132,7 +126,6 @@ def _fill(job: Job, shard: int, stream: Any) -> dict[str, Any]:
         "index": index,
         "checksums": checksums,
         "damaged": damaged,
-        **({"baseline": baseline, "progressive": progressive} if job.plan.options.baseline else {}),
     }
 
 
@@ -175,8 +168,6 @@ def _prepare(plan: Plan, places: list[int]) -> _Piece:
     piece = _Piece([], 0, [], [], [])
     for place in places:
         data, reason = _image(plan, place)
-        if reason is None and plan.options.baseline and is_progressive(data):
-            data, reason = _baseline(plan, piece, data)
         if reason is not None:
             piece.damaged.append((plan.source.title(place), reason))
             continue
@@ -217,17 +208,6 @@ def _image(plan: Plan, place: int) -> tuple[bytes, str | None]:
         except Exception as error:  # PIL's errors for damaged images have no common class
             reason = str(error) or type(error).__name__
     return data, reason
-
-
-def _baseline(plan: Plan, piece: _Piece, data: bytes) -> tuple[bytes, str | None]:
-    """Return a progressive JPEG as a baseline one if possible, and why it is damaged, or None."""
-    try:
-        made = make_baseline(data, plan.options.max_pixels)
-    except Exception as error:  # PIL's errors for damaged images have no common class
-        return data, str(error) or type(error).__name__
-    piece.baseline += made is not None
-    piece.progressive += made is None
-    return made or data, None
 
 
 def record_path(out: Path, plan: Plan, shard: int) -> Path:
