@@ -285,17 +285,19 @@ def bash_block(page: str, containing: str) -> str:
 
 def test_pets_become_shards(imagenet_tree: Path, tmp_path: Path) -> None:
     """The commands of the page work on images and lists in the layout of Oxford-IIIT Pets."""
-    (tmp_path / "images").mkdir()
-    (tmp_path / "annotations").mkdir()
+    pets = tmp_path / "oxford-iiit-pet"
+    for name in ("images", "annotations"):
+        (pets / name).mkdir(parents=True)
     (tmp_path / "data_prep").symlink_to(REPOSITORY / "data_prep")
     photographs = iter(sorted(imagenet_tree.rglob("*.JPEG")))
     for split, numbers in (("trainval", (1, 20)), ("test", (3, 100))):
         names = [f"{breed}_{n}" for breed in ("Abyssinian", "great_pyrenees") for n in numbers]
         for name in names:
-            shutil.copyfile(next(photographs), tmp_path / "images" / f"{name}.jpg")
+            shutil.copyfile(next(photographs), pets / "images" / f"{name}.jpg")
         lines = [f"{name} 1 1 1\n" for name in names]
-        (tmp_path / "annotations" / f"{split}.txt").write_text("".join(lines))
-    sharding = bash_block("finetuning.md", "annotations/").split("done\nmae-scale")[0] + "done"
+        (pets / "annotations" / f"{split}.txt").write_text("".join(lines))
+    sharding = bash_block("finetuning.md", "oxford-iiit-pet").partition("mae-scale")[0]
+    sharding = sharding.replace("/data/", f"{shlex.quote(str(tmp_path))}/")
     subprocess.run(["bash", "-euc", sharding], cwd=tmp_path, env=ENVIRONMENT, check=True)
     for split in ("train", "val"):
         shards = open_shards(tmp_path / "SHARDS" / split)
