@@ -124,6 +124,8 @@ def test_model_states(stage: int, precision: str, bytes_each: float) -> None:
     zero = load_deepspeed_config(f"zero{stage}")["zero_optimization"]
     states = model_states(ParameterStates(10**9, 10**9, precision), zero, 4)
     bucket = 4 * 50_000_000 if (stage, precision) == (1, "fp32") else 0
+    if stage == 3:
+        bucket = 4 * 100_000_000  # DeepSpeed's own, for contiguous gradients
     assert states.held == bytes_each * 10**9 + bucket
     average = model_states(ParameterStates(10**9, 10**9, precision, ema=True), zero, 4)
     assert average.held - states.held == 4 * 10**9 / (1 if stage == 0 else 4)
@@ -318,7 +320,7 @@ def test_why(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_small_gpu_makes_it_recompute_or_shard(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--config", "demo", "--gpus", "8", "--gpu", "A100-40GB")
-    large, small = (plan(capsys, *arguments, "--memory_gb", size)[1] for size in ("40", "0.05"))
+    large, small = (plan(capsys, *arguments, "--memory_gb", size)[1] for size in ("40", "0.08"))
     usual = "--train.micro_batch_size 4 --train.activation_checkpointing none"
     assert f"--deepspeed zero1 {usual}" in large
     assert "sbatch" in small and f"--deepspeed zero1 {usual}" not in small
@@ -368,10 +370,10 @@ def test_the_choice(rows: list[Row], number: int | None) -> None:
 
 def test_several_numbers_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = plan(capsys, "--config", "demo", "--gpus", "1", "8",
-                          "--gpu", "A10", "--memory_gb", "0.05")  # fmt: skip
+                          "--gpu", "A10", "--memory_gb", "0.065")  # fmt: skip
     assert (code, err) == (0, "")
     first, second = [line for line in out.splitlines() if re.match(r" +(1|8)  ", line)]
-    assert first.endswith("nothing fits into 0.05 GB") and " zero" in second
+    assert " zero3_offload " in first and second.endswith("nothing fits into 0.065 GB")
     assert "no measurement on A10" in out
 
 
