@@ -18,7 +18,7 @@ from mae_scale.config.hints import hint_for
 from mae_scale.config.keys import config_keys
 from mae_scale.config.parsing import config_arguments, parse
 from mae_scale.errors import UserError, did_you_mean
-from mae_scale.planning.gpus import GPU_MEMORY_GB
+from mae_scale.planning.gpus import GPU_MEMORY_GB, named_gpu
 from mae_scale.tasks.task import TASKS, Task, task_of_arguments
 
 
@@ -92,6 +92,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError("--measure takes one --config and one number of --gpus")
     if not here and options.gpus is None:
         raise UserError("say how many GPUs: --gpus N, or --this_machine")
+    if options.gpu is not None:
+        named_gpu(options.gpu, options.memory_gb)
 
 
 def _check_config(name: str, rest: list[str], task_name: str | None, prog: str) -> Task:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from mae_scale.errors import UserError, did_you_mean
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,3 +80,25 @@ def mfu(
     """
     peak = peak_of(device)
     return peak and flops_per_image * images_per_second_per_gpu / peak
+
+
+def named_gpu(name: str, memory_gb: float | None) -> tuple[str, float]:
+    """Return the name of a GPU as `GPU_MEMORY_GB` spells it, and its memory in GB.
+
+    Args:
+        name: name as a user writes it.
+        memory_gb: memory in GB that the user states; None: that of the GPU of this name.
+
+    Raises:
+        UserError: no memory is stated for a GPU that is not known.
+    """
+    name = {key.lower(): key for key in GPU_MEMORY_GB}.get(name.lower(), name)
+    memory = memory_gb or GPU_MEMORY_GB.get(name)
+    if memory is None:
+        kinds = [known for known in GPU_MEMORY_GB if known.lower().startswith(name.lower())]
+        hint = f"did you mean {' or '.join(map(repr, kinds))}?"
+        raise UserError(
+            f"--gpu {name!r} is not known; {hint if kinds else did_you_mean(name, GPU_MEMORY_GB)} "
+            f"Known are {', '.join(GPU_MEMORY_GB)}; for another one give --memory_gb"
+        )
+    return name, memory

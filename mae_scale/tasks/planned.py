@@ -15,10 +15,10 @@ import torch
 from mae_scale.config.keys import key_names
 from mae_scale.config.parsing import PLACES, config_arguments, given_values, parse
 from mae_scale.data.shards import open_shards
-from mae_scale.errors import UserError, did_you_mean, renamed
+from mae_scale.errors import UserError, renamed
 from mae_scale.planning.fit import HEADROOM, Cluster, Job, Row, fit, planned_precision
 from mae_scale.planning.flops import count_flops
-from mae_scale.planning.gpus import GPU_MEMORY_GB
+from mae_scale.planning.gpus import named_gpu
 from mae_scale.planning.text import RunPlan
 from mae_scale.tasks.classification import classes_of
 from mae_scale.tasks.task import Task
@@ -52,7 +52,7 @@ def clusters_of(options: argparse.Namespace) -> list[Cluster]:
             raise UserError(f"--gpus {most}: this machine has {here}")
         memory = options.memory_gb or memory
     else:
-        name, memory = _named_gpu(options.gpu or "A100-80GB", options.memory_gb)
+        name, memory = named_gpu(options.gpu or "A100-80GB", options.memory_gb)
     numbers = options.gpus or [here if options.this_machine and here else 1]
     for number in numbers:
         if number > per_node and number % per_node:
@@ -71,20 +71,6 @@ def clusters_of(options: argparse.Namespace) -> list[Cluster]:
         )
         for number in numbers
     ]
-
-
-def _named_gpu(name: str, memory_gb: float | None) -> tuple[str, float]:
-    """Return the name of a GPU as `planning.gpus` spells it, and its memory in GB."""
-    name = {key.lower(): key for key in GPU_MEMORY_GB}.get(name.lower(), name)
-    memory = memory_gb or GPU_MEMORY_GB.get(name)
-    if memory is None:
-        kinds = [known for known in GPU_MEMORY_GB if known.lower().startswith(name.lower())]
-        hint = f"did you mean {' or '.join(map(repr, kinds))}?"
-        raise UserError(
-            f"--gpu {name!r} is not known; {hint if kinds else did_you_mean(name, GPU_MEMORY_GB)} "
-            f"Known are {', '.join(GPU_MEMORY_GB)}; for another one give --memory_gb"
-        )
-    return name, memory
 
 
 def job_of(name: str, rest: list[str], task: Task, prog: str) -> Job:
