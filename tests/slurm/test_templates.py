@@ -66,7 +66,8 @@ class Training:
 
     def events(self) -> list[str]:
         """Give the events in the history of the run."""
-        return [row["event"] for row in read_history(self.run.run_dir)]
+        events = [row["event"] for row in read_history(self.run.run_dir)]
+        return [event for event in events if event != "saved"]
 
 
 def preempt(cluster: Cluster) -> None:
